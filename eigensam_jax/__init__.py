@@ -1,0 +1,23 @@
+"""Sharpness-aware minimization for optax, with the top Hessian eigenvector in its state.
+
+>>> import optax, eigensam_jax
+>>> tx = optax.chain(eigensam_jax.eigen_sam(rho=0.05, alpha=0.2), optax.sgd(0.1))
+"""
+
+from importlib.metadata import version as _version
+
+from eigensam_jax import eigen, hessian, perturbation, trackers, tree_math
+from eigensam_jax.transform import asam, eigen_sam, sam
+
+__version__ = _version("eigensam_jax")
+
+__all__ = [
+    "asam",
+    "eigen",
+    "eigen_sam",
+    "hessian",
+    "perturbation",
+    "sam",
+    "trackers",
+    "tree_math",
+]

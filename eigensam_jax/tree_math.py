@@ -1,0 +1,130 @@
+"""Inner products, norms and sums of pytrees, accumulated in float32 or wider.
+
+A parameter tree is one long vector here: `vdot` and `norm` run over all leaves at once.
+Every sum is an element-wise product followed by `jnp.sum` in the leaf's dtype or
+float32, whichever is wider, so that a million bfloat16 ones have the squared norm
+1,000,000 and no matrix unit rounds the factors.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+PyTree = Any
+
+
+def accumulation_dtype(tree: PyTree) -> jnp.dtype:
+    """The dtype of sums over `tree`: the widest of its leaves', at least float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> tree_math.accumulation_dtype({"w": jnp.ones(3, jnp.bfloat16)})
+      dtype('float32')
+    """
+    return jnp.result_type(jnp.float32, *map(jnp.result_type, jax.tree.leaves(tree)))
+
+
+def widen(tree: PyTree) -> PyTree:
+    """The same tree with every leaf in its own dtype or float32, if that is wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> tree_math.widen(jnp.ones(2, jnp.float16)).dtype
+      dtype('float32')
+    """
+    return jax.tree.map(lambda x: jnp.asarray(x, accumulation_dtype(x)), tree)
+
+
+def vdot(a: PyTree, b: PyTree) -> jax.Array:
+    """Inner product ⟨a, b⟩ = Σ aᵢ bᵢ over all leaves of two real trees.
+
+    Args:
+      a: a tree of real arrays.
+      b: a tree with the structure and shapes of `a`.
+
+    Returns:
+      A scalar in the accumulation dtype; 0 for a tree without leaves.
+
+    Raises:
+      ValueError: if the structures differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> ones = {"w": jnp.ones(1_000_000, jnp.bfloat16), "b": jnp.ones(())}
+      >>> float(tree_math.vdot(ones, ones))
+      1000001.0
+    """
+    products = jax.tree.map(lambda x, y: jnp.sum(x * y), widen(a), widen(b))
+    zero = jnp.zeros((), accumulation_dtype((a, b)))
+    return sum(jax.tree.leaves(products), start=zero)
+
+
+def norm(tree: PyTree) -> jax.Array:
+    """Euclidean norm ‖x‖ = √⟨x, x⟩ over all leaves, in the accumulation dtype.
+
+    The squares are not rescaled: in float32 a norm under 1e-19 comes out as 0 and one
+    over 1e19 as infinity. Callers treat both as "no direction".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> float(tree_math.norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))
+      5.0
+    """
+    return jnp.sqrt(vdot(tree, tree))
+
+
+def safe_inverse(x: jax.Array) -> jax.Array:
+    """1/x where x is positive and finite, else 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> [float(tree_math.safe_inverse(jnp.array(x))) for x in (4.0, 0.0, jnp.inf)]
+      [0.25, 0.0, 0.0]
+    """
+    usable = (x > 0) & jnp.isfinite(x)
+    return jnp.where(usable, 1 / jnp.where(usable, x, 1), 0)
+
+
+def scale(factor: ArrayLike, tree: PyTree) -> PyTree:
+    """factor · x for every leaf, each in its own dtype or float32 if that is wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> tree_math.scale(2.0, {"b": jnp.array(1.5)})
+      {'b': Array(3., dtype=float32)}
+    """
+    return jax.tree.map(lambda x: jnp.asarray(factor, x.dtype) * x, widen(tree))
+
+
+def add_scaled(a: PyTree, factor: ArrayLike, b: PyTree) -> PyTree:
+    """a + factor · b, leaf by leaf, each in float32 or wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> tree_math.add_scaled(jnp.array([1.0, 2.0]), 3.0, jnp.array([1.0, 0.0]))
+      Array([4., 2.], dtype=float32)
+    """
+    return jax.tree.map(jnp.add, widen(a), scale(factor, b))
+
+
+def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+    """All of `a` where the scalar `condition` holds, else all of `b`.
+
+    A selection, not a weighted sum: an infinity in the tree not taken stays there.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> float(tree_math.where(jnp.array(True), jnp.array(1.0), jnp.array(jnp.nan)))
+      1.0
+    """
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization for optax, with the top Hessian eigenvector in its state.
+"""Sharpness-aware minimization for optax that follows the top Hessian eigenvector.
 
 >>> import optax, eigensam_jax
 >>> tx = optax.chain(eigensam_jax.eigen_sam(rho=0.05, alpha=0.2), optax.sgd(0.1))

@@ -33,8 +33,8 @@ def check_scalar(name: str, value: Any) -> None:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value < float("inf"):
         raise ValueError(
-            f"{name} must be a finite number of at least 0, a scalar array or a schedule "
-            f"of the step count, got {value!r}."
+            f"{name} must be a finite number of at least 0, a scalar array or a "
+            f"schedule of the step count, got {value!r}."
         )
 
 
@@ -52,8 +52,8 @@ def check_update(
         )
     if value_fn is None and grad_fn is None:
         raise ValueError(
-            "update needs value_fn or grad_fn, got neither: the gradient is taken again "
-            f"at the perturbed parameters. Call {_CALL}"
+            "update needs value_fn or grad_fn, got neither: the gradient is taken "
+            f"again at the perturbed parameters. Call {_CALL}"
         )
     functions = {"value_fn": value_fn, "grad_fn": grad_fn, "curvature_fn": curvature_fn}
     for name, function in functions.items():
@@ -64,8 +64,8 @@ def check_update(
             )
     if refresh is not None and not isinstance(refresh, bool | np.bool_):
         raise ValueError(
-            f"refresh must be True, False or None, got {refresh!r}: it is fixed at trace "
-            "time. Make it a static argument of the jitted step, or leave it out."
+            f"refresh must be True, False or None, got {refresh!r}: it is fixed at "
+            "trace time. Make it a static argument of the jitted step, or leave it out."
         )
 
 
@@ -75,7 +75,7 @@ def check_params(params: PyTree) -> None:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
                 f"params{jax.tree_util.keystr(path)} must be real floating-point, got "
-                f"{jnp.result_type(leaf)}: keep other leaves out of the parameter tree, "
+                f"{jnp.result_type(leaf)}: keep other leaves out of the parameters, "
                 "and split complex ones into real and imaginary parts."
             )
 
@@ -85,7 +85,7 @@ def scalar_valued(name: str, value_fn: ValueFn) -> ValueFn:
 
     def checked(params: PyTree) -> jax.Array:
         value = value_fn(params)
-        if jax.tree.structure(value) != jax.tree.structure(0) or jnp.shape(value) != ():
+        if [jnp.shape(x) for x in jax.tree.leaves(value)] != [()]:
             raise ValueError(
                 f"{name} must return a scalar, got {jax.tree.map(jnp.shape, value)} "
                 f"(shapes): average the losses, and drop what comes beside them, as in "
@@ -102,16 +102,16 @@ def like_params(name: str, tree: PyTree, params: PyTree) -> PyTree:
     Trees that differ in their containers alone (a frozen dict, an nnx state with and
     without its variables) count as alike.
     """
-    leaves, treedef = jax.tree.flatten(params)
-    candidates = jax.tree.leaves(tree)
-    shapes, expected = [list(map(jnp.shape, x)) for x in (candidates, leaves)]
+    leaves = jax.tree.leaves(tree)
+    shapes = [jnp.shape(x) for x in leaves]
+    expected = [jnp.shape(x) for x in jax.tree.leaves(params)]
     if shapes != expected:
         raise ValueError(
             f"{name} must be a tree like params, with leaves of the shapes {expected}, "
             f"got {shapes}. A gradient comes without the loss beside it: "
             "grad_fn=jax.grad(loss), not jax.value_and_grad(loss)."
         )
-    return treedef.unflatten(candidates)
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def gradient_function(

@@ -39,7 +39,7 @@ def power_iteration(
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.
-      v0: where to start, a tree of real arrays; need not have unit norm. Zero stays zero.
+      v0: where to start, a tree of real arrays; need not have norm 1. Zero stays zero.
       num_iters: the number of products, at least 1.
       unroll: whether to write the loop out. A longer program, but on XLA's CPU
         backend convolutions inside a loop run many times slower than outside.
@@ -76,4 +76,7 @@ def power_iteration(
         return Eigenpair(tree_math.where(inverse > 0, moved, v), eigenvalue, residual)
 
     start = Eigenpair(v0, zero, zero)
-    return jax.lax.fori_loop(0, num_iters, body, start, unroll=unroll or None)
+    pair: Eigenpair = jax.lax.fori_loop(
+        0, num_iters, body, start, unroll=unroll or None
+    )
+    return pair

@@ -63,7 +63,8 @@ def matvec(grad_fn: GradFn, params: PyTree) -> Matvec:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from eigensam_jax import hessian
-      >>> product = hessian.matvec(jax.grad(lambda w: jnp.sum(w**3)), jnp.array([1.0, 2.0]))
+      >>> gradient = jax.grad(lambda w: jnp.sum(w**3))
+      >>> product = hessian.matvec(gradient, jnp.array([1.0, 2.0]))
       >>> product(jnp.array([1.0, 1.0]))
       Array([ 6., 12.], dtype=float32)
     """

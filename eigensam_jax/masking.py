@@ -1,7 +1,7 @@
 """Which parameters are perturbed: masks as in optax, resolved to a subspace."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from eigensam_jax.tree_math import PyTree
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 _REMEDY = (
-    "Give a tree of bools that is like the parameters or a prefix of them, for example "
-    '{"encoder": True, "head": False}, or a function that makes one from the parameters.'
+    "Give a tree of bools like the parameters or a prefix of them, for example "
+    '{"encoder": True, "head": False}, or a function that makes one from them.'
 )
 
 
@@ -26,7 +26,7 @@ class Subspace(NamedTuple):
       selected: for each of its leaves, in order, whether it is in the subspace.
     """
 
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any
     selected: tuple[bool, ...]
 
     def select(self, tree: PyTree) -> list[jax.Array]:
@@ -37,11 +37,9 @@ class Subspace(NamedTuple):
     def merge(self, leaves: list[jax.Array], rest: PyTree) -> PyTree:
         """`rest` with the leaves of the subspace replaced by `leaves`."""
         chosen_leaves = iter(leaves)
+        others = zip(self.treedef.flatten_up_to(rest), self.selected, strict=True)
         return self.treedef.unflatten(
-            next(chosen_leaves) if chosen else x
-            for x, chosen in zip(
-                self.treedef.flatten_up_to(rest), self.selected, strict=True
-            )
+            next(chosen_leaves) if chosen else x for x, chosen in others
         )
 
     def embed(self, leaves: list[jax.Array], like: PyTree) -> PyTree:

@@ -122,8 +122,8 @@ def eigen_sam(
       Array([ 1. , -0.4], dtype=float32)
 
     References:
-      Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization Improves
-      Sharpness-Aware Minimization", NeurIPS 2024.
+      Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization
+      Improves Sharpness-Aware Minimization", NeurIPS 2024.
     """
     grad_norm = tree_math.norm(grads)
     rho, alpha = (jnp.asarray(x, grad_norm.dtype) for x in (rho, alpha))
@@ -149,5 +149,5 @@ def eigen_sam(
 def _where_usable(inverse: jax.Array, perturbation: Perturbation) -> Perturbation:
     """Zeros in place of all but `grad_norm` where there is no direction (1/‖·‖ = 0)."""
     zeros = jax.tree.map(jnp.zeros_like, perturbation)
-    kept = tree_math.where(inverse > 0, perturbation, zeros)
+    kept: Perturbation = tree_math.where(inverse > 0, perturbation, zeros)
     return kept._replace(grad_norm=perturbation.grad_norm)

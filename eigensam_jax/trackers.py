@@ -27,16 +27,16 @@ class Tracker(NamedTuple):
     """A rule for following the top eigenvector of the Hessian during training.
 
     Attributes:
-      init: `init(params) -> state`. `eigenvector` has the shapes of `params`, in float32
-        or wider; its part outside a `mask` is set to zero afterwards.
+      init: `init(params) -> state`. `eigenvector` has the shapes of `params`, in
+        float32 or wider; its part outside a `mask` is set to zero afterwards.
       refresh: `refresh(state, matvec, count, due) -> state`, before the perturbation.
         `matvec(v)` is the product of the Hessian at the current parameters with a tree
         like them, zero outside the mask; `count` is the number of the step, from 0, an
-        int32 scalar. `due` is True or False where the caller has fixed whether this step
-        refreshes, else None, and then the tracker decides, under `jax.lax.cond`.
-      observe: `observe(state, perturbation, gradient_change, count) -> state`, after the
-        perturbed gradient: ε and ∇L(w + ε) − ∇L(w), trees like the parameters and zero
-        outside the mask. What is not looked at is not computed.
+        int32 scalar. `due` is True or False where the caller has fixed whether this
+        step refreshes, else None: then the tracker decides, under `jax.lax.cond`.
+      observe: `observe(state, perturbation, gradient_change, count) -> state`, after
+        the perturbed gradient: ε and ∇L(w + ε) − ∇L(w), trees like the parameters and
+        zero outside the mask. What is not looked at is not computed under `jit`.
     """
 
     init: Callable[[PyTree], TrackerState]
@@ -50,7 +50,7 @@ def power_iteration(
     """The paper's tracker: a few power iterations now and then.
 
     Every `update_interval` steps, the first of them at step 0, v ← Hv/‖Hv‖ is repeated
-    `num_iters` times on the current batch, from the v of the last refresh. In between, v
+    `num_iters` times on the current batch, from the v of the last refresh; in between v
     is kept. λ = ⟨v′, Hv′⟩ and the residual ‖Hv′ − λv′‖ belong to v′, the input of the
     last product, so that they cost no product of their own. Before the first refresh v
     is a random unit vector, and λ and the residual are 0.
@@ -110,8 +110,10 @@ def power_iteration(
 
         if due is None:
             is_due = count % update_interval == 0
-            return jax.lax.cond(is_due, iterate, lambda pair: pair, state)
-        return iterate(state) if due else state
+            state = jax.lax.cond(is_due, iterate, lambda pair: pair, state)
+        elif due:
+            state = iterate(state)
+        return state
 
     return Tracker(init, refresh, _observe_nothing)
 
@@ -126,8 +128,9 @@ def _observe_nothing(
 def _random_unit_vector(seed: int, like: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(like)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    vector = treedef.unflatten(
+    normal = [
         jax.random.normal(key, jnp.shape(x), tree_math.accumulation_dtype(x))
         for key, x in zip(keys, leaves, strict=True)
-    )
+    ]
+    vector = jax.tree.unflatten(treedef, normal)
     return tree_math.scale(tree_math.safe_inverse(tree_math.norm(vector)), vector)

@@ -1,73 +1,31 @@
 """SAM, ASAM and Eigen-SAM as optax gradient transformations.
 
-Each turns ∇L(w) into ∇L(w + ε) and belongs first in an `optax.chain`. They share the
-arguments of `update`:
+Each turns ∇L(w) into ∇L(w + ε) and belongs first in an `optax.chain`:
 
-    tx.update(grads, opt_state, params, value_fn=value_fn)
-
-  value_fn: `params -> scalar`, the loss on the current batch.
-  grad_fn: `params -> gradient tree`, in place of `value_fn` where the loss alone is not
-    enough (micro-batches, loss scaling). With both, `grad_fn` makes the gradients.
-  curvature_fn: `params -> scalar`, the loss whose Hessian is tracked, where that is
-    another one (evaluation mode, part of the batch). Only `eigen_sam` looks at it.
-  refresh: a Python bool that fixes at trace time whether the tracker refreshes on this
-    step; by default the tracker decides by its interval. Only `eigen_sam` looks at it.
+    tx.update(grads, opt_state, params, value_fn=lambda p: loss(p, batch))
 
 `grads` must be the gradient of `value_fn` at `params`: the same batch, dropout mask and
-scaling, with nothing before it in the chain. Clip and decay after it: what these
-transformations hand on is the gradient at w + ε, whatever was handed in. The loss
-decides what is in the Hessian: weight decay added by optax is not. Other extra arguments
-are ignored.
+scaling, with nothing before it in the chain. Clip and decay after it: what comes out is
+the gradient at w + ε, whatever was handed in.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from eigensam_jax import arguments, hessian, masking, perturbation, trackers, tree_math
+from eigensam_jax import arguments, perturbation, trackers
 from eigensam_jax.eigen import Eigenpair
-from eigensam_jax.hessian import GradFn, Matvec, ValueFn
-from eigensam_jax.masking import Mask, Subspace
+from eigensam_jax.masking import Mask
 from eigensam_jax.perturbation import Perturbation
+from eigensam_jax.sharpness_aware import sharpness_aware
 from eigensam_jax.trackers import Tracker
 from eigensam_jax.tree_math import PyTree
 
 ScalarOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
-
-
-class Info(NamedTuple):
-    """What the last step did; nothing of it is carried on. Scalars, 0 before the first.
-
-    Attributes:
-      grad_norm: ‖g‖ over the perturbed parameters.
-      perturbation_norm: ‖ε‖.
-      perturbed_value: L(w + ε); NaN where `grad_fn` makes the gradients.
-      alignment: |⟨ε, v⟩|/‖ε‖; None for `sam` and `asam`.
-    """
-
-    grad_norm: jax.Array
-    perturbation_norm: jax.Array
-    perturbed_value: jax.Array
-    alignment: jax.Array | None
-
-
-class SharpnessAwareState(NamedTuple):
-    """State of `sam`, `asam` and `eigen_sam`.
-
-    Attributes:
-      count: number of updates so far, int32.
-      tracker: the tracker's state, with the fields `eigenvector`, `eigenvalue` and
-        `residual`; None for `sam` and `asam`.
-      info: what the last step did, to look at.
-    """
-
-    count: jax.Array
-    tracker: Any
-    info: Info
 
 
 def sam(
@@ -85,8 +43,12 @@ def sam(
         elsewhere and norms leave the rest out. All, by default.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with a `SharpnessAwareState`; its
-      `update` takes the arguments described in `eigensam_jax.transform`.
+      An `optax.GradientTransformationExtraArgs`. Its state is a
+      `sharpness_aware.SharpnessAwareState`. Its `update` needs `params` and the keyword
+      argument `value_fn`, params -> scalar, the loss on the current batch; or
+      `grad_fn`, params -> gradient tree, where the loss alone is not enough
+      (micro-batches, loss scaling). With both, `grad_fn` makes the gradients. Other
+      arguments are ignored.
 
     Raises:
       ValueError: for a negative `rho` or an unusable `mask`; from `update`, where an
@@ -110,7 +72,7 @@ def sam(
     def perturb(count: jax.Array, grads: PyTree, *_: Any) -> Perturbation:
         return perturbation.sam(grads, _at(rho, count))
 
-    return _sharpness_aware(perturb, None, mask)
+    return sharpness_aware(perturb, None, mask)
 
 
 def asam(
@@ -154,7 +116,7 @@ def asam(
     ) -> Perturbation:
         return perturbation.asam(grads, params, _at(rho, count), eta)
 
-    return _sharpness_aware(perturb, None, mask)
+    return sharpness_aware(perturb, None, mask)
 
 
 def eigen_sam(
@@ -172,13 +134,14 @@ def eigen_sam(
 
     Where the tracked λ is negative, v is a direction of negative curvature and not the
     top of the spectrum: the added term is dropped and the steps are those of `sam`
-    until the next refresh. `alpha=0` is `sam`, bit for bit, with the eigenvector tracked
-    beside it.
+    until the next refresh. `alpha=0` is `sam`, bit for bit, with the eigenvector
+    tracked beside it.
 
     Cost: one gradient more per step, as `sam`; what the tracker costs, by default 5
     Hessian-vector products every 100 steps; and one vector like the parameters, in
-    float32 or wider. The Hessian is that of `curvature_fn`, if given, else of
-    `value_fn`, else the Jacobian of `grad_fn`, at w on the current batch.
+    float32 or wider. The Hessian is that of `curvature_fn`, if given, else the Jacobian
+    of `grad_fn`, if given, else that of `value_fn`, at w. What optax adds later, such
+    as weight decay, is not in it.
 
     The state is found by name from any chain, for example
     `optax.tree.get(opt_state, "eigenvector")`, and likewise "eigenvalue", "residual",
@@ -201,7 +164,11 @@ def eigen_sam(
         v zero elsewhere.
 
     Returns:
-      As `sam`.
+      As `sam`. `update` takes two more keyword arguments: `curvature_fn`, params ->
+      scalar, the loss whose Hessian is tracked where it is another one (evaluation
+      mode, part of the batch); and `refresh`, a Python bool that fixes at trace time
+      whether the tracker refreshes on this step, where the caller knows better than
+      the tracker's interval or wants no branch in the program.
 
     Raises:
       ValueError: for a negative `rho` or `alpha`, for a `tracker` that is none, and as
@@ -213,15 +180,15 @@ def eigen_sam(
       >>> loss = lambda w: w["x"] ** 2 + 3 * w["y"] ** 2
       >>> w = {"x": jnp.array(1.0), "y": jnp.array(0.1)}
       >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-      >>> optax.tree.get(state, "eigenvalue").round(3)  # the Hessian's is 6
-      Array(6., dtype=float32)
+      >>> print(f"{optax.tree.get(state, 'eigenvalue'):.3f}")  # the Hessian's: 2 and 6
+      6.000
       >>> alignment = optax.tree.get(state, "alignment")
       >>> bool(alignment > 0.6 / jnp.hypot(2.0, 0.6))  # better than the gradient's
       True
 
     References:
-      Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization Improves
-      Sharpness-Aware Minimization", NeurIPS 2024, arXiv 2501.12666.
+      Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization
+      Improves Sharpness-Aware Minimization", NeurIPS 2024, arXiv 2501.12666.
     """
     arguments.check_scalar("rho", rho)
     arguments.check_scalar("alpha", alpha)
@@ -237,100 +204,8 @@ def eigen_sam(
         weight = jnp.where(top.eigenvalue < 0, 0, _at(alpha, count))
         return perturbation.eigen_sam(grads, top.eigenvector, _at(rho, count), weight)
 
-    return _sharpness_aware(perturb, tracker, mask)
+    return sharpness_aware(perturb, tracker, mask)
 
 
 def _at(value: ScalarOrSchedule, count: jax.Array) -> ArrayLike:
     return value(count) if callable(value) else value
-
-
-def _sharpness_aware(
-    perturb: Callable[..., Perturbation], tracker: Tracker | None, mask: Mask
-) -> optax.GradientTransformationExtraArgs:
-    """∇L(w) becomes ∇L(w + ε), ε = perturb(count, g, w, top eigenpair).
-
-    `perturb` sees the leaves that `mask` selects, as lists; the tracker sees whole trees.
-    """
-    masking.check(mask)
-
-    def init_fn(params: PyTree) -> SharpnessAwareState:
-        arguments.check_params(params)
-        space = masking.subspace(mask, params)
-        zero = jnp.zeros((), tree_math.accumulation_dtype(params))
-        if tracker is None:
-            return SharpnessAwareState(
-                jnp.zeros((), jnp.int32), None, Info(zero, zero, zero, None)
-            )
-        state = tracker.init(params)
-        v = space.select(state.eigenvector)
-        v = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v)), v)
-        return SharpnessAwareState(
-            jnp.zeros((), jnp.int32),
-            state._replace(eigenvector=space.embed(v, params)),
-            Info(zero, zero, zero, zero),
-        )
-
-    def update_fn(
-        updates: PyTree,
-        state: SharpnessAwareState,
-        params: PyTree | None = None,
-        *,
-        value_fn: ValueFn | None = None,
-        grad_fn: GradFn | None = None,
-        curvature_fn: ValueFn | None = None,
-        refresh: bool | None = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, SharpnessAwareState]:
-        del extra_args
-        arguments.check_update(params, value_fn, grad_fn, curvature_fn, refresh)
-        updates = arguments.like_params("updates", updates, params)
-        space = masking.subspace(mask, params)
-        value_and_grad = arguments.gradient_function(value_fn, grad_fn)
-        curvature = value_and_grad
-        if curvature_fn is not None:
-            curvature = arguments.gradient_function(curvature_fn, None)
-
-        grads, weights = space.select(updates), space.select(params)
-        tracked, top = state.tracker, None
-        if tracker is not None:
-            matvec = _masked_matvec(lambda p: curvature(p)[1], params, space)
-            tracked = tracker.refresh(tracked, matvec, state.count, refresh)
-            top = Eigenpair(
-                space.select(tracked.eigenvector), tracked.eigenvalue, tracked.residual
-            )
-
-        step = perturb(state.count, grads, weights, top)
-        perturbed = jax.tree.map(
-            lambda w, e: jnp.asarray(w + e, jnp.result_type(w)), weights, step.epsilon
-        )
-        value, new_updates = value_and_grad(space.merge(perturbed, params))
-
-        if tracker is not None:
-            change = tree_math.add_scaled(space.select(new_updates), -1, grads)
-            tracked = tracker.observe(
-                tracked,
-                space.embed(step.epsilon, params),
-                space.embed(change, params),
-                state.count,
-            )
-        value = jnp.asarray(value, step.norm.dtype)
-        info = Info(step.grad_norm, step.norm, value, step.alignment)
-        new_updates = jax.tree.map(
-            lambda new, old: jnp.asarray(new, jnp.result_type(old)),
-            new_updates,
-            updates,
-        )
-        count = optax.safe_increment(state.count)
-        return new_updates, SharpnessAwareState(count, tracked, info)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _masked_matvec(grad_fn: GradFn, params: PyTree, space: Subspace) -> Matvec:
-    """The Hessian-vector product of the subspace, on vectors of the whole space."""
-
-    def grad_in_subspace(weights: list[jax.Array]) -> list[jax.Array]:
-        return space.select(grad_fn(space.merge(weights, params)))
-
-    product = hessian.matvec(grad_in_subspace, space.select(params))
-    return lambda vector: space.embed(product(space.select(vector)), params)

@@ -6,13 +6,14 @@ float32, whichever is wider, so that a million bfloat16 ones have the squared no
 1,000,000 and no matrix unit rounds the factors.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 PyTree = Any
+Tree = TypeVar("Tree")
 
 
 def accumulation_dtype(tree: PyTree) -> jnp.dtype:
@@ -93,7 +94,7 @@ def safe_inverse(x: jax.Array) -> jax.Array:
 
 
 def scale(factor: ArrayLike, tree: PyTree) -> PyTree:
-    """factor · x for every leaf, each in its own dtype or float32 if that is wider.
+    """Scaled tree factor · x, each leaf in its own dtype or float32 if that is wider.
 
     Example:
       >>> import jax.numpy as jnp
@@ -105,7 +106,7 @@ def scale(factor: ArrayLike, tree: PyTree) -> PyTree:
 
 
 def add_scaled(a: PyTree, factor: ArrayLike, b: PyTree) -> PyTree:
-    """a + factor · b, leaf by leaf, each in float32 or wider.
+    """Sum a + factor · b, each leaf in float32 or wider.
 
     Example:
       >>> import jax.numpy as jnp
@@ -116,7 +117,7 @@ def add_scaled(a: PyTree, factor: ArrayLike, b: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, widen(a), scale(factor, b))
 
 
-def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
     """All of `a` where the scalar `condition` holds, else all of `b`.
 
     A selection, not a weighted sum: an infinity in the tree not taken stays there.
@@ -127,4 +128,5 @@ def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
       >>> float(tree_math.where(jnp.array(True), jnp.array(1.0), jnp.array(jnp.nan)))
       1.0
     """
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+    selected: Tree = jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+    return selected

@@ -1,0 +1,137 @@
+"""The update that SAM, ASAM and Eigen-SAM share, around a rule for the perturbation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from eigensam_jax import arguments, hessian, masking, tree_math
+from eigensam_jax.eigen import Eigenpair
+from eigensam_jax.hessian import GradFn, Matvec, ValueFn
+from eigensam_jax.masking import Mask, Subspace
+from eigensam_jax.perturbation import Perturbation
+from eigensam_jax.trackers import Tracker
+from eigensam_jax.tree_math import PyTree
+
+
+class Info(NamedTuple):
+    """What the last step did; nothing of it is carried on. Scalars, 0 before the first.
+
+    Attributes:
+      grad_norm: ‖g‖ over the perturbed parameters.
+      perturbation_norm: ‖ε‖.
+      perturbed_value: L(w + ε); NaN where `grad_fn` makes the gradients.
+      alignment: |⟨ε, v⟩|/‖ε‖; None for `sam` and `asam`.
+    """
+
+    grad_norm: jax.Array
+    perturbation_norm: jax.Array
+    perturbed_value: jax.Array
+    alignment: jax.Array | None
+
+
+class SharpnessAwareState(NamedTuple):
+    """State of `sam`, `asam` and `eigen_sam`.
+
+    Attributes:
+      count: number of updates so far, int32.
+      tracker: the tracker's state, with the fields `eigenvector`, `eigenvalue` and
+        `residual`; None for `sam` and `asam`.
+      info: what the last step did, to look at.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    tracker: Any
+    info: Info
+
+
+def sharpness_aware(
+    perturb: Callable[..., Perturbation], tracker: Tracker | None, mask: Mask
+) -> optax.GradientTransformationExtraArgs:
+    """∇L(w) becomes ∇L(w + ε), ε = perturb(count, g, w, top eigenpair).
+
+    `perturb` sees the leaves that `mask` selects, as lists; `tracker` sees whole trees.
+    """
+    masking.check(mask)
+
+    def init_fn(params: PyTree) -> SharpnessAwareState:
+        arguments.check_params(params)
+        space = masking.subspace(mask, params)
+        zero = jnp.zeros((), tree_math.accumulation_dtype(params))
+        tracked = alignment = None
+        if tracker is not None:
+            tracked, alignment = tracker.init(params), zero
+            v = space.select(tracked.eigenvector)
+            v = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v)), v)
+            tracked = tracked._replace(eigenvector=space.embed(v, params))
+        info = Info(zero, zero, zero, alignment)
+        return SharpnessAwareState(jnp.zeros((), jnp.int32), tracked, info)
+
+    def update_fn(
+        updates: PyTree,
+        state: SharpnessAwareState,
+        params: PyTree | None = None,
+        *,
+        value_fn: ValueFn | None = None,
+        grad_fn: GradFn | None = None,
+        curvature_fn: ValueFn | None = None,
+        refresh: bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, SharpnessAwareState]:
+        del extra_args
+        arguments.check_update(params, value_fn, grad_fn, curvature_fn, refresh)
+        updates = arguments.like_params("updates", updates, params)
+        space = masking.subspace(mask, params)
+        value_and_grad = arguments.gradient_function(value_fn, grad_fn)
+        curvature_grad = lambda p: value_and_grad(p)[1]
+        if curvature_fn is not None:
+            curvature_grad = jax.grad(
+                arguments.scalar_valued("curvature_fn", curvature_fn)
+            )
+
+        grads, weights = space.select(updates), space.select(params)
+        tracked, top = state.tracker, None
+        if tracker is not None:
+            matvec = _masked_matvec(curvature_grad, params, space)
+            tracked = tracker.refresh(tracked, matvec, state.count, refresh)
+            top = Eigenpair(
+                space.select(tracked.eigenvector), tracked.eigenvalue, tracked.residual
+            )
+
+        step = perturb(state.count, grads, weights, top)
+        perturbed = jax.tree.map(
+            lambda w, e: jnp.asarray(w + e, jnp.result_type(w)), weights, step.epsilon
+        )
+        value, new_updates = value_and_grad(space.merge(perturbed, params))
+
+        if tracker is not None:
+            change = tree_math.add_scaled(space.select(new_updates), -1, grads)
+            tracked = tracker.observe(
+                tracked,
+                space.embed(step.epsilon, params),
+                space.embed(change, params),
+                state.count,
+            )
+        value = jnp.asarray(value, step.norm.dtype)
+        info = Info(step.grad_norm, step.norm, value, step.alignment)
+        new_updates = jax.tree.map(
+            lambda new, old: jnp.asarray(new, jnp.result_type(old)),
+            new_updates,
+            updates,
+        )
+        count = optax.safe_increment(state.count)
+        return new_updates, SharpnessAwareState(count, tracked, info)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _masked_matvec(grad_fn: GradFn, params: PyTree, space: Subspace) -> Matvec:
+    """The Hessian-vector product of the subspace, on vectors of the whole space."""
+
+    def grad_in_subspace(weights: list[jax.Array]) -> list[jax.Array]:
+        return space.select(grad_fn(space.merge(weights, params)))
+
+    product = hessian.matvec(grad_in_subspace, space.select(params))
+    return lambda vector: space.embed(product(space.select(vector)), params)

@@ -1,0 +1,68 @@
+"""Losses with known derivatives, and the dense Hessians to hold results against."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+SPECTRA = {
+    "definite": [0.5, 1.0, 2.0, 4.0, 10.0],
+    "indefinite": [-3.0, -1.0, 0.0, 2.0, 5.0],
+    "degenerate": [0.0, 0.0, 3.0, 3.0, 3.0],
+}
+
+
+def symmetric(spectrum, seed):
+    """A dense symmetric float64 matrix with this spectrum, and its eigenvectors."""
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.normal(size=(len(spectrum), len(spectrum))))
+    return (basis * np.asarray(spectrum)) @ basis.T, basis
+
+
+def quadratic(matrix, dtype):
+    """½ wᵀHw on the tree {"a": (2,), "b": {"c": (n − 2,)}}, and the way to and fro."""
+    matrix = jnp.asarray(matrix, dtype)
+
+    def to_tree(vector):
+        vector = jnp.asarray(vector, dtype)
+        return {"a": vector[:2], "b": {"c": vector[2:]}}
+
+    def value_fn(params):
+        w = jnp.concatenate([params["a"], params["b"]["c"]])
+        product = jnp.matmul(matrix, w, precision="highest")
+        return 0.5 * jnp.dot(w, product, precision="highest")
+
+    return value_fn, to_tree
+
+
+def network(seed=0, dtype=jnp.float32):
+    """Parameters and loss(params, batch_index) of a small tanh network."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    params = {
+        "hidden": {
+            "w": 0.5 * jax.random.normal(keys[0], (4, 6), dtype),
+            "b": jnp.zeros(6, dtype),
+        },
+        "out": {"w": 0.5 * jax.random.normal(keys[1], (6, 3), dtype)},
+    }
+    inputs = jax.random.normal(keys[2], (5, 16, 4), dtype)
+    labels = jax.random.randint(keys[3], (5, 16), 0, 3)
+
+    def loss(params, index=0):
+        x, y = inputs[index], labels[index]
+        hidden = jnp.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"])
+        logits = hidden @ params["out"]["w"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    return params, loss
+
+
+def dense_hessian(value_fn, params):
+    """The Hessian as a matrix over the raveled parameters."""
+    flat, unravel = ravel_pytree(params)
+    return jax.hessian(lambda x: value_fn(unravel(x)))(flat)
+
+
+def flatten(tree):
+    return np.asarray(ravel_pytree(tree)[0])

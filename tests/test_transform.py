@@ -1,0 +1,597 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+from problems import SPECTRA, dense_hessian, flatten, network, quadratic, symmetric
+
+from eigensam_jax import asam, eigen_sam, sam, trackers, tree_math
+
+FACTORIES = {"sam": sam, "asam": asam, "eigen_sam": eigen_sam}
+each_factory = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
+
+
+def train(tx, params, loss, steps, refresh=None):
+    """Runs `steps` jitted updates over the batches of `network`, in one trace."""
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, state, index):
+        value_fn = lambda p: loss(p, index)
+        grads = jax.grad(value_fn)(params)
+        updates, state = tx.update(
+            grads, state, params, value_fn=value_fn, refresh=refresh
+        )
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for i in range(steps):
+        params, state = step(params, state, jnp.int32(i % 5))
+    return params, state
+
+
+# --- closed forms ---------------------------------------------------------------------
+
+
+def definition(name, w, matrix, v, rho, alpha, eta):
+    """ε by the definitions, in float64."""
+    g = matrix @ w
+    u = g / np.linalg.norm(g)
+    if name == "sam":
+        return rho * u
+    if name == "asam":
+        scale = np.abs(w) + eta
+        return rho * scale**2 * g / np.linalg.norm(scale * g)
+    positive = v @ matrix @ v > 0
+    return rho * (u + positive * alpha * np.sign(g @ v) * (v - (u @ v) * u))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [("float32", 1e-6), ("float64", 1e-12)], ids=["f32", "f64"]
+)
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", FACTORIES)
+def test_on_a_quadratic_the_gradient_is_h_times_w_plus_epsilon(
+    name, seed, spectrum, dtype, rtol
+):
+    with jax.enable_x64(dtype == "float64"):
+        matrix, _ = symmetric(spectrum, seed)
+        matrix = np.asarray(matrix, dtype).astype(np.float64)
+        w = np.random.default_rng(seed).normal(size=5).astype(dtype).astype(np.float64)
+        value_fn, to_tree = quadratic(matrix, dtype)
+        kwargs = {
+            "sam": {"rho": 0.3},
+            "asam": {"rho": 0.3, "eta": 0.1},
+            "eigen_sam": {
+                "rho": 0.3,
+                "alpha": 0.7,
+                "tracker": trackers.power_iteration(50, seed=seed),
+            },
+        }[name]
+        tx = FACTORIES[name](**kwargs)
+        params = to_tree(w)
+        grads = jax.grad(value_fn)(params)
+        state = tx.init(params)
+        updates, state = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=value_fn))(
+            grads, state, params
+        )
+        v = None
+        if name == "eigen_sam":
+            v = flatten(state.tracker.eigenvector).astype(np.float64)
+            top = np.linalg.norm(matrix @ v - state.tracker.eigenvalue * v)
+            assert top < 1e-2 * max(np.abs(spectrum))
+        epsilon = definition(name, w, matrix, v, rho=0.3, alpha=0.7, eta=0.1)
+        expected = matrix @ (w + epsilon)
+        error = np.linalg.norm(flatten(updates) - expected)
+        assert error <= rtol * np.linalg.norm(matrix, 2) * np.linalg.norm(w + epsilon)
+        info = state.info
+        radius = np.linalg.norm(epsilon)
+        np.testing.assert_allclose(info.perturbation_norm, radius, rtol=10 * rtol)
+        np.testing.assert_allclose(
+            info.grad_norm, np.linalg.norm(matrix @ w), rtol=10 * rtol
+        )
+        value = 0.5 * (w + epsilon) @ matrix @ (w + epsilon)
+        np.testing.assert_allclose(
+            info.perturbed_value, value, rtol=10 * rtol, atol=10 * rtol
+        )
+        if v is not None:
+            alignment = abs(epsilon @ v) / radius
+            np.testing.assert_allclose(info.alignment, alignment, rtol=10 * rtol)
+        assert {x.dtype for x in jax.tree.leaves((updates, info))} == {jnp.dtype(dtype)}
+
+
+# --- against a naive rewrite ----------------------------------------------------------
+
+
+def test_three_hundred_steps_against_a_flat_rewrite_with_a_dense_hessian():
+    rho, alpha, interval, num_iters = 0.1, 0.2, 10, 5
+    with jax.enable_x64(True):
+        params, loss = network(dtype=jnp.float64)
+        flat, unravel = ravel_pytree(params)
+        gradient = jax.jit(jax.grad(lambda x, i: loss(unravel(x), i)))
+        hessian = jax.jit(jax.hessian(lambda x, i: loss(unravel(x), i)))
+        tracker = trackers.power_iteration(num_iters, interval)
+        tx = optax.chain(eigen_sam(rho, alpha, tracker), optax.sgd(0.1, momentum=0.9))
+        v = flatten(optax.tree.get(tx.init(params), "eigenvector"))
+        w, momentum, dropped = np.array(flat), np.zeros(flat.size), 0
+        for step in range(300):
+            batch = step % 5
+            g = np.asarray(gradient(w, batch))
+            if step % interval == 0:
+                matrix = np.asarray(hessian(w, batch))
+                for _ in range(num_iters):
+                    curvature = v @ matrix @ v
+                    v = matrix @ v / np.linalg.norm(matrix @ v)
+            u = g / np.linalg.norm(g)
+            epsilon = rho * u
+            if curvature >= 0:
+                epsilon += rho * alpha * np.sign(g @ v) * (v - (u @ v) * u)
+            dropped += curvature < 0
+            momentum = 0.9 * momentum + np.asarray(gradient(w + epsilon, batch))
+            w = w - 0.1 * momentum
+        trained, state = train(tx, params, loss, 300)
+        error = np.linalg.norm(flatten(trained) - w)
+        assert error <= 1e-8 * np.linalg.norm(w)
+        np.testing.assert_allclose(
+            np.abs(flatten(optax.tree.get(state, "eigenvector")) @ v), 1, rtol=1e-8
+        )
+        moved = np.linalg.norm(w - flat)
+        plain, _ = train(optax.sgd(0.1, momentum=0.9), params, loss, 300)
+        assert np.linalg.norm(flatten(plain) - w) > 0.01 * moved  # SGD would not pass
+        assert dropped < 300
+
+
+# --- against each other and optax -----------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0, lambda count: 0.0 * count])
+def test_alpha_zero_is_sam_bit_for_bit(alpha):
+    params, loss = network()
+    sgd = optax.sgd(0.1, momentum=0.9)
+    expected, _ = train(optax.chain(sam(0.2), sgd), params, loss, 120)
+    actual, _ = train(optax.chain(eigen_sam(0.2, alpha), sgd), params, loss, 120)
+    chex.assert_trees_all_equal(actual, expected)
+    other, _ = train(optax.chain(eigen_sam(0.2, 0.5), sgd), params, loss, 120)
+    assert tree_math.norm(tree_math.add_scaled(other, -1, expected)) > 1e-3
+
+
+def test_the_sign_of_the_eigenvector_changes_nothing():
+    params, loss = network()
+    tx = eigen_sam(0.1, 0.7)
+    grads = jax.grad(loss)(params)
+    _, state = tx.update(grads, tx.init(params), params, value_fn=loss)
+    flipped = state._replace(
+        tracker=state.tracker._replace(
+            eigenvector=tree_math.scale(-1, state.tracker.eigenvector)
+        )
+    )
+    update = jax.jit(
+        lambda s: tx.update(grads, s, params, value_fn=loss, refresh=False)
+    )
+    (one, state_one), (two, state_two) = update(state), update(flipped)
+    chex.assert_trees_all_equal(one, two)
+    chex.assert_trees_all_equal(state_one.info, state_two.info)
+
+
+def test_sam_is_optax_contrib_sam_with_a_normalised_ascent():
+    params, loss = network()
+    theirs = optax.contrib.sam(
+        optax.sgd(0.1, momentum=0.9),
+        optax.chain(optax.contrib.normalize(), optax.sgd(0.05)),
+        opaque_mode=True,
+    )
+
+    @jax.jit
+    def step(params, state, index):
+        grad_fn = jax.grad(lambda p, _: loss(p, index))
+        updates, state = theirs.update(
+            grad_fn(params, 0), state, params, grad_fn=grad_fn
+        )
+        return optax.apply_updates(params, updates), state
+
+    expected, state = params, theirs.init(params)
+    for i in range(100):
+        expected, state = step(expected, state, jnp.int32(i % 5))
+    ours, _ = train(
+        optax.chain(sam(0.05), optax.sgd(0.1, momentum=0.9)), params, loss, 100
+    )
+    chex.assert_trees_all_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+@each_factory
+def test_rho_zero_hands_the_gradient_back(factory):
+    params, loss = network()
+    grads = jax.grad(loss)(params)
+    tx = factory(rho=0.0)
+    updates, state = tx.update(grads, tx.init(params), params, value_fn=loss)
+    chex.assert_trees_all_equal(updates, grads)
+    assert state.info.perturbation_norm == 0
+
+
+# --- the eigenvector ------------------------------------------------------------------
+
+
+def test_the_eigenvector_is_that_of_the_dense_hessian():
+    params, loss = network()
+    tx = optax.chain(
+        eigen_sam(tracker=trackers.power_iteration(num_iters=300)), optax.sgd(0.1)
+    )
+    grads = jax.grad(loss)(params)
+    _, state = tx.update(grads, tx.init(params), params, value_fn=loss)
+    values, vectors = np.linalg.eigh(dense_hessian(loss, params))
+    v = flatten(optax.tree.get(state, "eigenvector"))
+    assert abs(v @ vectors[:, -1]) >= 1 - 1e-5
+    eigenvalue = optax.tree.get(state, "eigenvalue")
+    np.testing.assert_allclose(eigenvalue, values[-1], rtol=1e-5)
+    assert optax.tree.get(state, "residual") < 1e-3 * values[-1]
+
+
+def test_each_name_is_in_the_state_once():
+    params, _ = network()
+    tx = optax.chain(eigen_sam(), optax.add_decayed_weights(1e-4), optax.adam(1e-3))
+    state = tx.init(params)
+    for name in (
+        *("eigenvector", "eigenvalue", "residual", "alignment"),
+        *("grad_norm", "perturbation_norm", "perturbed_value"),
+    ):
+        assert len(optax.tree.get_all_with_path(state, name)) == 1, name
+
+
+def test_a_negative_eigenvalue_drops_the_added_term_until_the_next_refresh():
+    spectrum = jnp.array([-5.0, 1.0, 2.0])
+    value_fn = lambda w: 0.5 * jnp.sum(spectrum * w**2)
+    w = jnp.array([1.0, 1.0, 1.0])
+    tx = eigen_sam(0.1, 1.0, trackers.power_iteration(50, update_interval=2))
+    plain = sam(0.1)
+    state = tx.init(w)
+    for _ in range(4):
+        grads = jax.grad(value_fn)(w)
+        updates, state = tx.update(grads, state, w, value_fn=value_fn)
+        expected, _ = plain.update(grads, plain.init(w), w, value_fn=value_fn)
+        np.testing.assert_array_equal(updates, expected)
+        np.testing.assert_allclose(state.tracker.eigenvalue, -5, rtol=1e-5)
+        np.testing.assert_allclose(state.info.perturbation_norm, 0.1, rtol=1e-6)
+    spectrum = jnp.array([1.0, 1.0, 8.0])  # a convex batch: the term is back
+    updates, state = tx.update(
+        jax.grad(value_fn)(w), state, w, value_fn=value_fn, refresh=True
+    )
+    assert state.tracker.eigenvalue > 0
+    assert state.info.perturbation_norm > 0.1
+
+
+def test_curvature_fn_is_the_loss_that_is_tracked():
+    params, loss = network()
+    tx = eigen_sam(tracker=trackers.power_iteration(num_iters=300))
+    train_fn, held_out = (lambda p: loss(p, 0)), (lambda p: loss(p, 3))
+    grads = jax.grad(train_fn)(params)
+    updates, state = tx.update(
+        grads, tx.init(params), params, value_fn=train_fn, curvature_fn=held_out
+    )
+    eigenvalues = np.linalg.eigvalsh(dense_hessian(held_out, params))
+    np.testing.assert_allclose(state.tracker.eigenvalue, eigenvalues[-1], rtol=1e-4)
+    perturbed = jax.grad(train_fn)(params)  # the gradient is still the training loss's
+    assert tree_math.norm(tree_math.add_scaled(updates, -1, perturbed)) < 0.2
+
+
+def test_grad_fn_takes_the_place_of_value_fn():
+    params, loss = network()
+    tx = eigen_sam(0.1, 0.5)
+    grads = jax.grad(loss)(params)
+    state = tx.init(params)
+    expected, by_value = tx.update(grads, state, params, value_fn=loss)
+    actual, by_grad = tx.update(grads, state, params, grad_fn=jax.grad(loss))
+    chex.assert_trees_all_equal(actual, expected)
+    chex.assert_trees_all_equal(by_grad.tracker, by_value.tracker)
+    np.testing.assert_allclose(by_value.info.perturbed_value, loss(params), rtol=0.5)
+    assert jnp.isnan(by_grad.info.perturbed_value)
+    doubled = lambda p: tree_math.scale(2.0, jax.grad(loss)(p))
+    both, _ = tx.update(grads, state, params, grad_fn=doubled, value_fn=loss)
+    chex.assert_trees_all_close(both, tree_math.scale(2.0, expected), rtol=1e-6)
+
+
+# --- masks ----------------------------------------------------------------------------
+
+
+def test_a_mask_confines_perturbation_eigenvector_and_hessian():
+    params, loss = network()
+    mask = {"hidden": {"w": True, "b": False}, "out": False}
+    seen = []
+    inner = trackers.power_iteration(num_iters=400)
+    spy = inner._replace(
+        observe=lambda s, epsilon, change, count: seen.append((epsilon, change)) or s
+    )
+    tx = eigen_sam(0.1, 0.5, spy, mask=mask)
+    grads = jax.grad(loss)(params)
+    state = tx.init(params)
+    np.testing.assert_allclose(tree_math.norm(state.tracker.eigenvector), 1, rtol=1e-6)
+    for tree in (state.tracker.eigenvector,):
+        assert tree_math.norm([tree["hidden"]["b"], tree["out"]]) == 0
+    updates, state = tx.update(grads, state, params, value_fn=loss)
+
+    block = lambda w: loss(params | {"hidden": params["hidden"] | {"w": w}})
+    w = params["hidden"]["w"]
+    values, vectors = np.linalg.eigh(jax.hessian(block)(w).reshape(w.size, w.size))
+    np.testing.assert_allclose(state.tracker.eigenvalue, values[-1], rtol=1e-4)
+    v = vectors[:, -1]
+    assert abs(flatten(state.tracker.eigenvector["hidden"]["w"]) @ v) > 1 - 1e-4
+
+    g = flatten(grads["hidden"]["w"])
+    np.testing.assert_allclose(state.info.grad_norm, np.linalg.norm(g), rtol=1e-6)
+    u = g / np.linalg.norm(g)
+    epsilon = 0.1 * (u + 0.5 * np.sign(g @ v) * (v - (u @ v) * u))
+    perturbed = {
+        "hidden": params["hidden"] | {"w": w + epsilon.reshape(w.shape)},
+        "out": params["out"],
+    }
+    chex.assert_trees_all_close(updates, jax.grad(loss)(perturbed), atol=1e-5)
+    ((observed, change),) = seen
+    for tree in (state.tracker.eigenvector, observed, change):
+        chex.assert_trees_all_equal_shapes_and_dtypes(tree, params)
+        assert tree_math.norm([tree["hidden"]["b"], tree["out"]]) == 0
+    np.testing.assert_allclose(flatten(observed["hidden"]["w"]), epsilon, atol=1e-4)
+
+
+@each_factory
+def test_a_mask_of_everything_changes_nothing(factory):
+    params, loss = network()
+    grads = jax.grad(loss)(params)
+    results = []
+    for mask in (
+        None,
+        {"hidden": True, "out": True},
+        lambda p: {"hidden": True, "out": True},
+    ):
+        tx = factory(mask=mask)
+        results.append(tx.update(grads, tx.init(params), params, value_fn=loss))
+    chex.assert_trees_all_equal(*results)
+
+
+# --- schedules ------------------------------------------------------------------------
+
+
+def test_rho_and_alpha_follow_schedules_of_the_transformations_own_count():
+    params, loss = network()
+    tx = eigen_sam(
+        rho=optax.linear_schedule(0.0, 0.3, 3), alpha=lambda count: 1.0 * (count >= 2)
+    )
+    state, grads = tx.init(params), jax.grad(loss)(params)
+    radii = []
+    for _ in range(4):
+        _, state = tx.update(grads, state, params, value_fn=loss)
+        radii.append(float(state.info.perturbation_norm))
+    np.testing.assert_allclose(radii[:2], [0.0, 0.1], rtol=1e-6)
+    assert radii[2] > 0.201
+    assert radii[3] > 0.301
+    assert state.count == 4
+
+
+def test_traced_rho_and_alpha_by_inject_hyperparams():
+    params, loss = network()
+    grads = jax.grad(loss)(params)
+    injected = optax.inject_hyperparams(eigen_sam)(rho=0.05, alpha=0.2)
+    state = injected.init(params)
+    state.hyperparams["rho"] = jnp.float32(0.4)
+    update = jax.jit(lambda s: injected.update(grads, s, params, value_fn=loss))
+    actual, _ = update(state)
+    tx = eigen_sam(rho=0.4, alpha=0.2)
+    expected, _ = tx.update(grads, tx.init(params), params, value_fn=loss)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5)
+
+
+# --- faults ---------------------------------------------------------------------------
+
+
+@each_factory
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_zero_gradient_gives_zero_perturbation(factory, dtype):
+    value_fn = lambda w: jnp.sum(w**2)
+    w = jnp.zeros(3, dtype)
+    tx = factory()
+    updates, state = tx.update(jnp.zeros(3, dtype), tx.init(w), w, value_fn=value_fn)
+    np.testing.assert_array_equal(updates, np.zeros(3))
+    assert state.info.perturbation_norm == 0
+    chex.assert_tree_all_finite(state)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_bad_batch_does_not_stay_in_the_tracker(bad):
+    params, loss = network()
+    tx = eigen_sam(0.1, 0.5, trackers.power_iteration(update_interval=1))
+    state = tx.init(params)
+    grads = jax.grad(loss)(params)
+    _, state = tx.update(grads, state, params, value_fn=loss)
+    poisoned = lambda p: bad * loss(p)
+    _, after = tx.update(jax.grad(poisoned)(params), state, params, value_fn=poisoned)
+    chex.assert_trees_all_equal(after.tracker, state.tracker)
+    assert after.info.perturbation_norm == 0
+    assert after.info.alignment == 0
+    updates, recovered = tx.update(grads, after, params, value_fn=loss)
+    chex.assert_tree_all_finite((updates, recovered))
+    assert recovered.info.perturbation_norm > 0.1
+
+
+def test_a_linear_model_trains():
+    value_fn = lambda w: jnp.dot(w, jnp.array([3.0, 4.0]))
+    w = jnp.ones(2)
+    tx = eigen_sam(0.1, 0.5)
+    updates, state = tx.update(jax.grad(value_fn)(w), tx.init(w), w, value_fn=value_fn)
+    np.testing.assert_array_equal(updates, [3.0, 4.0])
+    assert state.tracker.eigenvalue == 0
+    chex.assert_tree_all_finite(state)
+
+
+# --- what it costs --------------------------------------------------------------------
+
+
+def test_one_compilation_over_250_steps():
+    params, loss = network()  # `train` allows one trace
+    tx = optax.chain(eigen_sam(), optax.sgd(0.1))
+    _, state = train(tx, params, loss, 250)
+    assert state[0].count == 250
+
+
+def counting_loss(loss, counts):
+    """`loss`, counting its evaluations, and the tangents that are pushed through it."""
+
+    @jax.custom_jvp
+    def probe(x):
+        jax.debug.callback(lambda: counts.update(value=counts["value"] + 1))
+        return x
+
+    @probe.defjvp
+    def _(primals, tangents):
+        return probe(primals[0]), tangents[0]
+
+    return lambda p, i=0: probe(loss(p, i))
+
+
+@pytest.mark.parametrize("refresh", [None, False, True])
+def test_only_a_step_that_refreshes_runs_hessian_vector_products(refresh):
+    params, loss = network()
+    counts = {"value": 0}
+    counted = counting_loss(loss, counts)
+    num_iters, interval = 3, 4
+    tx = eigen_sam(tracker=trackers.power_iteration(num_iters, interval))
+    grads = jax.grad(loss)(params)
+    step = jax.jit(
+        lambda s: tx.update(grads, s, params, value_fn=counted, refresh=refresh)
+    )
+    state = tx.init(params)
+    for i in range(9):
+        counts["value"] = 0
+        _, state = jax.block_until_ready(step(state))
+        jax.effects_barrier()
+        refreshed = refresh if refresh is not None else i % interval == 0
+        assert counts["value"] == 1 + num_iters * refreshed
+
+
+def test_the_refresh_is_a_conditional_of_the_compiled_program():
+    params, loss = network()
+    tx = eigen_sam()
+
+    def program(refresh):
+        step = jax.jit(
+            lambda g, s, p: tx.update(g, s, p, value_fn=loss, refresh=refresh)
+        )
+        return step.lower(params, tx.init(params), params).compile().as_text()
+
+    assert program(None).count(" conditional(") == 1
+    assert " conditional(" not in program(False) + program(True)
+    assert "while(" not in program(False) + program(True)
+
+
+@each_factory
+def test_state_and_updates_keep_structure_and_dtypes(factory):
+    params, loss = network(dtype=jnp.bfloat16)
+    grads = jax.grad(loss)(params)
+    tx = factory()
+    state = tx.init(params)
+    updates, after = tx.update(grads, state, params, value_fn=loss)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    wide = {x.dtype for x in jax.tree.leaves(after)} - {jnp.dtype("int32")}
+    assert wide == {jnp.dtype("float32")}
+
+
+def test_steps_scan():
+    params, loss = network()
+    tx = optax.chain(
+        eigen_sam(tracker=trackers.power_iteration(2, 4)), optax.sgd(0.1, momentum=0.9)
+    )
+
+    def step(carry, index):
+        params, state = carry
+        value_fn = lambda p: loss(p, index)
+        updates, state = tx.update(
+            jax.grad(value_fn)(params), state, params, value_fn=value_fn
+        )
+        return (optax.apply_updates(params, updates), state), None
+
+    (scanned, _), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(20) % 5)
+    expected, _ = train(tx, params, loss, 20)
+    chex.assert_trees_all_close(scanned, expected, rtol=1e-5, atol=1e-6)
+
+
+# --- misuse ---------------------------------------------------------------------------
+
+
+@each_factory
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "0.1", None])
+def test_bad_rho_is_refused_with_name_and_value(factory, value):
+    with pytest.raises(ValueError, match=f"rho must be .* got {value!r}"):
+        factory(rho=value)
+
+
+def test_other_bad_hyperparameters():
+    with pytest.raises(ValueError, match=r"alpha .* got -1"):
+        eigen_sam(alpha=-1)
+    with pytest.raises(ValueError, match=r"eta .* got -0.5"):
+        asam(eta=-0.5)
+    with pytest.raises(ValueError, match=r"tracker .* got <function power_iteration"):
+        eigen_sam(tracker=trackers.power_iteration)
+
+
+@each_factory
+def test_a_call_that_lacks_something_shows_the_call_that_works(factory):
+    params, loss = network()
+    tx = factory()
+    state = tx.init(params)
+    call = (
+        r"tx\.update\(grads, opt_state, params, value_fn=lambda p: loss\(p, batch\)\)"
+    )
+    with pytest.raises(ValueError, match=f"needs params, got None.*{call}"):
+        tx.update(params, state, value_fn=loss)
+    with pytest.raises(ValueError, match=f"needs value_fn or grad_fn.*{call}"):
+        tx.update(params, state, params)
+    with pytest.raises(ValueError, match=f"value_fn must be a function.*{call}"):
+        tx.update(params, state, params, value_fn=loss(params))
+
+
+def test_functions_that_return_the_wrong_thing():
+    params, loss = network()
+    tx = eigen_sam()
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="value_fn must return a scalar"):
+        tx.update(params, state, params, value_fn=lambda p: (loss(p), 1.0))
+    with pytest.raises(ValueError, match="value_fn must return a scalar"):
+        tx.update(params, state, params, value_fn=lambda p: p["hidden"]["b"])
+    with pytest.raises(ValueError, match="curvature_fn must return a scalar"):
+        tx.update(
+            params, state, params, value_fn=loss, curvature_fn=lambda p: p["out"]["w"]
+        )
+    with pytest.raises(ValueError, match=r"grad_fn\(params\) must be a tree like"):
+        tx.update(params, state, params, grad_fn=jax.value_and_grad(loss))
+    with pytest.raises(ValueError, match="updates must be a tree like params"):
+        tx.update(params["out"], state, params, value_fn=loss)
+
+
+def test_a_traced_refresh_is_refused():
+    params, loss = network()
+    tx = eigen_sam()
+    step = jax.jit(
+        lambda s, due: tx.update(params, s, params, value_fn=loss, refresh=due)
+    )
+    with pytest.raises(ValueError, match=r"refresh must be .*static argument"):
+        step(tx.init(params), True)
+
+
+@each_factory
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
+def test_parameters_that_are_not_real_are_refused(factory, dtype):
+    with pytest.raises(ValueError, match=r"params\['w'\] must be real floating-point"):
+        factory().init({"w": jnp.ones(2, dtype)})
+
+
+def test_other_extra_arguments_are_ignored():
+    params, loss = network()
+    tx = optax.chain(eigen_sam(), optax.sgd(0.1))
+    grads = jax.grad(loss)(params)
+    expected = tx.update(grads, tx.init(params), params, value_fn=loss)
+    actual = tx.update(
+        grads, tx.init(params), params, value_fn=loss, value=1.0, epoch="first"
+    )
+    chex.assert_trees_all_equal(actual, expected)

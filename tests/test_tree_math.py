@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eigensam_jax import tree_math
+
+
+def random_tree(seed, dtype):
+    rng = np.random.default_rng(seed)
+    shapes = {"a": (3, 4), "b": [(), (5,)], "empty": (0, 2)}
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def concatenate(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_vdot_and_norm_are_those_of_the_concatenated_leaves(seed):
+    a, b = random_tree(seed, jnp.float32), random_tree(seed + 10, jnp.float32)
+    flat_a, flat_b = (concatenate(x).astype(np.float64) for x in (a, b))
+    np.testing.assert_allclose(tree_math.vdot(a, b), flat_a @ flat_b, rtol=1e-5)
+    np.testing.assert_allclose(tree_math.norm(a), np.linalg.norm(flat_a), rtol=1e-6)
+
+
+def test_low_precision_leaves_are_summed_in_float32():
+    ones = jnp.ones(1_000_000, jnp.bfloat16)
+    assert tree_math.vdot(ones, ones) == 1_000_000
+    large = jnp.full(4, 6e4, jnp.float16)  # squares overflow float16
+    np.testing.assert_allclose(tree_math.norm(large), 2 * float(large[0]), rtol=1e-6)
+    assert tree_math.norm(large).dtype == jnp.float32
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        tree = {"a": jnp.ones(3, jnp.float64), "b": jnp.ones(2, jnp.float32)}
+        assert tree_math.accumulation_dtype(tree) == jnp.float64
+        assert tree_math.vdot(tree, tree).dtype == jnp.float64
+        scaled = tree_math.scale(jnp.float64(1 / 3), tree)
+        assert [x.dtype for x in jax.tree.leaves(scaled)] == [jnp.float64, jnp.float32]
+
+
+def test_a_tree_without_leaves_has_norm_zero():
+    assert tree_math.norm({"nothing": None}) == 0
+
+
+def test_trees_of_different_structure_are_refused():
+    with pytest.raises(ValueError, match=r"structure|keys"):
+        tree_math.vdot({"a": jnp.ones(2)}, {"b": jnp.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [(4.0, 0.25), (0.0, 0.0), (-1.0, 0.0), (jnp.inf, 0.0), (jnp.nan, 0.0)],
+)
+def test_safe_inverse(x, expected):
+    assert tree_math.safe_inverse(jnp.float32(x)) == expected
+
+
+def test_scale_and_add_scaled():
+    tree = {"x": jnp.array([1.0, 2.0]), "y": jnp.array(3.0, jnp.bfloat16)}
+    scaled = tree_math.scale(2.0, tree)
+    np.testing.assert_array_equal(scaled["x"], [2.0, 4.0])
+    assert scaled["y"].dtype == jnp.float32
+    np.testing.assert_array_equal(tree_math.add_scaled(tree, -1, tree)["x"], [0, 0])
+
+
+def test_where_does_not_let_the_other_tree_through():
+    bad = {"x": jnp.array([jnp.nan, jnp.inf])}
+    good = {"x": jnp.array([1.0, 2.0])}
+    taken = jax.jit(tree_math.where)(jnp.array(False), bad, good)
+    np.testing.assert_array_equal(taken["x"], good["x"])

@@ -59,14 +59,17 @@ def sharpness_aware(
     def init_fn(params: PyTree) -> SharpnessAwareState:
         arguments.check_params(params)
         space = masking.subspace(mask, params)
-        zero = jnp.zeros((), tree_math.accumulation_dtype(params))
-        tracked = alignment = None
-        if tracker is not None:
-            tracked, alignment = tracker.init(params), zero
+        # A buffer for each scalar: one that stood for two could not be donated.
+        zeros = [jnp.zeros((), tree_math.accumulation_dtype(params)) for _ in range(4)]
+        info = Info(*zeros)
+        tracked = None
+        if tracker is None:
+            info = info._replace(alignment=None)
+        else:
+            tracked = tracker.init(params)
             v = space.select(tracked.eigenvector)
             v = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v)), v)
             tracked = tracked._replace(eigenvector=space.embed(v, params))
-        info = Info(zero, zero, zero, alignment)
         return SharpnessAwareState(jnp.zeros((), jnp.int32), tracked, info)
 
     def update_fn(

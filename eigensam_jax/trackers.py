@@ -95,8 +95,8 @@ def power_iteration(
     )
 
     def init(params: PyTree) -> eigen.Eigenpair:
-        zero = jnp.zeros((), tree_math.accumulation_dtype(params))
-        return eigen.Eigenpair(_random_unit_vector(seed, params), zero, zero)
+        zeros = [jnp.zeros((), tree_math.accumulation_dtype(params)) for _ in range(2)]
+        return eigen.Eigenpair(_random_unit_vector(seed, params), *zeros)
 
     def refresh(
         state: eigen.Eigenpair, matvec: Matvec, count: jax.Array, due: bool | None

@@ -1,0 +1,1 @@
+"""The `eigensam` command: real networks on real data, and what each optimizer did."""

@@ -1,0 +1,141 @@
+"""The `eigensam` command line."""
+
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from eigensam_jax.experiments.errors import UserError
+
+# Spelt out here so that --help need not import what reads, builds and trains them.
+DATASETS = ("digits", "fashion_mnist", "mnist")
+MODELS = ("mlp", "cnn")
+OPTIMIZERS = ("sgd", "sam", "sam_matched", "eigen_sam")
+
+_SMOKE = {"seeds": 1, "epochs": 2, "evaluations": 2}
+_USUAL = {"seeds": 3, "epochs": 100, "evaluations": 20}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, 2 for a bad option, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments)
+    command = shlex.join(["eigensam", *arguments])
+    try:
+        run: Callable[[argparse.Namespace, str], None] = options.run
+        run(options, command)
+    except UserError as error:
+        print(f"eigensam {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"eigensam {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="eigensam", description="Experiments with Eigen-SAM.")
+    parser.add_argument(
+        "--version", action="version", version=f"eigensam_jax {version('eigensam_jax')}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_compare(commands)
+    return parser
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="train a network with SGD, SAM and Eigen-SAM, and show the difference",
+        description="Train the same network from the same seeds with each optimizer. "
+        "Prints a table and leaves results.json and compare.png in --out, in place of "
+        "those of an earlier run.",
+    )
+    add = compare.add_argument
+    names, count, number = {"metavar": "NAME"}, {"metavar": "N"}, {"metavar": "X"}
+    add("--dataset", **names, choices=DATASETS, default="digits", help=_any(DATASETS))
+    add("--data-dir", metavar="DIR", type=Path, help="idx files, for all but digits")
+    add("--model", **names, choices=MODELS, default="mlp", help=_any(MODELS))
+    add(
+        "--optimizers",
+        **names,
+        nargs="+",
+        choices=OPTIMIZERS,
+        default=OPTIMIZERS,
+        help=f"some of {', '.join(OPTIMIZERS)} (SAM at Eigen-SAM's radius) [all]",
+    )
+    positive_int, positive = _number(int, above=0), _number(float, above=0)
+    add("--seeds", **count, type=positive_int, help=f"how many [{_USUAL['seeds']}]")
+    add("--epochs", **count, type=positive_int, help=f"how many [{_USUAL['epochs']}]")
+    add("--batch-size", **count, type=positive_int, default=128, help="[%(default)s]")
+    add("--learning-rate", **number, type=positive, default=0.05, help="[%(default)s]")
+    add("--rho", **number, type=_number(float), default=0.1, help="ρ [%(default)s]")
+    add("--alpha", **number, type=_number(float), default=0.2, help="α [%(default)s]")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("eigensam-compare"),
+        help="where results go [%(default)s]",
+    )
+    add("--smoke", action="store_true", help="1 seed, 2 epochs: does it run at all?")
+    compare.set_defaults(run=_compare)
+
+
+def _any(names: Sequence[str]) -> str:
+    return f"{' or '.join(names)} [%(default)s]"
+
+
+def _compare(options: argparse.Namespace, command: str) -> None:
+    try:
+        from rich.console import Console
+
+        from eigensam_jax.experiments import compare
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed; pip install 'eigensam_jax[experiments]'"
+        ) from error
+    preset = _SMOKE if options.smoke else _USUAL
+    config = compare.Config(
+        dataset=options.dataset,
+        data_dir=options.data_dir,
+        model=options.model,
+        optimizers=tuple(options.optimizers),
+        seeds=options.seeds or preset["seeds"],
+        epochs=options.epochs or preset["epochs"],
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        rho=options.rho,
+        alpha=options.alpha,
+        evaluations=preset["evaluations"],
+        out=options.out,
+    )
+    compare.run(config, command, Console())
+
+
+def _number(kind: type[Any], above: float | None = None) -> Callable[[str], Any]:
+    """Parses a finite number of at least 0, or above `above`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (0 <= value < math.inf if above is None else above < value < math.inf):
+            noun = "whole number" if kind is int else "number"
+            bound = "of at least 0" if above is None else f"above {above:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {bound}")
+        return value
+
+    return parse

@@ -1,0 +1,228 @@
+"""`eigensam compare`: the same network from the same seeds, by each optimizer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+
+from eigensam_jax.experiments import data, measures, plots, results, training
+from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.models import MODELS
+
+# In the order in which they run: `sam_matched` takes its radius from `eigen_sam`.
+OPTIMIZERS = ("sgd", "sam", "eigen_sam", "sam_matched")
+
+_COLUMNS = {
+    "test_accuracy": ("test acc. %", 100, 2),
+    "train_loss": ("train loss", 1, 4),
+    "lambda_max": ("λ_max", 1, 2),
+    "alignment": ("alignment", 1, 3),
+    "step_time_ms": ("ms a step", 1, 2),
+}
+
+
+class Config(NamedTuple):
+    """The options of the command; see `eigensam compare --help`."""
+
+    dataset: str
+    data_dir: Path | None
+    model: str
+    optimizers: tuple[str, ...]
+    seeds: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    rho: float
+    alpha: float
+    evaluations: int
+    out: Path
+
+
+def run(config: Config, command: str, console: Console) -> None:
+    """Runs the comparison and leaves `results.json` and `compare.png` in `config.out`.
+
+    Both are brought up to date after every run, so that an interruption loses at most
+    the run in progress.
+
+    Args:
+      config: what to compare.
+      command: the command line, for the results file.
+      console: where progress and the table go.
+
+    Raises:
+      UserError: for what can't be run, before any training; or when a run diverges.
+      KeyboardInterrupt: passed on, with the finished runs on disk.
+    """
+    _check(config)
+    dataset = data.load(config.dataset, config.data_dir)
+    examples = len(dataset.train_images)
+    if config.batch_size > examples:
+        raise UserError(
+            f"--batch-size {config.batch_size} is more than the {examples} training "
+            f"images of {config.dataset}; use at most {examples}"
+        )
+    _make_folder(config.out)
+    document: dict[str, Any] = {
+        "command": command,
+        "config": {
+            **config._asdict(),
+            "data_dir": config.data_dir and str(config.data_dir),
+            "out": str(config.out),
+            "momentum": training.MOMENTUM,
+            "schedule": "cosine to 0",
+            "num_iters": training.NUM_ITERS,
+            "update_interval": training.UPDATE_INTERVAL,
+            "train_examples": examples,
+            "test_examples": len(dataset.test_images),
+            "curvature_examples": min(examples, measures.CURVATURE_EXAMPLES),
+            "curvature_tolerance": measures.CURVATURE_TOLERANCE,
+            "alignment_batches": measures.ALIGNMENT_BATCHES,
+        },
+        **results.environment(),
+        "complete": False,
+        "runs": [],
+    }
+    runs: list[dict[str, Any]] = document["runs"]
+    path = config.out / "results.json"
+    results.write(path, document)
+    try:
+        for record in _records(config, dataset, console):
+            runs.append(record)
+            results.write(path, document)
+    except (KeyboardInterrupt, UserError):
+        console.print(f"{len(runs)} finished runs are in {path}")
+        raise
+    document["complete"] = True
+    results.write(path, document)
+    title = f"{config.dataset}, {config.model}, {config.seeds} seeds"
+    plots.compare(runs, title, config.out / "compare.png")
+    console.print(table(runs, title))
+    console.print(
+        f"Mean ± standard deviation over seeds. λ_max on "
+        f"{document['config']['curvature_examples']} training images; alignment with "
+        "the true top eigenvector, mean over training."
+    )
+    console.print(f"Results: {path}   Plot: {config.out / 'compare.png'}")
+
+
+def table(runs: list[dict[str, Any]], title: str) -> Table:
+    """Mean ± standard deviation over seeds, a row an optimizer."""
+    result = Table(
+        "optimizer",
+        *(Column(header, justify="right") for header, _, _ in _COLUMNS.values()),
+        title=title,
+        box=box.SIMPLE,
+        padding=0,
+        collapse_padding=True,
+    )
+    for name in dict.fromkeys(run["optimizer"] for run in runs):
+        cells = []
+        for key, (_, factor, digits) in _COLUMNS.items():
+            values = np.array([run[key] for run in runs if run["optimizer"] == name])
+            cell = f"{factor * values.mean():.{digits}f}"
+            if len(values) > 1:
+                cell += f" ± {factor * values.std(ddof=1):.{digits}f}"
+            cells.append(cell)
+        result.add_row(name, *cells)
+    return result
+
+
+def _records(
+    config: Config, dataset: data.Dataset, console: Console
+) -> Iterator[dict[str, Any]]:
+    """Trains every optimizer from every seed; yields the record of each run."""
+    settings = training.Settings(
+        config.epochs,
+        config.batch_size,
+        config.learning_rate,
+        config.alpha,
+        config.evaluations,
+    )
+    model = MODELS[config.model](dataset.num_classes)
+    measure = measures.make_measure(model, dataset, config.batch_size, config.alpha)
+    names = [name for name in OPTIMIZERS if name in config.optimizers]
+    total = config.seeds * len(names) * (config.evaluations + 1)
+    runners: dict[tuple[str, float], training.Run] = {}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        for seed in range(config.seeds):
+            radius = config.rho
+            for name in names:
+                progress.update(task, description=f"{name}, seed {seed}")
+                rho = radius if name == "sam_matched" else config.rho
+                if (name, rho) not in runners:
+                    runners[name, rho] = training.make_run(
+                        model, dataset, measure, name, rho, settings
+                    )
+                points = []
+                for point in runners[name, rho](seed):
+                    points.append(point)
+                    progress.advance(task)
+                if name == "eigen_sam":
+                    radius = points[-1].radius
+                yield _record(config, name, seed, rho, points)
+
+
+def _record(
+    config: Config, name: str, seed: int, rho: float, points: list[training.Point]
+) -> dict[str, Any]:
+    """What `results.json` says of a run: figures of its end, and its curves.
+
+    `alignment` is the mean over training, without the point before the first step.
+    """
+    curves: dict[str, Any] = {
+        "step": [point.step for point in points],
+        "radius": [point.radius for point in points],
+        **{
+            key: [getattr(point.measurement, key) for point in points]
+            for key in measures.Measurement._fields
+        },
+    }
+    return {
+        "dataset": config.dataset,
+        "model": config.model,
+        "optimizer": name,
+        "seed": seed,
+        "rho": 0.0 if name == "sgd" else rho,
+        **points[-1].measurement._asdict(),
+        "alignment": float(np.mean(curves["alignment"][1:])),
+        "step_time_ms": points[-1].step_time_ms,
+        "curves": curves,
+    }
+
+
+def _check(config: Config) -> None:
+    if "sam_matched" in config.optimizers and "eigen_sam" not in config.optimizers:
+        raise UserError(
+            "--optimizers: sam_matched takes its radius from the run of eigen_sam; "
+            "name eigen_sam too, or leave sam_matched out"
+        )
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json.part").touch()
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be written to ({error.strerror}); name another folder"
+        ) from error

@@ -1,0 +1,184 @@
+"""Image data sets as arrays on the device, read from where they already are.
+
+Nothing is downloaded. `digits` comes with scikit-learn; `mnist` and `fashion_mnist` are
+read from a folder of idx files, plain or gzipped, in the format of the MNIST database.
+"""
+
+import gzip
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn import datasets, model_selection
+
+from eigensam_jax.experiments.errors import UserError
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_UNSIGNED_BYTE = 0x08
+
+
+class Dataset(NamedTuple):
+    """Images and labels, split into a training and a test set.
+
+    Attributes:
+      train_images: float32, shape (examples, height, width, channels), standardised by
+        mean and standard deviation of all training pixels.
+      train_labels: int32, shape (examples,).
+      test_images: as `train_images`, standardised by the training set's figures.
+      test_labels: as `train_labels`.
+    """
+
+    train_images: jax.Array
+    train_labels: jax.Array
+    test_images: jax.Array
+    test_labels: jax.Array
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest training label."""
+        return int(self.train_labels.max()) + 1
+
+
+def load(name: str, data_dir: Path | None = None) -> Dataset:
+    """Loads a data set by name.
+
+    Args:
+      name: a key of `LOADERS`.
+      data_dir: the folder with its files; needed for `mnist`, for `fashion_mnist` only
+        where Debian's package dataset-fashion-mnist is not installed.
+
+    Raises:
+      UserError: if the folder or a file is missing, cut off or not in its format.
+    """
+    images, labels, test_images, test_labels = LOADERS[name](data_dir)
+    mean, deviation = images.mean(), images.std()
+    return Dataset(
+        *(
+            jnp.asarray(array)
+            for array in (
+                ((images - mean) / deviation).astype(np.float32),
+                labels.astype(np.int32),
+                ((test_images - mean) / deviation).astype(np.float32),
+                test_labels.astype(np.int32),
+            )
+        )
+    )
+
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _digits(data_dir: Path | None) -> Arrays:
+    """1,797 images of 8×8 pixels, of which a fifth of each class is the test set."""
+    if data_dir is not None:
+        raise UserError(
+            f"--data-dir {data_dir}: digits comes with scikit-learn and reads no "
+            "folder; leave --data-dir out, or name the data in it with --dataset"
+        )
+    bunch = datasets.load_digits()
+    images, test_images, labels, test_labels = model_selection.train_test_split(
+        bunch.images[..., None],
+        bunch.target,
+        test_size=0.2,
+        random_state=0,
+        stratify=bunch.target,
+    )
+    return images, labels, test_images, test_labels
+
+
+def _fashion_mnist(data_dir: Path | None) -> Arrays:
+    if data_dir is None and not DEBIAN_FASHION_MNIST.is_dir():
+        raise UserError(
+            "--dataset fashion_mnist: no --data-dir is given and "
+            f"{DEBIAN_FASHION_MNIST} does not exist; install Debian's package "
+            "dataset-fashion-mnist, or name a folder with its four idx files"
+        )
+    return _idx_folder(data_dir or DEBIAN_FASHION_MNIST)
+
+
+def _mnist(data_dir: Path | None) -> Arrays:
+    if data_dir is None:
+        raise UserError(
+            "--dataset mnist needs --data-dir, the folder with its four idx files "
+            "(train-images-idx3-ubyte and so on, plain or gzipped)"
+        )
+    return _idx_folder(data_dir)
+
+
+def _idx_folder(folder: Path) -> Arrays:
+    if not folder.is_dir():
+        raise UserError(
+            f"--data-dir {folder} is not a folder; it should hold four idx files, "
+            "train-images-idx3-ubyte[.gz] and so on"
+        )
+    images, labels = _idx_pair(folder, "train")
+    test_images, test_labels = _idx_pair(folder, "t10k")
+    if images.shape[1:] != test_images.shape[1:]:
+        raise UserError(
+            f"{folder}: training images are {images.shape[1:]}, test images "
+            f"{test_images.shape[1:]}; they belong to different data sets"
+        )
+    return images, labels, test_images, test_labels
+
+
+def _idx_pair(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images of shape (n, height, width, 1) and labels of shape (n,)."""
+    images_path = _find(folder, f"{prefix}-images", 3)
+    labels_path = _find(folder, f"{prefix}-labels", 1)
+    images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
+    if len(images) != len(labels):
+        raise UserError(
+            f"{images_path} has {len(images)} images, {labels_path} has {len(labels)} "
+            "labels; they must be of the same set"
+        )
+    return images[..., None], labels
+
+
+def _find(folder: Path, stem: str, ndim: int) -> Path:
+    names = [
+        f"{stem}{separator}idx{ndim}-ubyte{suffix}"
+        for separator in "-."
+        for suffix in ("", ".gz")
+    ]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder} has no file {names[0]}, plain or gzipped (.gz)")
+
+
+def _read_idx(path: Path, ndim: int) -> np.ndarray:
+    """Reads an idx file: 0, 0, type, rank, each length as 4 big-endian bytes, data."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); it may be cut off: fetch it anew"
+        ) from error
+    header = 4 + 4 * ndim
+    magic = bytes([0, 0, _UNSIGNED_BYTE, ndim])
+    if len(content) < header or content[:4] != magic:
+        raise UserError(
+            f"{path} is not an idx file of {ndim}-dimensional unsigned bytes: it "
+            f"should start with {magic.hex(' ')}, not {content[:4].hex(' ')}"
+        )
+    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", ndim, offset=4))
+    if len(content) - header != math.prod(shape) or 0 in shape:
+        raise UserError(
+            f"{path} should hold {math.prod(shape)} bytes of data for its {shape}, got "
+            f"{len(content) - header}: it is cut off or damaged, fetch it anew"
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
+    "digits": _digits,
+    "fashion_mnist": _fashion_mnist,
+    "mnist": _mnist,
+}

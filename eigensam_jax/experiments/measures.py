@@ -1,0 +1,190 @@
+"""What is measured of a network while it trains, always on the unperturbed weights."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from scipy.sparse import linalg
+
+from eigensam_jax import hessian, perturbation, tree_math
+from eigensam_jax.experiments.data import Dataset
+from eigensam_jax.tree_math import PyTree
+
+CURVATURE_EXAMPLES = 2_000
+CURVATURE_TOLERANCE = 1e-3
+ALIGNMENT_BATCHES = 8
+_CHUNK = 2_000  # examples per call when a whole set is evaluated
+
+Loss = Callable[[PyTree, jax.Array, jax.Array], jax.Array]
+
+
+class Eigenpair(NamedTuple):
+    """The top of a Hessian's spectrum, on the host.
+
+    Attributes:
+      eigenvalue: λ_max, the algebraically largest eigenvalue.
+      eigenvector: of norm 1, a flat array over the raveled parameters.
+      residual: ‖Hv − λv‖, at most about `CURVATURE_TOLERANCE` · λ_max.
+    """
+
+    eigenvalue: float
+    eigenvector: np.ndarray
+    residual: float
+
+
+class Measurement(NamedTuple):
+    """One look at a network.
+
+    Attributes:
+      train_loss: mean cross-entropy over the training set.
+      test_accuracy: fraction of the test set that is classified correctly.
+      lambda_max: λ_max of the Hessian of the training loss, on the first
+        `CURVATURE_EXAMPLES` training images.
+      lambda_max_residual: ‖Hv − λv‖ of that eigenpair.
+      alignment: |cos| between the perturbation and that eigenvector, the mean over
+        `ALIGNMENT_BATCHES` training batches; for plain SGD, of the gradient.
+    """
+
+    train_loss: float
+    test_accuracy: float
+    lambda_max: float
+    lambda_max_residual: float
+    alignment: float
+
+
+Measure = Callable[
+    [PyTree, optax.OptState, jax.Array, np.ndarray | None],
+    tuple[Measurement, np.ndarray],
+]
+
+
+def cross_entropy(model: nn.Module) -> Loss:
+    """(params, images, labels) -> the mean cross-entropy of the batch."""
+
+    def loss(params: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits: Any = model.apply({"params": params}, images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.mean(losses)
+
+    return loss
+
+
+def make_top_eigenpair(
+    loss: Loss,
+) -> Callable[[PyTree, jax.Array, jax.Array, np.ndarray | None], Eigenpair]:
+    """Builds (params, images, labels, start) -> the top `Eigenpair` of ∇²loss.
+
+    ARPACK's restarted Lanczos iteration runs on the host and asks the device for one
+    Hessian-vector product at a time: on a CPU, convolutions inside a compiled loop
+    would be many times slower. `start` is where to begin, for example the eigenvector
+    found some steps ago; None for a random vector.
+    """
+
+    @jax.jit
+    def product(
+        params: PyTree, images: jax.Array, labels: jax.Array, vector: jax.Array
+    ) -> jax.Array:
+        unravel = ravel_pytree(params)[1]
+        value_fn = lambda p: loss(p, images, labels)
+        return ravel_pytree(hessian.hvp(value_fn, params, unravel(vector)))[0]
+
+    def top_eigenpair(
+        params: PyTree,
+        images: jax.Array,
+        labels: jax.Array,
+        start: np.ndarray | None = None,
+    ) -> Eigenpair:
+        size = sum(x.size for x in jax.tree.leaves(params))
+        if start is None:
+            start = np.random.default_rng(0).normal(size=size)
+
+        def matvec(vector: np.ndarray) -> np.ndarray:
+            flat = vector.reshape(size).astype(np.float32)
+            return np.asarray(product(params, images, labels, flat), np.float64)
+
+        operator = linalg.LinearOperator((size, size), matvec, dtype=np.float64)
+        values, vectors = linalg.eigsh(
+            operator, k=1, which="LA", v0=start, tol=CURVATURE_TOLERANCE
+        )
+        value, vector = float(values[0]), vectors[:, 0]
+        residual = np.linalg.norm(matvec(vector) - value * vector)
+        return Eigenpair(value, vector, float(residual))
+
+    return top_eigenpair
+
+
+def make_measure(
+    model: nn.Module, dataset: Dataset, batch_size: int, alpha: float
+) -> Measure:
+    """Builds (params, opt_state, order, start) -> (`Measurement`, top eigenvector).
+
+    `order` is the order of the training examples whose first batches measure the
+    alignment; `start` is where the search for the top eigenvector begins. `alpha` is
+    that of Eigen-SAM, whose eigenvector is looked up in `opt_state`.
+    """
+    loss = cross_entropy(model)
+    top_eigenpair = make_top_eigenpair(loss)
+    images, labels = dataset.train_images, dataset.train_labels
+
+    @jax.jit
+    def totals(
+        params: PyTree, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The summed loss and the number of correct answers."""
+        logits: Any = model.apply({"params": params}, images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.sum(), (logits.argmax(-1) == labels).sum()
+
+    def means(params: PyTree, x: jax.Array, y: jax.Array) -> tuple[float, float]:
+        chunks = [
+            totals(params, x[i : i + _CHUNK], y[i : i + _CHUNK])
+            for i in range(0, len(x), _CHUNK)
+        ]
+        value, correct = np.sum(jax.device_get(chunks), axis=0)
+        return float(value) / len(x), float(correct) / len(x)
+
+    @jax.jit
+    def cosine(
+        params: PyTree, opt_state: optax.OptState, batch: jax.Array, top: jax.Array
+    ) -> jax.Array:
+        """|cos| between the perturbation that a step would use and `top`."""
+        direction = jax.grad(loss)(params, images[batch], labels[batch])
+        eigenvector = optax.tree.get(opt_state, "eigenvector")
+        if eigenvector is not None:
+            added = alpha * (optax.tree.get(opt_state, "eigenvalue") >= 0)
+            direction = perturbation.eigen_sam(
+                direction, eigenvector, 1.0, added
+            ).epsilon
+        product = jnp.abs(jnp.sum(ravel_pytree(direction)[0] * top))
+        return product * tree_math.safe_inverse(tree_math.norm(direction))
+
+    def measure(
+        params: PyTree,
+        opt_state: optax.OptState,
+        order: jax.Array,
+        start: np.ndarray | None,
+    ) -> tuple[Measurement, np.ndarray]:
+        few = slice(CURVATURE_EXAMPLES)
+        top = top_eigenpair(params, images[few], labels[few], start)
+        flat = jnp.asarray(top.eigenvector, jnp.float32)
+        batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+        cosines = [
+            float(cosine(params, opt_state, batch, flat))
+            for batch in batches[:ALIGNMENT_BATCHES]
+        ]
+        train_loss, _ = means(params, images, labels)
+        _, accuracy = means(params, dataset.test_images, dataset.test_labels)
+        return Measurement(
+            train_loss,
+            accuracy,
+            top.eigenvalue,
+            top.residual,
+            float(np.mean(cosines)),
+        ), top.eigenvector
+
+    return measure

@@ -1,0 +1,39 @@
+"""Small Flax networks for images of shape (batch, height, width, channels)."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+
+class MLP(nn.Module):
+    """Two hidden layers of 128 rectified linear units."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of shape (batch, num_classes)."""
+        x = images.reshape(len(images), -1)
+        for _ in range(2):
+            x = nn.relu(nn.Dense(128)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+class CNN(nn.Module):
+    """Two 3×3 convolutions (16 and 32 channels) with max-pooling, then 64 units."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of shape (batch, num_classes)."""
+        x = images
+        for channels in (16, 32):
+            x = nn.relu(nn.Conv(channels, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))  # type: ignore[no-untyped-call]
+        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
+        return nn.Dense(self.num_classes)(x)
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {"cnn": CNN, "mlp": MLP}

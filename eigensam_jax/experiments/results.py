@@ -1,0 +1,46 @@
+"""Results files: what ran, where it ran, and what came out, as JSON."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("eigensam_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scipy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, so that a number can be traced to what made it."""
+    device = jax.devices()[0]
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+        },
+    }
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Writes `results` in one piece: a reader sees the old file or the new one."""
+    draft = path.with_suffix(".json.part")
+    draft.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    draft.replace(path)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,183 @@
+"""Training runs: pure steps on the device, and what is measured between them."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from eigensam_jax import eigen_sam, sam, trackers, tree_math
+from eigensam_jax.experiments.data import Dataset
+from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.measures import Measure, Measurement, cross_entropy
+from eigensam_jax.tree_math import PyTree
+
+MOMENTUM = 0.9
+NUM_ITERS = 5
+UPDATE_INTERVAL = 100
+
+
+class Settings(NamedTuple):
+    """What all runs of a comparison share.
+
+    Attributes:
+      epochs: passes over the training set.
+      batch_size: examples a step; what is left over at the end of an epoch is dropped.
+      learning_rate: of SGD with momentum 0.9, decayed to zero by a cosine.
+      alpha: α of Eigen-SAM.
+      evaluations: how often to measure, evenly spread over the steps, the end included.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    alpha: float
+    evaluations: int
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step carries, on the device and donated.
+
+    Attributes:
+      params: the network's parameters.
+      opt_state: the optimizer's state.
+      key: for the order of the examples.
+      order: the examples of this epoch, in the order in which they are used.
+      step: steps so far.
+      radius_sum: the sum of ‖ε‖ over the steps so far.
+    """
+
+    params: PyTree
+    opt_state: optax.OptState
+    key: jax.Array
+    order: jax.Array
+    step: jax.Array
+    radius_sum: jax.Array
+
+
+class Point(NamedTuple):
+    """Where a run is, between its first step and its last.
+
+    Attributes:
+      step: steps so far.
+      radius: the mean of ‖ε‖ over them.
+      step_time_ms: their mean wall time, refreshes included, compilation not.
+      measurement: of the network as it is now.
+    """
+
+    step: int
+    radius: float
+    step_time_ms: float
+    measurement: Measurement
+
+
+Run = Callable[[int], Iterator[Point]]
+
+
+def make_optimizer(
+    name: str, rho: float, total_steps: int, settings: Settings
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with momentum and a cosine schedule, after `sam`, `eigen_sam` or neither."""
+    learning_rate = optax.cosine_decay_schedule(settings.learning_rate, total_steps)
+    descent = optax.sgd(learning_rate, momentum=MOMENTUM)
+    if name == "sgd":
+        return optax.with_extra_args_support(descent)
+    if name == "eigen_sam":
+        tracker = trackers.power_iteration(NUM_ITERS, UPDATE_INTERVAL)
+        return optax.chain(eigen_sam(rho, settings.alpha, tracker), descent)
+    return optax.chain(sam(rho), descent)
+
+
+def make_run(
+    model: nn.Module,
+    dataset: Dataset,
+    measure: Measure,
+    name: str,
+    rho: float,
+    settings: Settings,
+) -> Run:
+    """Compiles the training of one optimizer; the result trains it from a seed.
+
+    The steps are dispatched one by one, without waiting for any: between evaluations
+    nothing is pulled to the host and nothing is sent to the device. Whether a step
+    refreshes the eigenvector is known here, so it is fixed at trace time, and each of
+    the two programs is free of branches and loops (which XLA's CPU backend runs slowly
+    where convolutions are inside).
+    """
+    images, labels = dataset.train_images, dataset.train_labels
+    steps_per_epoch = len(images) // settings.batch_size
+    total_steps = steps_per_epoch * settings.epochs
+    tx = make_optimizer(name, rho, total_steps, settings)
+    loss = cross_entropy(model)
+
+    def init(seed: int) -> TrainState:
+        init_key, key = jax.random.split(jax.random.key(seed))
+        params = model.init(init_key, images[:1])["params"]
+        order = jnp.arange(len(images))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(params, tx.init(params), key, order, zero, jnp.zeros(()))
+
+    def start_epoch(state: TrainState) -> TrainState:
+        key, order_key = jax.random.split(state.key)
+        order = jax.random.permutation(order_key, state.order)
+        return state._replace(key=key, order=order)
+
+    def step(
+        refresh: bool, state: TrainState, images: jax.Array, labels: jax.Array
+    ) -> TrainState:
+        first = state.step % steps_per_epoch * settings.batch_size
+        batch = jax.lax.dynamic_slice_in_dim(state.order, first, settings.batch_size)
+        value_fn = lambda params: loss(params, images[batch], labels[batch])
+        grads = jax.grad(value_fn)(state.params)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, value_fn=value_fn, refresh=refresh
+        )
+        radius = optax.tree.get(opt_state, "perturbation_norm", 0.0)
+        return state._replace(
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            step=state.step + 1,
+            radius_sum=state.radius_sum + radius,
+        )
+
+    example = jax.eval_shape(init, 0)
+    shuffle = _compile(start_epoch, example)
+    plain = _compile(partial(step, False), example, images, labels)
+    refreshing = plain
+    if name == "eigen_sam":
+        refreshing = _compile(partial(step, True), example, images, labels)
+
+    def run(seed: int) -> Iterator[Point]:
+        state, seconds, done, top = init(seed), 0.0, 0, None
+        for k in range(settings.evaluations + 1):
+            stop = k * total_steps // settings.evaluations
+            start = time.perf_counter()
+            with jax.transfer_guard("disallow"):
+                for i in range(done, stop):
+                    if i % steps_per_epoch == 0:
+                        state = shuffle(state)
+                    program = refreshing if i % UPDATE_INTERVAL == 0 else plain
+                    state = program(state, images, labels)
+                state.step.block_until_ready()
+            seconds, done = seconds + time.perf_counter() - start, stop
+            if not jnp.isfinite(tree_math.norm(state.params)):
+                raise UserError(
+                    f"{name}, seed {seed}: the weights are not finite after {done} "
+                    f"steps; lower --learning-rate (now {settings.learning_rate:g}) or "
+                    f"--rho (now {rho:g})"
+                )
+            measurement, top = measure(state.params, state.opt_state, state.order, top)
+            steps = max(done, 1)
+            radius = float(state.radius_sum) / steps
+            yield Point(done, radius, 1e3 * seconds / steps, measurement)
+
+    return run
+
+
+def _compile(function: Callable[..., TrainState], *args: Any) -> Any:
+    """The compiled program of `function`, which gives its first argument away."""
+    return jax.jit(function, donate_argnums=0).lower(*args).compile()

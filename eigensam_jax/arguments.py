@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from eigensam_jax.hessian import GradFn, ValueFn
 from eigensam_jax.tree_math import PyTree
 
 _CALL = "tx.update(grads, opt_state, params, value_fn=lambda p: loss(p, batch))"
+_GRAD_REMEDY = "Give the gradient alone: jax.grad(loss), not jax.value_and_grad(loss)."
 
 
 def check_positive_int(name: str, value: int, meaning: str) -> None:
@@ -23,18 +25,21 @@ def check_positive_int(name: str, value: int, meaning: str) -> None:
         )
 
 
-def check_scalar(name: str, value: Any) -> None:
+def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
     """Refuses a Python number that is negative or not finite, and what is no scalar.
 
-    Schedules and arrays, traced ones too, pass: their values are not known here.
+    Arrays, traced ones too, and schedules where they are allowed pass: their values are
+    not known here.
     """
-    if callable(value) or (isinstance(value, jax.Array) and value.ndim == 0):
+    if schedule and callable(value):
+        return
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
         return
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value < float("inf"):
+        others = ", a scalar array or a schedule" if schedule else " or a scalar array"
         raise ValueError(
-            f"{name} must be a finite number of at least 0, a scalar array or a "
-            f"schedule of the step count, got {value!r}."
+            f"{name} must be a finite number of at least 0{others}, got {value!r}."
         )
 
 
@@ -70,7 +75,14 @@ def check_update(
 
 
 def check_params(params: PyTree) -> None:
-    """Refuses parameters that are not real floating-point arrays."""
+    """Refuses parameters that are not real floating-point arrays, or have holes."""
+    is_hole = lambda x: isinstance(x, optax.MaskedNode)
+    if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
+        raise ValueError(
+            "params have holes (optax.MaskedNode): optax.masked or optax.partition is "
+            "around this transformation, and the loss needs all parameters. Give it "
+            "mask=... instead, and put the wrapper around what follows it."
+        )
     for path, leaf in jax.tree.leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
@@ -96,22 +108,25 @@ def scalar_valued(name: str, value_fn: ValueFn) -> ValueFn:
     return checked
 
 
-def like_params(name: str, tree: PyTree, params: PyTree) -> PyTree:
-    """The leaves of `tree` in the structure of `params`, if their shapes agree.
+def like_params(name: str, tree: PyTree, params: PyTree, remedy: str) -> PyTree:
+    """The leaves of `tree` in the structure of `params`, if names and shapes agree.
 
-    Trees that differ in their containers alone (a frozen dict, an nnx state with and
-    without its variables) count as alike.
+    Trees that differ in their containers alone (a dict and a frozen dict) are alike.
     """
-    leaves = jax.tree.leaves(tree)
-    shapes = [jnp.shape(x) for x in leaves]
-    expected = [jnp.shape(x) for x in jax.tree.leaves(params)]
-    if shapes != expected:
+
+    def shapes(x: PyTree) -> dict[str, tuple[int, ...]]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf)
+            for path, leaf in jax.tree.leaves_with_path(x)
+        }
+
+    got, expected = shapes(tree), shapes(params)
+    if list(got.items()) != list(expected.items()):
         raise ValueError(
             f"{name} must be a tree like params, with leaves of the shapes {expected}, "
-            f"got {shapes}. A gradient comes without the loss beside it: "
-            "grad_fn=jax.grad(loss), not jax.value_and_grad(loss)."
+            f"got {got}. {remedy}"
         )
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(tree))
 
 
 def gradient_function(
@@ -121,7 +136,7 @@ def gradient_function(
     if grad_fn is not None:
         return lambda params: (
             jnp.array(jnp.nan),
-            like_params("grad_fn(params)", grad_fn(params), params),
+            like_params("grad_fn(params)", grad_fn(params), params, _GRAD_REMEDY),
         )
     assert value_fn is not None  # check_update has seen to it
     return jax.value_and_grad(scalar_valued("value_fn", value_fn))

@@ -39,6 +39,9 @@ def sam(grads: PyTree, rho: ArrayLike) -> Perturbation:
       grads: g, a tree of real arrays.
       rho: ρ, the radius.
 
+    Returns:
+      A `Perturbation` with ‖ε‖ = ρ.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from eigensam_jax import perturbation
@@ -67,6 +70,9 @@ def asam(grads: PyTree, params: PyTree, rho: ArrayLike, eta: ArrayLike) -> Pertu
       params: w, a tree of the same structure and shapes.
       rho: ρ, the radius in the scaled space, ‖T⁻¹ε‖ = ρ.
       eta: η, at least 0.
+
+    Returns:
+      A `Perturbation`; its `norm` is ‖ε‖, not ρ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,6 +119,9 @@ def eigen_sam(
         there is no estimate yet.
       rho: ρ, the radius of SAM's part.
       alpha: α, the weight of the eigenvector's part.
+
+    Returns:
+      A `Perturbation` with `alignment`.
 
     Example:
       >>> import jax.numpy as jnp

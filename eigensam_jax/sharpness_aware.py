@@ -85,7 +85,11 @@ def sharpness_aware(
     ) -> tuple[PyTree, SharpnessAwareState]:
         del extra_args
         arguments.check_update(params, value_fn, grad_fn, curvature_fn, refresh)
-        updates = arguments.like_params("updates", updates, params)
+        arguments.check_params(params)
+        updates = arguments.like_params(
+            "updates", updates, params, "Hand in jax.grad(value_fn)(params) as it is."
+        )
+        refresh = None if refresh is None else bool(refresh)
         space = masking.subspace(mask, params)
         value_and_grad = arguments.gradient_function(value_fn, grad_fn)
         curvature_grad = lambda p: value_and_grad(p)[1]
@@ -117,8 +121,9 @@ def sharpness_aware(
                 space.embed(change, params),
                 state.count,
             )
-        value = jnp.asarray(value, step.norm.dtype)
+        dtype = tree_math.accumulation_dtype(params)
         info = Info(step.grad_norm, step.norm, value, step.alignment)
+        info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)
         new_updates = jax.tree.map(
             lambda new, old: jnp.asarray(new, jnp.result_type(old)),
             new_updates,

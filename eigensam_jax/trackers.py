@@ -33,7 +33,8 @@ class Tracker(NamedTuple):
         `matvec(v)` is the product of the Hessian at the current parameters with a tree
         like them, zero outside the mask; `count` is the number of the step, from 0, an
         int32 scalar. `due` is True or False where the caller has fixed whether this
-        step refreshes, else None: then the tracker decides, under `jax.lax.cond`.
+        step refreshes, else None: then the tracker decides, under `jax.lax.cond`. The
+        eigenvector must come out with norm 1, or 0 as long as there is no estimate.
       observe: `observe(state, perturbation, gradient_change, count) -> state`, after
         the perturbed gradient: ε and ∇L(w + ε) − ∇L(w), trees like the parameters and
         zero outside the mask. What is not looked at is not computed under `jit`.
@@ -53,7 +54,7 @@ def power_iteration(
     `num_iters` times on the current batch, from the v of the last refresh; in between v
     is kept. λ = ⟨v′, Hv′⟩ and the residual ‖Hv′ − λv′‖ belong to v′, the input of the
     last product, so that they cost no product of their own. Before the first refresh v
-    is a random unit vector, and λ and the residual are 0.
+    is a random unit vector, and λ and the residual are 0: let the first step refresh.
 
     Power iteration finds the eigenvalue that is largest in magnitude. Where that is
     negative, λ < 0 says so, and `eigen_sam` leaves v alone until the next refresh. A

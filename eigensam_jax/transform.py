@@ -7,6 +7,10 @@ Each turns ∇L(w) into ∇L(w + ε) and belongs first in an `optax.chain`:
 `grads` must be the gradient of `value_fn` at `params`: the same batch, dropout mask and
 scaling, with nothing before it in the chain. Clip and decay after it: what comes out is
 the gradient at w + ε, whatever was handed in.
+
+`optax.MultiSteps` around the chain would call it on every mini-batch and keep the last
+perturbation only. For one perturbation from the whole batch, hand in its gradient and a
+`grad_fn` that goes through the mini-batches.
 """
 
 from collections.abc import Callable
@@ -34,6 +38,10 @@ def sam(
     """Sharpness-aware minimization: ∇L(w) becomes ∇L(w + ρ·g/‖g‖).
 
     One gradient more per step. The norm runs over all perturbed parameters together.
+
+    The perturbed parameters have the dtypes of `params`. In bfloat16 or float16 that
+    rounds away perturbations of weights below their last bit, about 1/256 and 1/2048 of
+    a weight: keep the parameters in float32 and cast inside the loss.
 
     Args:
       rho: ρ, the radius of the perturbation, at least 0; or a schedule of the number of
@@ -67,7 +75,7 @@ def sam(
       Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
       Improving Generalization", ICLR 2021.
     """
-    arguments.check_scalar("rho", rho)
+    arguments.check_scalar("rho", rho, schedule=True)
 
     def perturb(count: jax.Array, grads: PyTree, *_: Any) -> Perturbation:
         return perturbation.sam(grads, _at(rho, count))
@@ -108,8 +116,8 @@ def asam(
       Kwon, Kim, Park, Choi, "ASAM: Adaptive Sharpness-Aware Minimization for
       Scale-Invariant Learning of Deep Neural Networks", ICML 2021.
     """
-    arguments.check_scalar("rho", rho)
-    arguments.check_scalar("eta", eta)
+    arguments.check_scalar("rho", rho, schedule=True)
+    arguments.check_scalar("eta", eta, schedule=False)
 
     def perturb(
         count: jax.Array, grads: PyTree, params: PyTree, _: Any
@@ -190,8 +198,8 @@ def eigen_sam(
       Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization
       Improves Sharpness-Aware Minimization", NeurIPS 2024, arXiv 2501.12666.
     """
-    arguments.check_scalar("rho", rho)
-    arguments.check_scalar("alpha", alpha)
+    arguments.check_scalar("rho", rho, schedule=True)
+    arguments.check_scalar("alpha", alpha, schedule=True)
     if not isinstance(tracker, Tracker):
         raise ValueError(
             "tracker must be a trackers.Tracker, for example "

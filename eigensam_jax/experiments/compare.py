@@ -21,9 +21,6 @@ from eigensam_jax.experiments import data, measures, plots, results, training
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import MODELS
 
-# In the order in which they run: `sam_matched` takes its radius from `eigen_sam`.
-OPTIMIZERS = ("sgd", "sam", "eigen_sam", "sam_matched")
-
 _COLUMNS = {
     "test_accuracy": ("test acc. %", 100, 2),
     "train_loss": ("train loss", 1, 4),
@@ -53,8 +50,8 @@ class Config(NamedTuple):
 def run(config: Config, command: str, console: Console) -> None:
     """Runs the comparison and leaves `results.json` and `compare.png` in `config.out`.
 
-    Both are brought up to date after every run, so that an interruption loses at most
-    the run in progress.
+    The results are brought up to date after every run, so that an interruption loses at
+    most the run in progress.
 
     Args:
       config: what to compare.
@@ -97,6 +94,7 @@ def run(config: Config, command: str, console: Console) -> None:
     runs: list[dict[str, Any]] = document["runs"]
     path = config.out / "results.json"
     results.write(path, document)
+    (config.out / "compare.png").unlink(missing_ok=True)  # of an earlier run
     try:
         for record in _records(config, dataset, console):
             runs.append(record)
@@ -112,31 +110,41 @@ def run(config: Config, command: str, console: Console) -> None:
     console.print(
         f"Mean ± standard deviation over seeds. λ_max on "
         f"{document['config']['curvature_examples']} training images; alignment with "
-        "the true top eigenvector, mean over training."
+        "the true top eigenvector, mean over training. Times are means over the run, "
+        "one optimizer after the other."
     )
     console.print(f"Results: {path}   Plot: {config.out / 'compare.png'}")
 
 
 def table(runs: list[dict[str, Any]], title: str) -> Table:
-    """Mean ± standard deviation over seeds, a row an optimizer."""
+    """The rows of `summary` for a terminal."""
+    headers = [Column(header, justify="right") for header, _, _ in _COLUMNS.values()]
     result = Table(
         "optimizer",
-        *(Column(header, justify="right") for header, _, _ in _COLUMNS.values()),
+        *headers,
         title=title,
         box=box.SIMPLE,
         padding=0,
         collapse_padding=True,
     )
+    for row in summary(runs):
+        result.add_row(*row)
+    return result
+
+
+def summary(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """A row an optimizer: its name, and mean ± standard deviation of each column."""
+    rows = []
     for name in dict.fromkeys(run["optimizer"] for run in runs):
-        cells = []
+        row = [name]
         for key, (_, factor, digits) in _COLUMNS.items():
             values = np.array([run[key] for run in runs if run["optimizer"] == name])
             cell = f"{factor * values.mean():.{digits}f}"
             if len(values) > 1:
                 cell += f" ± {factor * values.std(ddof=1):.{digits}f}"
-            cells.append(cell)
-        result.add_row(name, *cells)
-    return result
+            row.append(cell)
+        rows.append(row)
+    return rows
 
 
 def _records(
@@ -152,8 +160,10 @@ def _records(
     )
     model = MODELS[config.model](dataset.num_classes)
     measure = measures.make_measure(model, dataset, config.batch_size, config.alpha)
-    names = [name for name in OPTIMIZERS if name in config.optimizers]
-    total = config.seeds * len(names) * (config.evaluations + 1)
+    # `sam_matched` takes its radius from `eigen_sam`, so it comes last.
+    names = sorted(config.optimizers, key=lambda name: name == "sam_matched")
+    total_steps = len(dataset.train_labels) // config.batch_size * config.epochs
+    points_a_run = len(training.evaluation_steps(total_steps, config.evaluations))
     runners: dict[tuple[str, float], training.Run] = {}
     columns = (
         TextColumn("{task.description}"),
@@ -163,7 +173,7 @@ def _records(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
+        task = progress.add_task("", total=points_a_run * config.seeds * len(names))
         for seed in range(config.seeds):
             radius = config.rho
             for name in names:

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.sparse import linalg
 
 from eigensam_jax import hessian, perturbation, tree_math
+from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.tree_math import PyTree
 
@@ -21,20 +22,6 @@ ALIGNMENT_BATCHES = 8
 _CHUNK = 2_000  # examples per call when a whole set is evaluated
 
 Loss = Callable[[PyTree, jax.Array, jax.Array], jax.Array]
-
-
-class Eigenpair(NamedTuple):
-    """The top of a Hessian's spectrum, on the host.
-
-    Attributes:
-      eigenvalue: λ_max, the algebraically largest eigenvalue.
-      eigenvector: of norm 1, a flat array over the raveled parameters.
-      residual: ‖Hv − λv‖, at most about `CURVATURE_TOLERANCE` · λ_max.
-    """
-
-    eigenvalue: float
-    eigenvector: np.ndarray
-    residual: float
 
 
 class Measurement(NamedTuple):
@@ -58,8 +45,8 @@ class Measurement(NamedTuple):
 
 
 Measure = Callable[
-    [PyTree, optax.OptState, jax.Array, np.ndarray | None],
-    tuple[Measurement, np.ndarray],
+    [PyTree, optax.OptState, jax.Array, jax.Array | None],
+    tuple[Measurement, jax.Array],
 ]
 
 
@@ -76,13 +63,15 @@ def cross_entropy(model: nn.Module) -> Loss:
 
 def make_top_eigenpair(
     loss: Loss,
-) -> Callable[[PyTree, jax.Array, jax.Array, np.ndarray | None], Eigenpair]:
+) -> Callable[[PyTree, jax.Array, jax.Array, jax.Array | None], Eigenpair]:
     """Builds (params, images, labels, start) -> the top `Eigenpair` of ∇²loss.
 
     ARPACK's restarted Lanczos iteration runs on the host and asks the device for one
     Hessian-vector product at a time: on a CPU, convolutions inside a compiled loop
     would be many times slower. `start` is where to begin, for example the eigenvector
-    found some steps ago; None for a random vector.
+    found some steps ago; None for a random vector. Eigenvectors are flat arrays
+    over the raveled parameters; the residual is at most about `CURVATURE_TOLERANCE`
+    times the eigenvalue.
     """
 
     @jax.jit
@@ -97,11 +86,12 @@ def make_top_eigenpair(
         params: PyTree,
         images: jax.Array,
         labels: jax.Array,
-        start: np.ndarray | None = None,
+        start: jax.Array | None = None,
     ) -> Eigenpair:
         size = sum(x.size for x in jax.tree.leaves(params))
-        if start is None:
-            start = np.random.default_rng(0).normal(size=size)
+        v0 = np.random.default_rng(0).normal(size=size)
+        if start is not None:
+            v0 = np.asarray(start, np.float64)
 
         def matvec(vector: np.ndarray) -> np.ndarray:
             flat = vector.reshape(size).astype(np.float32)
@@ -109,11 +99,11 @@ def make_top_eigenpair(
 
         operator = linalg.LinearOperator((size, size), matvec, dtype=np.float64)
         values, vectors = linalg.eigsh(
-            operator, k=1, which="LA", v0=start, tol=CURVATURE_TOLERANCE
+            operator, k=1, which="LA", v0=v0, tol=CURVATURE_TOLERANCE
         )
-        value, vector = float(values[0]), vectors[:, 0]
-        residual = np.linalg.norm(matvec(vector) - value * vector)
-        return Eigenpair(value, vector, float(residual))
+        vector = vectors[:, 0]
+        residual = np.linalg.norm(matvec(vector) - values[0] * vector)
+        return Eigenpair(*map(jnp.asarray, (vector, values[0], residual)))
 
     return top_eigenpair
 
@@ -125,7 +115,8 @@ def make_measure(
 
     `order` is the order of the training examples whose first batches measure the
     alignment; `start` is where the search for the top eigenvector begins. `alpha` is
-    that of Eigen-SAM, whose eigenvector is looked up in `opt_state`.
+    that of Eigen-SAM, whose eigenvector is looked up in `opt_state`. A training loss
+    that is not finite raises FloatingPointError.
     """
     loss = cross_entropy(model)
     top_eigenpair = make_top_eigenpair(loss)
@@ -152,7 +143,7 @@ def make_measure(
     def cosine(
         params: PyTree, opt_state: optax.OptState, batch: jax.Array, top: jax.Array
     ) -> jax.Array:
-        """|cos| between the perturbation that a step would use and `top`."""
+        """|cos| between `top` and the perturbation by the eigenvector in the state."""
         direction = jax.grad(loss)(params, images[batch], labels[batch])
         eigenvector = optax.tree.get(opt_state, "eigenvector")
         if eigenvector is not None:
@@ -167,23 +158,24 @@ def make_measure(
         params: PyTree,
         opt_state: optax.OptState,
         order: jax.Array,
-        start: np.ndarray | None,
-    ) -> tuple[Measurement, np.ndarray]:
+        start: jax.Array | None,
+    ) -> tuple[Measurement, jax.Array]:
+        train_loss, _ = means(params, images, labels)
+        if not np.isfinite(train_loss):
+            raise FloatingPointError(f"the training loss is {train_loss}")
         few = slice(CURVATURE_EXAMPLES)
         top = top_eigenpair(params, images[few], labels[few], start)
-        flat = jnp.asarray(top.eigenvector, jnp.float32)
         batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
         cosines = [
-            float(cosine(params, opt_state, batch, flat))
+            float(cosine(params, opt_state, batch, top.eigenvector))
             for batch in batches[:ALIGNMENT_BATCHES]
         ]
-        train_loss, _ = means(params, images, labels)
         _, accuracy = means(params, dataset.test_images, dataset.test_labels)
         return Measurement(
             train_loss,
             accuracy,
-            top.eigenvalue,
-            top.residual,
+            float(top.eigenvalue),
+            float(top.residual),
             float(np.mean(cosines)),
         ), top.eigenvector
 

@@ -22,7 +22,7 @@ _PANELS = {
 
 
 def compare(runs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draws the curves of `runs`: a colour an optimizer, mean and spread over seeds."""
+    """Draws the curves of `runs`: a colour an optimizer, mean ± standard deviation."""
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     figure.suptitle(title)
     for axes, (key, (label, scale)) in zip(
@@ -30,12 +30,19 @@ def compare(runs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     ):
         for name in dict.fromkeys(run["optimizer"] for run in runs):
             curves = [run["curves"] for run in runs if run["optimizer"] == name]
-            values = np.array([curve[key] for curve in curves])
-            steps, mean, spread = curves[0]["step"], values.mean(0), values.std(0)
-            axes.plot(steps, mean, color=COLOURS[name], label=name)
-            low, high = np.maximum(mean - spread, values.min(0)), mean + spread
-            axes.fill_between(steps, low, high, color=COLOURS[name], alpha=0.2)
+            first = key == "alignment"  # before the first step there is no estimate
+            values = np.array([curve[key][first:] for curve in curves])
+            steps, mean = curves[0]["step"][first:], values.mean(0)
+            spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
+            style = "--" if name == "sam_matched" else "-"
+            axes.plot(steps, mean, style, color=COLOURS[name], label=name)
+            low = mean - spread
+            if scale == "log":  # which has no place for what is below zero
+                low = np.maximum(low, values.min(0))
+            axes.fill_between(steps, low, mean + spread, color=COLOURS[name], alpha=0.2)
         axes.set(xlabel="step", title=label, yscale=scale)
         axes.grid(alpha=0.3)
+        if key == "test_accuracy":  # the untrained network would squeeze the rest
+            axes.set_ylim(bottom=min(min(run["curves"][key][1:]) for run in runs))
     figure.axes[0].legend()
     figure.savefig(path, dpi=110)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from eigensam_jax import eigen_sam, sam, trackers, tree_math
+from eigensam_jax import eigen_sam, sam, trackers
 from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.measures import Measure, Measurement, cross_entropy
@@ -76,6 +76,12 @@ class Point(NamedTuple):
 
 
 Run = Callable[[int], Iterator[Point]]
+
+
+def evaluation_steps(total_steps: int, evaluations: int) -> list[int]:
+    """The steps after which to measure: none, and `evaluations` or all, to the end."""
+    evaluations = min(evaluations, total_steps)
+    return [k * total_steps // evaluations for k in range(evaluations + 1)]
 
 
 def make_optimizer(
@@ -153,8 +159,7 @@ def make_run(
 
     def run(seed: int) -> Iterator[Point]:
         state, seconds, done, top = init(seed), 0.0, 0, None
-        for k in range(settings.evaluations + 1):
-            stop = k * total_steps // settings.evaluations
+        for stop in evaluation_steps(total_steps, settings.evaluations):
             start = time.perf_counter()
             with jax.transfer_guard("disallow"):
                 for i in range(done, stop):
@@ -164,13 +169,16 @@ def make_run(
                     state = program(state, images, labels)
                 state.step.block_until_ready()
             seconds, done = seconds + time.perf_counter() - start, stop
-            if not jnp.isfinite(tree_math.norm(state.params)):
-                raise UserError(
-                    f"{name}, seed {seed}: the weights are not finite after {done} "
-                    f"steps; lower --learning-rate (now {settings.learning_rate:g}) or "
-                    f"--rho (now {rho:g})"
+            try:
+                measurement, top = measure(
+                    state.params, state.opt_state, state.order, top
                 )
-            measurement, top = measure(state.params, state.opt_state, state.order, top)
+            except FloatingPointError as error:
+                raise UserError(
+                    f"{name}, seed {seed}: {error} after {done} steps; lower "
+                    f"--learning-rate (now {settings.learning_rate:g}) or --rho (now "
+                    f"{rho:g})"
+                ) from error
             steps = max(done, 1)
             radius = float(state.radius_sum) / steps
             yield Point(done, radius, 1e3 * seconds / steps, measurement)

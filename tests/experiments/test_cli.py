@@ -1,0 +1,188 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from eigensam_jax.experiments import cli, compare, data, models, plots, training
+
+RECORD = {
+    *("dataset", "model", "optimizer", "seed", "test_accuracy", "train_loss"),
+    *("lambda_max", "lambda_max_residual", "alignment", "step_time_ms"),
+}
+
+
+def test_compare_shows_the_difference(tmp_path, capsys):
+    out = tmp_path / "results"
+    assert cli.main(["compare", "--smoke", "--seeds", "2", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in out.iterdir()) == ["compare.png", "results.json"]
+
+    results = json.loads((out / "results.json").read_text())
+    assert results["complete"] is True
+    assert results["command"] == f"eigensam compare --smoke --seeds 2 --out {out}"
+    assert results["config"]["alpha"] == 0.2
+    assert {"jax", "optax", "eigensam_jax"} < set(results["versions"])
+    assert results["device"]["platform"] in ("cpu", "gpu", "tpu")
+    runs = {(run["optimizer"], run["seed"]): run for run in results["runs"]}
+    names = ("sgd", "sam", "eigen_sam", "sam_matched")
+    assert set(runs) == {(name, seed) for name in names for seed in (0, 1)}
+    for (name, seed), run in runs.items():
+        assert set(run) >= RECORD
+        assert name in printed
+        for key in RECORD - {"dataset", "model", "optimizer"}:
+            assert math.isfinite(run[key]), key
+        curves = run["curves"]
+        assert {len(curve) for curve in curves.values()} == {3}
+        assert run["alignment"] == sum(curves["alignment"][1:]) / 2
+        for key in ("train_loss", "test_accuracy", "lambda_max"):
+            assert run[key] == curves[key][-1]
+        if name == "sam_matched":
+            assert run["rho"] == runs["eigen_sam", seed]["curves"]["radius"][-1]
+            assert 0.1 < run["rho"] < 0.1 * math.sqrt(1.04)
+            losses = [runs[n, seed]["train_loss"] for n in names]
+            assert len(set(losses)) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong", "right"),
+    [
+        ("--rho -1", "'-1'", "number of at least 0"),
+        ("--rho nan", "'nan'", "number of at least 0"),
+        ("--alpha x", "'x'", "number of at least 0"),
+        ("--learning-rate 0", "'0'", "number above 0"),
+        ("--epochs 0", "'0'", "whole number above 0"),
+        ("--seeds 1.5", "'1.5'", "whole number above 0"),
+        ("--batch-size 9999", "9999", "at most 1437"),
+        ("--dataset imagenet", "'imagenet'", "'digits', 'fashion_mnist', 'mnist'"),
+        ("--model vgg", "'vgg'", "'mlp', 'cnn'"),
+        ("--optimizers sgd adam", "'adam'", "'sgd', 'sam', 'sam_matched', 'eigen_sam'"),
+        ("--optimizers sam_matched", "sam_matched", "name eigen_sam too"),
+        ("--dataset mnist", "needs --data-dir", "four idx files"),
+        ("--dataset mnist --data-dir nowhere", "nowhere", "four idx files"),
+        ("--data-dir .", "digits", "leave --data-dir out"),
+        ("--out pyproject.toml", "pyproject.toml", "name another folder"),
+        ("--speed 3", "--speed", "--help"),
+    ],
+)
+def test_a_bad_option_ends_with_one_line(
+    options, wrong, right, capsys, monkeypatch, tmp_path
+):
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "make_run", None)  # training would fail
+    try:
+        code = cli.main(["compare", *options.split()])
+    except SystemExit as stop:  # how argparse leaves
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("eigensam")
+    assert wrong in captured.err
+    assert right in captured.err
+
+
+def test_a_file_that_is_cut_off_ends_with_one_line(tmp_path, capsys):
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        (tmp_path / name).write_bytes(bytes([0, 0, 8, 3, 0, 0]))
+    code = cli.main(["compare", "--dataset", "mnist", "--data-dir", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "train-images-idx3-ubyte" in error
+
+
+def test_an_interruption_leaves_the_results_so_far(tmp_path, capsys, monkeypatch):
+    make_run = training.make_run
+
+    def interrupted(model, dataset, measure, name, rho, settings):
+        run = make_run(model, dataset, measure, name, rho, settings)
+
+        def until_sam(seed):
+            for point in run(seed):
+                yield point
+                if name == "sam":
+                    raise KeyboardInterrupt
+
+        return until_sam
+
+    monkeypatch.setattr(training, "make_run", interrupted)
+    options = ["--smoke", "--optimizers", "sgd", "sam", "--out", str(tmp_path)]
+    assert cli.main(["compare", *options]) == 130
+    printed = capsys.readouterr().out
+    assert f"1 finished runs are in {tmp_path}" in printed.replace("\n", "")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["complete"] is False
+    assert [run["optimizer"] for run in results["runs"]] == ["sgd"]
+
+
+@pytest.mark.slow
+def test_control_c_in_a_terminal(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eigensam_jax", "compare", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    path, deadline = tmp_path / "results.json", time.monotonic() + 120
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        if path.exists() and json.loads(path.read_text())["runs"]:
+            break
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "finished runs are in" in out
+    assert json.loads(path.read_text())["complete"] is False
+
+
+def test_python_dash_m_is_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "eigensam_jax", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.startswith("eigensam_jax ")
+
+
+def test_help_fits_a_screen():
+    code = (
+        "import sys; from eigensam_jax.experiments import cli\n"
+        "try: cli.main(['compare', '--help'])\n"
+        "except SystemExit: pass"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_options_name_what_exists():
+    assert set(cli.DATASETS) == set(data.LOADERS)
+    assert set(cli.MODELS) == set(models.MODELS)
+    assert set(cli.OPTIMIZERS) == set(plots.COLOURS)
+
+
+def test_the_summary_is_mean_and_standard_deviation():
+    keys = ("test_accuracy", "train_loss", "lambda_max", "alignment", "step_time_ms")
+    runs = [
+        {"optimizer": name, **dict.fromkeys(keys, value)}
+        for name, value in (("sgd", 1.0), ("sam", 2.0), ("sgd", 3.0))
+    ]
+    assert compare.summary(runs) == [
+        ["sgd", "200.00 ± 141.42", "2.0000 ± 1.4142", "2.00 ± 1.41", "2.000 ± 1.414"]
+        + ["2.00 ± 1.41"],
+        ["sam", "200.00", "2.0000", "2.00", "2.000", "2.00"],
+    ]

@@ -17,7 +17,8 @@ LAYERS = [
     {"sharpness_aware"},
     {"transform"},
     {"__init__"},
-    {"experiments", "__main__"},
+    {"experiments"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
+from scipy import stats
 
 from eigensam_jax.experiments import data, measures, plots, results, training
 from eigensam_jax.experiments.errors import UserError
@@ -24,7 +25,7 @@ from eigensam_jax.experiments.models import MODELS
 _COLUMNS = {
     "test_accuracy": ("test acc. %", 100, 2),
     "train_loss": ("train loss", 1, 4),
-    "lambda_max": ("λ_max", 1, 2),
+    "lambda_max": ("λ_max", 1, 3),
     "alignment": ("alignment", 1, 3),
     "step_time_ms": ("ms a step", 1, 2),
 }
@@ -113,6 +114,8 @@ def run(config: Config, command: str, console: Console) -> None:
         "the true top eigenvector, mean over training. Times are means over the run, "
         "one optimizer after the other."
     )
+    if difference := paired_difference(runs):
+        console.print(f"eigen_sam − sam_matched, 95% intervals: {difference}")
     console.print(f"Results: {path}   Plot: {config.out / 'compare.png'}")
 
 
@@ -145,6 +148,29 @@ def summary(runs: list[dict[str, Any]]) -> list[list[str]]:
             row.append(cell)
         rows.append(row)
     return rows
+
+
+def paired_difference(runs: list[dict[str, Any]]) -> str | None:
+    """What direction alone did: Eigen-SAM less SAM at the radius of the same seed.
+
+    Means over the seeds with 95% intervals by Student's t; None without two seeds.
+    """
+    by_seed = {(run["optimizer"], run["seed"]): run for run in runs}
+    pairs = [
+        (run, by_seed["sam_matched", run["seed"]])
+        for run in runs
+        if run["optimizer"] == "eigen_sam" and ("sam_matched", run["seed"]) in by_seed
+    ]
+    if len(pairs) < 2:
+        return None
+    parts = []
+    for key in ("test_accuracy", "train_loss", "lambda_max", "alignment"):
+        header, factor, digits = _COLUMNS[key]
+        differences = factor * np.array([a[key] - b[key] for a, b in pairs])
+        quantile = stats.t.ppf(0.975, len(pairs) - 1)
+        half = quantile * differences.std(ddof=1) / np.sqrt(len(pairs))
+        parts.append(f"{header} {differences.mean():+.{digits}f} ± {half:.{digits}f}")
+    return ", ".join(parts)
 
 
 def _records(

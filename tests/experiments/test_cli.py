@@ -181,8 +181,20 @@ def test_the_summary_is_mean_and_standard_deviation():
         {"optimizer": name, **dict.fromkeys(keys, value)}
         for name, value in (("sgd", 1.0), ("sam", 2.0), ("sgd", 3.0))
     ]
-    assert compare.summary(runs) == [
-        ["sgd", "200.00 ± 141.42", "2.0000 ± 1.4142", "2.00 ± 1.41", "2.000 ± 1.414"]
-        + ["2.00 ± 1.41"],
-        ["sam", "200.00", "2.0000", "2.00", "2.000", "2.00"],
+    one, several = compare.summary(runs)[1], compare.summary(runs)[0]
+    assert one == ["sam", "200.00", "2.0000", "2.000", "2.000", "2.00"]
+    assert several[:3] == ["sgd", "200.00 ± 141.42", "2.0000 ± 1.4142"]
+    assert several[3:] == ["2.000 ± 1.414", "2.000 ± 1.414", "2.00 ± 1.41"]
+
+
+def test_the_paired_difference_is_students_t_over_the_seeds():
+    keys = ("test_accuracy", "train_loss", "lambda_max", "alignment")
+    values = {"eigen_sam": (1.0, 2.0, 6.0), "sam_matched": (0.0, 1.0, 2.0)}
+    runs = [
+        {"optimizer": name, "seed": seed, **dict.fromkeys(keys, value)}
+        for name, of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
     ]
+    # Differences 1, 1, 4: mean 2, standard deviation √3, t(0.975, 2) = 4.303.
+    assert "λ_max +2.000 ± 4.303, " in compare.paired_difference(runs)
+    assert compare.paired_difference(runs[:4]) is None

@@ -40,7 +40,7 @@ def test_a_run_learns_and_starts_where_the_others_do(digits, model):
         assert [p.step for p in points] == [0, STEPS // 2, STEPS]
         first, last = points[0].measurement, points[-1].measurement
         assert first == runs["sgd"][0].measurement._replace(alignment=first.alignment)
-        assert last.train_loss < 0.7 * first.train_loss
+        assert last.train_loss < 0.75 * first.train_loss
         assert last.test_accuracy > 0.6
         assert last.lambda_max_residual < 5e-3 * last.lambda_max
         assert points[-1].step_time_ms > 0

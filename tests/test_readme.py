@@ -36,6 +36,7 @@ def test_the_tables_are_those_of_the_results_files(folder):
     assert results["complete"]
     assert results["command"] in README
     assert results["device"]["processor"] in README
+    assert f"{results['wall_time_s']:.0f} s" in README
     assert compare.paired_difference(results["runs"]) in README
     for row in compare.summary(results["runs"]):
         assert f"| {' | '.join(row)} |" in README

@@ -1,5 +1,6 @@
 """`eigensam compare`: the same network from the same seeds, by each optimizer."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,15 +91,17 @@ def run(config: Config, command: str, console: Console) -> None:
         },
         **results.environment(),
         "complete": False,
+        "wall_time_s": 0.0,
         "runs": [],
     }
     runs: list[dict[str, Any]] = document["runs"]
-    path = config.out / "results.json"
+    path, start = config.out / "results.json", time.perf_counter()
     results.write(path, document)
     (config.out / "compare.png").unlink(missing_ok=True)  # of an earlier run
     try:
         for record in _records(config, dataset, console):
             runs.append(record)
+            document["wall_time_s"] = time.perf_counter() - start
             results.write(path, document)
     except (KeyboardInterrupt, UserError):
         console.print(f"{len(runs)} finished runs are in {path}")
@@ -116,7 +119,10 @@ def run(config: Config, command: str, console: Console) -> None:
     )
     if difference := paired_difference(runs):
         console.print(f"eigen_sam − sam_matched, 95% intervals: {difference}")
-    console.print(f"Results: {path}   Plot: {config.out / 'compare.png'}")
+    console.print(
+        f"Results: {path}   Plot: {config.out / 'compare.png'}   "
+        f"Wall time: {document['wall_time_s']:.0f} s"
+    )
 
 
 def table(runs: list[dict[str, Any]], title: str) -> Table:

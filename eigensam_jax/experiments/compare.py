@@ -24,7 +24,7 @@ from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import MODELS
 
 _COLUMNS = {
-    "test_accuracy": ("test acc. %", 100, 2),
+    "test_accuracy": ("test acc. %", 100, 1),
     "train_loss": ("train loss", 1, 4),
     "lambda_max": ("λ_max", 1, 3),
     "alignment": ("alignment", 1, 3),
@@ -133,6 +133,7 @@ def table(runs: list[dict[str, Any]], title: str) -> Table:
         *headers,
         title=title,
         box=box.SIMPLE,
+        show_edge=False,
         padding=0,
         collapse_padding=True,
     )

@@ -91,6 +91,54 @@ def power_iteration(
       (8.0, Array([0., 0., 1.], dtype=float32))
     """
     arguments.check_positive_int("num_iters", num_iters, "products per refresh")
+    return _refreshing(eigen.power_iteration, num_iters, update_interval, seed)
+
+
+def lanczos(num_matvecs: int = 5, update_interval: int = 100, seed: int = 0) -> Tracker:
+    """A warm-started Lanczos iteration now and then: the top of indefinite spectra too.
+
+    As `power_iteration`, with `eigen.lanczos` in its place: for the same number of
+    products, the vector of the largest Rayleigh quotient in the whole Krylov space of
+    the last v, and one free step beyond it. It finds the algebraically largest
+    eigenvalue, so that negative curvature, however strong, does not lead it astray.
+    λ and the residual belong to the maximiser before that free step.
+
+    Cost: `num_matvecs` Hessian-vector products every `update_interval` steps, one
+    vector as large as the parameters in the state, and `num_matvecs` + 3 of them during
+    a refresh.
+
+    Args:
+      num_matvecs: products per refresh, at least 1.
+      update_interval: steps from one refresh to the next, at least 1.
+      seed: seed of the random start.
+
+    Returns:
+      A `Tracker` whose state is an `eigen.Eigenpair`.
+
+    Raises:
+      ValueError: if `num_matvecs` or `update_interval` is less than 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import trackers
+      >>> tracker = trackers.lanczos(num_matvecs=3)
+      >>> spectrum = jnp.array([-5.0, 1.0, 2.0])  # power iteration would find -5
+      >>> state = tracker.init(spectrum)
+      >>> state = tracker.refresh(state, lambda v: spectrum * v, jnp.int32(0), None)
+      >>> print(f"{state.eigenvalue:.4f}", jnp.abs(state.eigenvector).round(3))
+      2.0000 [0. 0. 1.]
+    """
+    arguments.check_positive_int("num_matvecs", num_matvecs, "products per refresh")
+    return _refreshing(eigen.lanczos, num_matvecs, update_interval, seed)
+
+
+def _refreshing(
+    solve: Callable[..., eigen.Eigenpair],
+    num_matvecs: int,
+    update_interval: int,
+    seed: int,
+) -> Tracker:
+    """A tracker that does `solve(matvec, v, num_matvecs)` every `update_interval`."""
     arguments.check_positive_int(
         "update_interval", update_interval, "steps from one refresh to the next"
     )
@@ -102,18 +150,16 @@ def power_iteration(
     def refresh(
         state: eigen.Eigenpair, matvec: Matvec, count: jax.Array, due: bool | None
     ) -> eigen.Eigenpair:
-        def iterate(pair: eigen.Eigenpair) -> eigen.Eigenpair:
-            new = eigen.power_iteration(
-                matvec, pair.eigenvector, num_iters, unroll=due is True
-            )
+        def solved(pair: eigen.Eigenpair) -> eigen.Eigenpair:
+            new = solve(matvec, pair.eigenvector, num_matvecs, unroll=due is True)
             finite = jnp.isfinite(new.eigenvalue) & jnp.isfinite(new.residual)
             return tree_math.where(finite, new, pair)
 
         if due is None:
             is_due = count % update_interval == 0
-            state = jax.lax.cond(is_due, iterate, lambda pair: pair, state)
+            state = jax.lax.cond(is_due, solved, lambda pair: pair, state)
         elif due:
-            state = iterate(state)
+            state = solved(state)
         return state
 
     return Tracker(init, refresh, _observe_nothing)

@@ -56,7 +56,8 @@ def sam(
       argument `value_fn`, params -> scalar, the loss on the current batch; or
       `grad_fn`, params -> gradient tree, where the loss alone is not enough
       (micro-batches, loss scaling). With both, `grad_fn` makes the gradients. Other
-      arguments are ignored.
+      arguments are ignored. What comes out has the structure of `params` and the dtypes
+      of the gradients handed in.
 
     Raises:
       ValueError: for a negative `rho` or an unusable `mask`; from `update`, where an

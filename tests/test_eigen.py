@@ -88,7 +88,107 @@ def test_a_zero_start_stays_finite():
     assert pair.eigenvalue == 0
 
 
-@pytest.mark.parametrize("num_iters", [0, -1, 2.5, True])
-def test_bad_num_iters(num_iters):
-    with pytest.raises(ValueError, match=f"num_iters .* got {num_iters}"):
-        eigen.power_iteration(lambda v: v, jnp.ones(2), num_iters)
+@pytest.mark.parametrize("number", [0, -1, 2.5, True])
+def test_a_bad_number_of_products(number):
+    with pytest.raises(ValueError, match=f"num_iters .* got {number}"):
+        eigen.power_iteration(lambda v: v, jnp.ones(2), number)
+    with pytest.raises(ValueError, match=f"num_matvecs .* got {number}"):
+        eigen.lanczos(lambda v: v, jnp.ones(2), number)
+
+
+# --- Lanczos --------------------------------------------------------------------------
+
+
+def random_symmetric(seed, size=60):
+    """A random symmetric matrix, often indefinite, with a few large eigenvalues."""
+    rng = np.random.default_rng(seed)
+    spectrum = rng.normal(size=size) * np.where(rng.random(size) < 0.1, 6, 1)
+    return symmetric(spectrum, seed)[0], rng.normal(size=size)
+
+
+def rayleigh_quotient(matrix, v):
+    v = np.asarray(v, np.float64)
+    return v @ matrix @ v / (v @ v)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_matvecs", [1, 2, 5, 12])
+def test_lanczos_is_the_maximum_over_the_krylov_space(num_matvecs, seed):
+    with jax.enable_x64(True):
+        matrix, start = random_symmetric(seed)
+        pair = eigen.lanczos(
+            lambda v: jnp.asarray(matrix) @ v, jnp.asarray(start), num_matvecs
+        )
+        basis = start[:, None] / np.linalg.norm(start)
+        for _ in range(num_matvecs - 1):
+            product = matrix @ basis[:, -1:]
+            basis, _ = np.linalg.qr(np.hstack([basis, product]))
+        values, vectors = np.linalg.eigh(basis.T @ matrix @ basis)
+        y = basis @ vectors[:, -1]
+        np.testing.assert_allclose(pair.eigenvalue, values[-1], rtol=1e-8)
+        residual = np.linalg.norm(matrix @ y - values[-1] * y)
+        np.testing.assert_allclose(pair.residual, residual, rtol=1e-6)
+        step = matrix @ y - min(values[0], 0) * y
+        if values[-1] == values[0] < 0:  # nothing is known of the rest of the spectrum
+            step = y
+        step /= np.linalg.norm(step)
+        np.testing.assert_allclose(abs(step @ pair.eigenvector), 1, rtol=1e-8)
+        np.testing.assert_allclose(np.linalg.norm(pair.eigenvector), 1, rtol=1e-8)
+
+
+def test_lanczos_beats_power_iteration_for_the_same_products():
+
+    @jax.jit
+    def both(matrix, v0):
+        matvec = lambda v: jnp.matmul(matrix, v, precision="highest")
+        solvers = (eigen.lanczos, eigen.power_iteration)
+        return [solve(matvec, v0, 5).eigenvector for solve in solvers]
+
+    wins = 0
+    for seed in range(100):
+        matrix, start = random_symmetric(seed)
+        ours, theirs = both(*(jnp.asarray(x, jnp.float32) for x in (matrix, start)))
+        wins += rayleigh_quotient(matrix, ours) > rayleigh_quotient(matrix, theirs)
+    assert wins >= 95
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_lanczos_finds_the_top_of_any_spectrum(sign, spectrum, seed):
+    matrix, basis = symmetric(np.multiply(sign, spectrum), seed)
+    matrix = jnp.asarray(matrix, jnp.float32)
+    v0 = jax.random.normal(jax.random.key(seed), (5,))
+    pair = eigen.lanczos(lambda v: matrix @ v, v0, 8)  # more than there are dimensions
+    top = np.max(np.multiply(sign, spectrum))
+    np.testing.assert_allclose(pair.eigenvalue, top, rtol=1e-5, atol=1e-5)
+    in_eigenspace = basis[:, np.multiply(sign, spectrum) == top].T @ pair.eigenvector
+    np.testing.assert_allclose(np.linalg.norm(in_eigenspace), 1, atol=1e-5)
+    assert pair.residual < 1e-4
+
+
+def test_lanczos_agrees_with_eigh_of_a_networks_hessian():
+    params, loss = network()
+    values, vectors = np.linalg.eigh(dense_hessian(loss, params))
+    product = hessian.matvec(jax.grad(loss), params)
+    pair = jax.jit(lambda v: eigen.lanczos(product, v, 25))(params)
+    assert abs(flatten(pair.eigenvector) @ vectors[:, -1]) >= 1 - 1e-5
+    np.testing.assert_allclose(pair.eigenvalue, values[-1], rtol=1e-5)
+    v = flatten(pair.eigenvector)
+    error = np.linalg.norm(dense_hessian(loss, params) @ v - pair.eigenvalue * v)
+    assert error < 1e-3 * values[-1]
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_lanczos_on_degenerate_input(unroll):
+    ones = jnp.ones(4)
+    zero = eigen.lanczos(lambda v: 0 * v, ones, 3, unroll=unroll)
+    np.testing.assert_allclose(zero.eigenvector, ones / 2, rtol=1e-6)
+    assert zero.eigenvalue == 0
+    negative = eigen.lanczos(lambda v: -2 * v, ones, 3, unroll=unroll)
+    np.testing.assert_allclose(negative.eigenvector, ones / 2, rtol=1e-6)
+    np.testing.assert_allclose(negative.eigenvalue, -2, rtol=1e-6)
+    nowhere = eigen.lanczos(lambda v: 2 * v, 0 * ones, 3, unroll=unroll)
+    np.testing.assert_array_equal(nowhere.eigenvector, 0 * ones)
+    bad = eigen.lanczos(lambda v: v * jnp.nan, ones, 3, unroll=unroll)
+    assert jnp.isnan(bad.eigenvalue)

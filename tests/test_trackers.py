@@ -14,24 +14,35 @@ def matvec(vector):
     return jax.tree.map(jnp.multiply, SPECTRUM, vector)
 
 
+TRACKERS = {
+    "power_iteration": (trackers.power_iteration, eigen.power_iteration),
+    "lanczos": (trackers.lanczos, eigen.lanczos),
+}
+each_tracker = pytest.mark.parametrize(
+    ("make", "solve"), TRACKERS.values(), ids=TRACKERS
+)
+
+
+@each_tracker
 @pytest.mark.parametrize("seed", range(3))
-def test_starts_at_a_random_unit_vector_like_the_parameters(seed):
-    state = trackers.power_iteration(seed=seed).init(PARAMS)
+def test_starts_at_a_random_unit_vector_like_the_parameters(make, solve, seed):
+    state = make(seed=seed).init(PARAMS)
     chex.assert_trees_all_equal_shapes(state.eigenvector, PARAMS)
     assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(tree_math.norm(state.eigenvector), 1, rtol=1e-6)
-    other = trackers.power_iteration(seed=seed + 1).init(PARAMS)
+    other = make(seed=seed + 1).init(PARAMS)
     assert abs(tree_math.vdot(state.eigenvector, other.eigenvector)) < 0.99
 
 
-def test_refreshes_at_its_interval_from_where_it_was():
-    tracker = trackers.power_iteration(num_iters=2, update_interval=3)
+@each_tracker
+def test_refreshes_at_its_interval_from_where_it_was(make, solve):
+    tracker = make(2, update_interval=3)
     refresh = jax.jit(lambda s, count: tracker.refresh(s, matvec, count, None))
     state = tracker.init(PARAMS)
     for count in range(7):
         new = refresh(state, jnp.int32(count))
         if count % 3 == 0:
-            expected = eigen.power_iteration(matvec, state.eigenvector, 2)
+            expected = solve(matvec, state.eigenvector, 2)
             chex.assert_trees_all_close(new, expected, rtol=1e-5, atol=1e-6)
             assert new.eigenvalue > state.eigenvalue
         else:
@@ -39,21 +50,21 @@ def test_refreshes_at_its_interval_from_where_it_was():
         state = new
 
 
-def test_the_caller_can_fix_the_refresh():
-    tracker = trackers.power_iteration(num_iters=2, update_interval=3)
+@each_tracker
+def test_the_caller_can_fix_the_refresh(make, solve):
+    tracker = make(2, update_interval=3)
     state = tracker.init(PARAMS)
     due = tracker.refresh(state, matvec, jnp.int32(1), True)
-    chex.assert_trees_all_close(
-        due, eigen.power_iteration(matvec, state.eigenvector, 2), rtol=1e-6
-    )
+    chex.assert_trees_all_close(due, solve(matvec, state.eigenvector, 2), rtol=1e-6)
     not_due = tracker.refresh(state, matvec, jnp.int32(0), False)
     chex.assert_trees_all_equal(not_due, state)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, 1e38])
 @pytest.mark.parametrize("leaf", ["w", "b"])
-def test_a_refresh_that_is_not_finite_changes_nothing(leaf, bad):
-    tracker = trackers.power_iteration(num_iters=3, update_interval=1)
+@each_tracker
+def test_a_refresh_that_is_not_finite_changes_nothing(make, solve, leaf, bad):
+    tracker = make(3, update_interval=1)
     state = tracker.refresh(tracker.init(PARAMS), matvec, jnp.int32(0), None)
 
     def bad_matvec(vector):
@@ -66,8 +77,9 @@ def test_a_refresh_that_is_not_finite_changes_nothing(leaf, bad):
     assert recovered.eigenvalue > state.eigenvalue
 
 
-def test_a_zero_hessian_keeps_the_vector_with_eigenvalue_zero():
-    tracker = trackers.power_iteration()
+@each_tracker
+def test_a_zero_hessian_keeps_the_vector_with_eigenvalue_zero(make, solve):
+    tracker = make()
     state = tracker.init(PARAMS)
     after = tracker.refresh(
         state, lambda v: tree_math.scale(0.0, v), jnp.int32(0), None
@@ -76,8 +88,9 @@ def test_a_zero_hessian_keeps_the_vector_with_eigenvalue_zero():
     assert after.eigenvalue == 0
 
 
-def test_observing_changes_nothing():
-    tracker = trackers.power_iteration()
+@each_tracker
+def test_observing_changes_nothing(make, solve):
+    tracker = make()
     state = tracker.init(PARAMS)
     assert tracker.observe(state, PARAMS, PARAMS, jnp.int32(0)) is state
 
@@ -87,3 +100,6 @@ def test_observing_changes_nothing():
 def test_bad_counts_are_refused_with_name_and_value(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .* got {value!r}"):
         trackers.power_iteration(**{name: value})
+    name = name.replace("num_iters", "num_matvecs")
+    with pytest.raises(ValueError, match=f"{name} must be .* got {value!r}"):
+        trackers.lanczos(**{name: value})

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eigensam_jax import arguments, tree_math
 from eigensam_jax.hessian import Matvec
@@ -143,7 +144,7 @@ def lanczos(
         length = tree_math.norm(rest)
         # What rounding leaves of a product inside the space is no new direction. (Of
         # a product that is not finite, the length is not either, and stays so.)
-        rounding = 10 * jnp.finfo(dtype).eps * tree_math.norm(product)
+        rounding = 10 * np.finfo(dtype).eps * tree_math.norm(product)
         length = jnp.where((length <= rounding) & jnp.isfinite(length), 0, length)
         new = tree_math.scale(tree_math.safe_inverse(length), rest)
         basis = jax.tree.map(lambda b, x: b.at[i + 1].set(x), basis, new)

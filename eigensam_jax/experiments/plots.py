@@ -43,6 +43,7 @@ def compare(runs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
         axes.set(xlabel="step", title=label, yscale=scale)
         axes.grid(alpha=0.3)
         if key == "test_accuracy":  # the untrained network would squeeze the rest
-            axes.set_ylim(bottom=min(min(run["curves"][key][1:]) for run in runs))
+            trained = [value for run in runs for value in run["curves"][key][1:]]
+            axes.set_ylim(min(trained) - 0.01, min(max(trained) + 0.01, 1))
     figure.axes[0].legend()
     figure.savefig(path, dpi=110)

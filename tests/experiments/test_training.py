@@ -22,20 +22,27 @@ def digits():
     )
 
 
-def run(digits, name, *, model="mlp", settings=SETTINGS, rho=0.1, seed=0):
-    network = models.MODELS[model](digits.num_classes)
-    measure = measures.make_measure(
-        network, digits, settings.batch_size, settings.alpha
+@pytest.fixture(scope="module", params=["mlp", "cnn"])
+def network(request, digits):
+    """A network and what measures it, compiled once."""
+    model = models.MODELS[request.param](digits.num_classes)
+    return model, measures.make_measure(model, digits, 64, SETTINGS.alpha)
+
+
+@pytest.fixture(scope="module")
+def mlp(digits):
+    model = models.MLP(digits.num_classes)
+    return model, measures.make_measure(model, digits, 64, SETTINGS.alpha)
+
+
+def run(digits, network, name, *, settings=SETTINGS, seed=0):
+    return list(
+        training.make_run(network[0], digits, network[1], name, 0.1, settings)(seed)
     )
-    points = training.make_run(network, digits, measure, name, rho, settings)(seed)
-    return list(points)
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_a_run_learns_and_starts_where_the_others_do(digits, model):
-    runs = {
-        name: run(digits, name, model=model) for name in ("sgd", "sam", "eigen_sam")
-    }
+def test_a_run_learns_and_starts_where_the_others_do(digits, network):
+    runs = {name: run(digits, network, name) for name in ("sgd", "sam", "eigen_sam")}
     for points in runs.values():
         assert [p.step for p in points] == [0, STEPS // 2, STEPS]
         first, last = points[0].measurement, points[-1].measurement
@@ -51,12 +58,12 @@ def test_a_run_learns_and_starts_where_the_others_do(digits, model):
     assert len(losses) == 3
 
 
-def test_fixing_the_refresh_is_the_trackers_own_schedule(digits, monkeypatch):
+def test_fixing_the_refresh_is_the_trackers_own_schedule(digits, mlp, monkeypatch):
     """A plain loop, in which the tracker decides, ends at the same loss."""
     monkeypatch.setattr(training, "UPDATE_INTERVAL", 10)
-    points = run(digits, "eigen_sam", seed=1)
+    points = run(digits, mlp, "eigen_sam", seed=1)
 
-    model = models.MLP(digits.num_classes)
+    model = mlp[0]
     loss = measures.cross_entropy(model)
     schedule = optax.cosine_decay_schedule(0.05, STEPS)
     tx = optax.chain(
@@ -86,19 +93,17 @@ def test_fixing_the_refresh_is_the_trackers_own_schedule(digits, monkeypatch):
     np.testing.assert_allclose(points[-1].measurement.train_loss, expected, rtol=1e-4)
 
 
-def test_a_run_is_determined_by_its_seed(digits):
-    network = models.MLP(digits.num_classes)
-    measure = measures.make_measure(network, digits, 64, 0.5)
-    train = training.make_run(network, digits, measure, "eigen_sam", 0.1, SETTINGS)
+def test_a_run_is_determined_by_its_seed(digits, mlp):
+    train = training.make_run(mlp[0], digits, mlp[1], "eigen_sam", 0.1, SETTINGS)
     one, two, other = (list(train(seed)) for seed in (0, 0, 1))
     assert [p.measurement for p in one] == [p.measurement for p in two]
     assert one[-1].measurement != other[-1].measurement
 
 
-def test_a_run_that_diverges_ends_with_what_to_do(digits):
+def test_a_run_that_diverges_ends_with_what_to_do(digits, mlp):
     settings = SETTINGS._replace(learning_rate=1e30)
     with pytest.raises(UserError, match=r"sgd, seed 0: .* lower --learning-rate"):
-        run(digits, "sgd", settings=settings)
+        run(digits, mlp, "sgd", settings=settings)
 
 
 def test_there_are_never_more_evaluations_than_steps():

@@ -28,15 +28,15 @@ def check_positive_int(name: str, value: int, meaning: str) -> None:
 def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
     """Refuses a Python number that is negative or not finite, and what is no scalar.
 
-    Arrays, traced ones too, and schedules where they are allowed pass: their values are
-    not known here.
+    Traced values, and schedules where they are allowed, pass: they are not known here.
     """
     if schedule and callable(value):
         return
-    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+    if isinstance(value, jax.core.Tracer) and value.ndim == 0:
         return
+    is_array = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < float("inf"):
+    if not (is_array or is_number) or not 0 <= float(value) < float("inf"):
         others = ", a scalar array or a schedule" if schedule else " or a scalar array"
         raise ValueError(
             f"{name} must be a finite number of at least 0{others}, got {value!r}."
@@ -58,7 +58,8 @@ def check_update(
     if value_fn is None and grad_fn is None:
         raise ValueError(
             "update needs value_fn or grad_fn, got neither: the gradient is taken "
-            f"again at the perturbed parameters. Call {_CALL}"
+            f"again at the perturbed parameters. Call {_CALL} (If you did, a wrapper "
+            "dropped it: flax's TrainState.apply_gradients does, so call tx.update.)"
         )
     functions = {"value_fn": value_fn, "grad_fn": grad_fn, "curvature_fn": curvature_fn}
     for name, function in functions.items():

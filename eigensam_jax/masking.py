@@ -78,8 +78,10 @@ def subspace(mask: Mask, params: PyTree) -> Subspace:
     try:
         selected = jax.tree.leaves(jax.tree.broadcast(tree, params))
     except ValueError as error:
+        paths = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)]
         raise ValueError(
-            f"mask is not a prefix of the parameters, got {tree}. {_REMEDY}"
+            f"mask is not a prefix of the parameters, got {tree} for "
+            f"{', '.join(paths)}. {_REMEDY}"
         ) from error
     if not any(selected):
         raise ValueError(f"mask selects no parameter, got {tree}. {_REMEDY}")

@@ -89,6 +89,13 @@ def sharpness_aware(
         updates = arguments.like_params(
             "updates", updates, params, "Hand in jax.grad(value_fn)(params) as it is."
         )
+        if not isinstance(state, SharpnessAwareState) or (
+            (state.tracker is None) != (tracker is None)
+        ):
+            raise ValueError(
+                f"opt_state is not of this transformation, got {type(state).__name__}: "
+                "make it by tx.init(params) of the same chain."
+            )
         refresh = None if refresh is None else bool(refresh)
         space = masking.subspace(mask, params)
         value_and_grad = arguments.gradient_function(value_fn, grad_fn)

@@ -7,7 +7,9 @@ A `Tracker` is three pure functions around a state, called by `eigen_sam` in thi
     state = tracker.observe(state, perturbation, gradient_change, count)    # after
 
 A state is a NamedTuple of arrays with the fields `eigenvector`, `eigenvalue` and
-`residual` of an `eigen.Eigenpair`, and whatever else the tracker carries.
+`residual` of an `eigensam_jax.eigen.Eigenpair`, and whatever else the tracker carries;
+its structure, shapes and dtypes never change. `eigen_sam` adds nothing along the
+eigenvector while `eigenvalue` is negative.
 """
 
 from collections.abc import Callable

@@ -38,6 +38,8 @@ def sam(
     """Sharpness-aware minimization: ∇L(w) becomes ∇L(w + ρ·g/‖g‖).
 
     One gradient more per step. The norm runs over all perturbed parameters together.
+    Put it first in the chain: `updates` must be the gradient of `value_fn` at `params`.
+    Last in the chain it would hand on the gradient itself, not a step downhill.
 
     The perturbed parameters have the dtypes of `params`. In bfloat16 or float16 that
     rounds away perturbations of weights below their last bit, about 1/256 and 1/2048 of
@@ -45,7 +47,7 @@ def sam(
 
     Args:
       rho: ρ, the radius of the perturbation, at least 0; or a schedule of the number of
-        updates so far.
+        updates so far (below 0 or NaN, it counts as 0).
       mask: which parameters are perturbed: a tree of bools like the parameters or a
         prefix of them, or a function that makes one from the parameters. ε is zero
         elsewhere and norms leave the rest out. All, by default.
@@ -79,7 +81,7 @@ def sam(
     arguments.check_scalar("rho", rho, schedule=True)
 
     def perturb(count: jax.Array, grads: PyTree, *_: Any) -> Perturbation:
-        return perturbation.sam(grads, _at(rho, count))
+        return perturbation.sam(grads, _at("rho", rho, count))
 
     return sharpness_aware(perturb, None, mask)
 
@@ -91,7 +93,7 @@ def asam(
 
     One gradient more per step. ρ is measured relative to the weights, so it is about
     ten times that of `sam`. T is |w| + η for every parameter, biases too; the authors'
-    code uses 1 for these.
+    code uses 1 for these. First in the chain, as `sam`.
 
     Args:
       rho: ρ, at least 0; or a schedule of the number of updates so far.
@@ -123,7 +125,7 @@ def asam(
     def perturb(
         count: jax.Array, grads: PyTree, params: PyTree, _: Any
     ) -> Perturbation:
-        return perturbation.asam(grads, params, _at(rho, count), eta)
+        return perturbation.asam(grads, params, _at("rho", rho, count), eta)
 
     return sharpness_aware(perturb, None, mask)
 
@@ -141,6 +143,9 @@ def eigen_sam(
     v⊥ = v − ⟨u,v⟩u, which is not renormalised: ‖ε‖ = ρ·√(1 + α²(1 − ⟨u,v⟩²)), a little
     more than ρ. Compare with `sam` at that radius, not at the same ρ.
 
+    Put it first in the chain: `updates` must be the gradient of `value_fn` at `params`.
+    Last in the chain it would hand on the gradient itself, not a step downhill.
+
     Where the tracked λ is negative, v is a direction of negative curvature and not the
     top of the spectrum: the added term is dropped and the steps are those of `sam`
     until the next refresh. `alpha=0` is `sam`, bit for bit, with the eigenvector
@@ -154,7 +159,9 @@ def eigen_sam(
 
     The state is found by name from any chain, for example
     `optax.tree.get(opt_state, "eigenvector")`, and likewise "eigenvalue", "residual",
-    "alignment", "grad_norm", "perturbation_norm" and "perturbed_value".
+    "alignment", "grad_norm", "perturbation_norm" and "perturbed_value"; their meanings
+    are in `eigen.Eigenpair` and `sharpness_aware.Info`. "alignment" is with the tracked
+    v, which may be far from the true one.
 
     Differences from the paper's code: before the first v exists that code perturbs by
     ρ·g, unnormalised; here v exists from the first step. The refresh counts steps over
@@ -210,11 +217,20 @@ def eigen_sam(
     def perturb(
         count: jax.Array, grads: PyTree, _: Any, top: Eigenpair
     ) -> Perturbation:
-        weight = jnp.where(top.eigenvalue < 0, 0, _at(alpha, count))
-        return perturbation.eigen_sam(grads, top.eigenvector, _at(rho, count), weight)
+        weight = jnp.where(top.eigenvalue < 0, 0, _at("alpha", alpha, count))
+        return perturbation.eigen_sam(
+            grads, top.eigenvector, _at("rho", rho, count), weight
+        )
 
     return sharpness_aware(perturb, tracker, mask)
 
 
-def _at(value: ScalarOrSchedule, count: jax.Array) -> ArrayLike:
-    return value(count) if callable(value) else value
+def _at(name: str, value: ScalarOrSchedule, count: jax.Array) -> ArrayLike:
+    """The value at this step; what is negative or NaN under `jit` counts as 0."""
+    now = jnp.asarray(value(count) if callable(value) else value)
+    if now.shape != ():
+        raise ValueError(
+            f"{name} must be a scalar at each step, got the shape {now.shape}: let the "
+            "schedule return one number."
+        )
+    return jnp.where(now > 0, now, 0)

@@ -1,3 +1,4 @@
+import re
 from typing import Any, NamedTuple
 
 import chex
@@ -392,6 +393,27 @@ def test_traced_rho_and_alpha_by_inject_hyperparams():
     chex.assert_trees_all_close(actual, expected, rtol=1e-5)
 
 
+@each_factory
+@pytest.mark.parametrize("bad", [-0.1, float("nan")])
+def test_a_schedule_below_zero_or_nan_counts_as_zero(factory, bad):
+    params, loss = network()
+    grads = jax.grad(loss)(params)
+    tx = factory(rho=lambda count: jnp.where(count < 1, bad, 0.1))
+    update = jax.jit(lambda s: tx.update(grads, s, params, value_fn=loss))
+    updates, state = update(tx.init(params))
+    chex.assert_trees_all_close(updates, grads, rtol=1e-6, atol=1e-7)
+    assert state.info.perturbation_norm == 0
+    _, state = update(state)
+    assert state.info.perturbation_norm > 0
+
+
+def test_a_schedule_that_is_no_scalar_is_refused_by_name():
+    params, loss = network()
+    tx = eigen_sam(alpha=lambda count: jnp.ones(3))
+    with pytest.raises(ValueError, match=r"alpha must be a scalar .* \(3,\)"):
+        tx.update(params, tx.init(params), params, value_fn=loss)
+
+
 # --- faults ---------------------------------------------------------------------------
 
 
@@ -582,9 +604,13 @@ def test_steps_scan():
 
 
 @each_factory
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "0.1", None])
+@pytest.mark.parametrize(
+    "value", [-0.1, float("nan"), float("inf"), "0.1", None, np.float32(-1), np.ones(2)]
+)
 def test_bad_rho_is_refused_with_name_and_value(factory, value):
-    with pytest.raises(ValueError, match=f"rho must be .* got {value!r}"):
+    with pytest.raises(ValueError, match=re.escape(f"got {value!r}")):
+        factory(rho=value)
+    with pytest.raises(ValueError, match="rho must be a finite number of at least 0"):
         factory(rho=value)
 
 
@@ -650,6 +676,14 @@ def test_containers_alone_may_differ():
             same_shapes,
             value_fn=lambda p: square(p.w) + square(p.b),
         )
+
+
+def test_a_state_of_another_transformation_is_refused():
+    params, loss = network()
+    states = (sam().init(params), optax.sgd(0.1).init(params), None)
+    for state in states:
+        with pytest.raises(ValueError, match=r"opt_state is not .* tx\.init\(params\)"):
+            eigen_sam().update(params, state, params, value_fn=loss)
 
 
 @each_factory

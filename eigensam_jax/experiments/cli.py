@@ -1,7 +1,9 @@
 """The `eigensam` command line."""
 
 import argparse
+import io
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +18,11 @@ DATASETS = ("digits", "fashion_mnist", "mnist")
 MODELS = ("mlp", "cnn")
 OPTIMIZERS = ("sgd", "sam", "sam_matched", "eigen_sam")
 
+_DATA_DIR = (
+    "folder of the four idx files of mnist or fashion_mnist; the latter is found where "
+    "Debian's dataset-fashion-mnist puts it"
+)
+_INTERRUPTED = 130
 _SMOKE = {"seeds": 1, "epochs": 2, "evaluations": 2}
 _USUAL = {"seeds": 3, "epochs": 100, "evaluations": 20}
 
@@ -25,6 +32,21 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def command() -> NoReturn:
+    """The `eigensam` command: `main`, and a way out that is safe in every terminal."""
+    for stream in (sys.stdout, sys.stderr):  # an encoding may have no λ
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    code = main()
+    if (
+        code == _INTERRUPTED
+    ):  # compiled programs may still run, and outlive what they use
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"eigensam {options.command}: interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     return 0
 
 
@@ -65,7 +87,7 @@ def _add_compare(commands: Any) -> None:
     add = compare.add_argument
     names, count, number = {"metavar": "NAME"}, {"metavar": "N"}, {"metavar": "X"}
     add("--dataset", **names, choices=DATASETS, default="digits", help=_any(DATASETS))
-    add("--data-dir", metavar="DIR", type=Path, help="idx files, for all but digits")
+    add("--data-dir", metavar="DIR", type=Path, help=_DATA_DIR)
     add("--model", **names, choices=MODELS, default="mlp", help=_any(MODELS))
     add(
         "--optimizers",
@@ -73,7 +95,8 @@ def _add_compare(commands: Any) -> None:
         nargs="+",
         choices=OPTIMIZERS,
         default=OPTIMIZERS,
-        help=f"some of {', '.join(OPTIMIZERS)} (SAM at Eigen-SAM's radius) [all]",
+        help=f"some of {', '.join(OPTIMIZERS)}, where sam_matched is SAM at the radius "
+        "that eigen_sam had [all]",
     )
     positive_int, positive = _number(int, above=0), _number(float, above=0)
     add("--seeds", **count, type=positive_int, help=f"how many [{_USUAL['seeds']}]")
@@ -111,7 +134,7 @@ def _compare(options: argparse.Namespace, command: str) -> None:
         dataset=options.dataset,
         data_dir=options.data_dir,
         model=options.model,
-        optimizers=tuple(options.optimizers),
+        optimizers=tuple(dict.fromkeys(options.optimizers)),
         seeds=options.seeds or preset["seeds"],
         epochs=options.epochs or preset["epochs"],
         batch_size=options.batch_size,

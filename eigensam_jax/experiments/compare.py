@@ -96,15 +96,21 @@ def run(config: Config, command: str, console: Console) -> None:
     }
     runs: list[dict[str, Any]] = document["runs"]
     path, start = config.out / "results.json", time.perf_counter()
-    results.write(path, document)
-    (config.out / "compare.png").unlink(missing_ok=True)  # of an earlier run
     try:
         for record in _records(config, dataset, console):
             runs.append(record)
             document["wall_time_s"] = time.perf_counter() - start
-            results.write(path, document)
+            results.write(
+                path, document
+            )  # only now in place of an earlier comparison's
+            if len(runs) == 1:
+                (config.out / "compare.png").unlink(missing_ok=True)
     except (KeyboardInterrupt, UserError):
-        console.print(f"{len(runs)} finished runs are in {path}")
+        console.print(
+            f"{len(runs)} finished runs are in {path}"
+            if runs
+            else "No run was finished."
+        )
         raise
     document["complete"] = True
     results.write(path, document)
@@ -264,7 +270,9 @@ def _check(config: Config) -> None:
 def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json.part").touch()
+        probe = out / "results.json.part"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(
             f"--out {out} cannot be written to ({error.strerror}); name another folder"

@@ -165,8 +165,8 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
     magic = bytes([0, 0, _UNSIGNED_BYTE, ndim])
     if len(content) < header or content[:4] != magic:
         raise UserError(
-            f"{path} is not an idx file of {ndim}-dimensional unsigned bytes: it "
-            f"should start with {magic.hex(' ')}, not {content[:4].hex(' ')}"
+            f"{path} is not an idx file of {ndim}-dimensional unsigned bytes: of its "
+            f"{len(content)} bytes the first should be {magic.hex(' ')}"
         )
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", ndim, offset=4))
     if len(content) - header != math.prod(shape) or 0 in shape:

@@ -118,13 +118,29 @@ def test_an_interruption_leaves_the_results_so_far(tmp_path, capsys, monkeypatch
         return until_sam
 
     monkeypatch.setattr(training, "make_run", interrupted)
-    options = ["--smoke", "--optimizers", "sgd", "sam", "--out", str(tmp_path)]
+    options = ["--smoke", "--optimizers", "sgd", "sgd", "sam", "--out", str(tmp_path)]
     assert cli.main(["compare", *options]) == 130
     printed = capsys.readouterr().out
     assert f"1 finished runs are in {tmp_path}" in printed.replace("\n", "")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["complete"] is False
     assert [run["optimizer"] for run in results["runs"]] == ["sgd"]
+
+
+def test_an_interruption_before_the_first_result_keeps_the_earlier_ones(
+    tmp_path, capsys, monkeypatch
+):
+    earlier = {"results.json": b"{}", "compare.png": b"png"}
+    for name, content in earlier.items():
+        (tmp_path / name).write_bytes(content)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "make_run", interrupted)
+    assert cli.main(["compare", "--out", str(tmp_path)]) == 130
+    assert "No run was finished" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == earlier
 
 
 @pytest.mark.slow

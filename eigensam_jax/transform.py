@@ -47,7 +47,7 @@ def sam(
 
     Args:
       rho: ρ, the radius of the perturbation, at least 0; or a schedule of the number of
-        updates so far (below 0 or NaN, it counts as 0).
+        updates so far (below 0 or not finite, it counts as 0).
       mask: which parameters are perturbed: a tree of bools like the parameters or a
         prefix of them, or a function that makes one from the parameters. ε is zero
         elsewhere and norms leave the rest out. All, by default.
@@ -226,11 +226,11 @@ def eigen_sam(
 
 
 def _at(name: str, value: ScalarOrSchedule, count: jax.Array) -> ArrayLike:
-    """The value at this step; what is negative or NaN under `jit` counts as 0."""
+    """The value at this step; what is negative or not finite counts as 0."""
     now = jnp.asarray(value(count) if callable(value) else value)
     if now.shape != ():
         raise ValueError(
             f"{name} must be a scalar at each step, got the shape {now.shape}: let the "
             "schedule return one number."
         )
-    return jnp.where(now > 0, now, 0)
+    return jnp.where((now > 0) & jnp.isfinite(now), now, 0)

@@ -394,8 +394,8 @@ def test_traced_rho_and_alpha_by_inject_hyperparams():
 
 
 @each_factory
-@pytest.mark.parametrize("bad", [-0.1, float("nan")])
-def test_a_schedule_below_zero_or_nan_counts_as_zero(factory, bad):
+@pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
+def test_a_schedule_below_zero_or_not_finite_counts_as_zero(factory, bad):
     params, loss = network()
     grads = jax.grad(loss)(params)
     tx = factory(rho=lambda count: jnp.where(count < 1, bad, 0.1))

@@ -40,9 +40,7 @@ def command() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     code = main()
-    if (
-        code == _INTERRUPTED
-    ):  # compiled programs may still run, and outlive what they use
+    if code == _INTERRUPTED:  # a program that still runs may outlive what it uses
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -53,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, 2 for a bad option, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
-    command = shlex.join(["eigensam", *arguments])
+    line = shlex.join(["eigensam", *arguments])
     try:
         run: Callable[[argparse.Namespace, str], None] = options.run
-        run(options, command)
+        run(options, line)
     except UserError as error:
         print(f"eigensam {options.command}: error: {error}", file=sys.stderr)
         return 2

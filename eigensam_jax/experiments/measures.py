@@ -141,10 +141,14 @@ def make_measure(
 
     @jax.jit
     def cosine(
-        params: PyTree, opt_state: optax.OptState, batch: jax.Array, top: jax.Array
+        params: PyTree,
+        opt_state: optax.OptState,
+        images: jax.Array,
+        labels: jax.Array,
+        top: jax.Array,
     ) -> jax.Array:
         """|cos| between `top` and the perturbation by the eigenvector in the state."""
-        direction = jax.grad(loss)(params, images[batch], labels[batch])
+        direction = jax.grad(loss)(params, images, labels)
         eigenvector = optax.tree.get(opt_state, "eigenvector")
         if eigenvector is not None:
             added = alpha * (optax.tree.get(opt_state, "eigenvalue") >= 0)
@@ -167,7 +171,9 @@ def make_measure(
         top = top_eigenpair(params, images[few], labels[few], start)
         batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
         cosines = [
-            float(cosine(params, opt_state, batch, top.eigenvector))
+            float(
+                cosine(params, opt_state, images[batch], labels[batch], top.eigenvector)
+            )
             for batch in batches[:ALIGNMENT_BATCHES]
         ]
         _, accuracy = means(params, dataset.test_images, dataset.test_labels)

@@ -15,7 +15,7 @@ from eigensam_jax.experiments.errors import UserError
 
 # Spelt out here so that --help need not import what reads, builds and trains them.
 DATASETS = ("digits", "fashion_mnist", "mnist")
-MODELS = ("mlp", "cnn")
+MODELS = ("mlp", "cnn", "strided_cnn")
 OPTIMIZERS = ("sgd", "sam", "sam_matched", "eigen_sam")
 
 _DATA_DIR = (

@@ -6,20 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column, Table
-from scipy import stats
+from rich.table import Table
 
-from eigensam_jax.experiments import data, measures, plots, results, training
+from eigensam_jax.experiments import data, measures, plots, results, tables, training
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import MODELS
 
@@ -72,7 +62,7 @@ def run(config: Config, command: str, console: Console) -> None:
             f"--batch-size {config.batch_size} is more than the {examples} training "
             f"images of {config.dataset}; use at most {examples}"
         )
-    _make_folder(config.out)
+    results.make_folder(config.out)
     document: dict[str, Any] = {
         "command": command,
         "config": {
@@ -133,19 +123,8 @@ def run(config: Config, command: str, console: Console) -> None:
 
 def table(runs: list[dict[str, Any]], title: str) -> Table:
     """The rows of `summary` for a terminal."""
-    headers = [Column(header, justify="right") for header, _, _ in _COLUMNS.values()]
-    result = Table(
-        "optimizer",
-        *headers,
-        title=title,
-        box=box.SIMPLE,
-        show_edge=False,
-        padding=0,
-        collapse_padding=True,
-    )
-    for row in summary(runs):
-        result.add_row(*row)
-    return result
+    headers = ["optimizer", *(header for header, _, _ in _COLUMNS.values())]
+    return tables.table(title, headers, summary(runs))
 
 
 def summary(runs: list[dict[str, Any]]) -> list[list[str]]:
@@ -154,11 +133,8 @@ def summary(runs: list[dict[str, Any]]) -> list[list[str]]:
     for name in dict.fromkeys(run["optimizer"] for run in runs):
         row = [name]
         for key, (_, factor, digits) in _COLUMNS.items():
-            values = np.array([run[key] for run in runs if run["optimizer"] == name])
-            cell = f"{factor * values.mean():.{digits}f}"
-            if len(values) > 1:
-                cell += f" ± {factor * values.std(ddof=1):.{digits}f}"
-            row.append(cell)
+            values = [run[key] for run in runs if run["optimizer"] == name]
+            row.append(tables.mean_and_deviation(values, digits, factor))
         rows.append(row)
     return rows
 
@@ -179,10 +155,9 @@ def paired_difference(runs: list[dict[str, Any]]) -> str | None:
     parts = []
     for key in ("test_accuracy", "train_loss", "lambda_max", "alignment"):
         header, factor, digits = _COLUMNS[key]
-        differences = factor * np.array([a[key] - b[key] for a, b in pairs])
-        quantile = stats.t.ppf(0.975, len(pairs) - 1)
-        half = quantile * differences.std(ddof=1) / np.sqrt(len(pairs))
-        parts.append(f"{header} {differences.mean():+.{digits}f} ± {half:.{digits}f}")
+        differences = [a[key] - b[key] for a, b in pairs]
+        interval = tables.mean_and_interval(differences, digits, factor)
+        parts.append(f"{header} {interval}")
     return ", ".join(parts)
 
 
@@ -204,14 +179,7 @@ def _records(
     total_steps = len(dataset.train_labels) // config.batch_size * config.epochs
     points_a_run = len(training.evaluation_steps(total_steps, config.evaluations))
     runners: dict[tuple[str, float], training.Run] = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with tables.progress_bar(console) as progress:
         task = progress.add_task("", total=points_a_run * config.seeds * len(names))
         for seed in range(config.seeds):
             radius = config.rho
@@ -265,15 +233,3 @@ def _check(config: Config) -> None:
             "--optimizers: sam_matched takes its radius from the run of eigen_sam; "
             "name eigen_sam too, or leave sam_matched out"
         )
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / "results.json.part"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--out {out} cannot be written to ({error.strerror}); name another folder"
-        ) from error

@@ -22,6 +22,8 @@ ALIGNMENT_BATCHES = 8
 _CHUNK = 2_000  # examples per call when a whole set is evaluated
 
 Loss = Callable[[PyTree, jax.Array, jax.Array], jax.Array]
+Means = Callable[[PyTree, jax.Array, jax.Array], tuple[float, float]]
+TopEigenpair = Callable[[PyTree, jax.Array, jax.Array, jax.Array | None], Eigenpair]
 
 
 class Measurement(NamedTuple):
@@ -61,9 +63,7 @@ def cross_entropy(model: nn.Module) -> Loss:
     return loss
 
 
-def make_top_eigenpair(
-    loss: Loss,
-) -> Callable[[PyTree, jax.Array, jax.Array, jax.Array | None], Eigenpair]:
+def make_top_eigenpair(loss: Loss, num_vectors: int = 20) -> TopEigenpair:
     """Builds (params, images, labels, start) -> the top `Eigenpair` of ∇²loss.
 
     ARPACK's restarted Lanczos iteration runs on the host and asks the device for one
@@ -71,7 +71,8 @@ def make_top_eigenpair(
     would be many times slower. `start` is where to begin, for example the eigenvector
     found some steps ago; None for a random vector. Eigenvectors are flat arrays
     over the raveled parameters; the residual is at most about `CURVATURE_TOLERANCE`
-    times the eigenvalue.
+    times the eigenvalue. `num_vectors` are held at a time: fewer are fewer products
+    where `start` is good or the eigenvalue stands apart, and more where not.
     """
 
     @jax.jit
@@ -99,7 +100,12 @@ def make_top_eigenpair(
 
         operator = linalg.LinearOperator((size, size), matvec, dtype=np.float64)
         values, vectors = linalg.eigsh(
-            operator, k=1, which="LA", v0=v0, tol=CURVATURE_TOLERANCE
+            operator,
+            k=1,
+            which="LA",
+            v0=v0,
+            ncv=num_vectors,
+            tol=CURVATURE_TOLERANCE,
         )
         vector = vectors[:, 0]
         residual = np.linalg.norm(matvec(vector) - values[0] * vector)
@@ -108,19 +114,8 @@ def make_top_eigenpair(
     return top_eigenpair
 
 
-def make_measure(
-    model: nn.Module, dataset: Dataset, batch_size: int, alpha: float
-) -> Measure:
-    """Builds (params, opt_state, order, start) -> (`Measurement`, top eigenvector).
-
-    `order` is the order of the training examples whose first batches measure the
-    alignment; `start` is where the search for the top eigenvector begins. `alpha` is
-    that of Eigen-SAM, whose eigenvector is looked up in `opt_state`. A training loss
-    that is not finite raises FloatingPointError.
-    """
-    loss = cross_entropy(model)
-    top_eigenpair = make_top_eigenpair(loss)
-    images, labels = dataset.train_images, dataset.train_labels
+def make_means(model: nn.Module) -> Means:
+    """Builds (params, images, labels) -> the mean loss and the accuracy."""
 
     @jax.jit
     def totals(
@@ -138,6 +133,23 @@ def make_measure(
         ]
         value, correct = np.sum(jax.device_get(chunks), axis=0)
         return float(value) / len(x), float(correct) / len(x)
+
+    return means
+
+
+def make_measure(
+    model: nn.Module, dataset: Dataset, batch_size: int, alpha: float
+) -> Measure:
+    """Builds (params, opt_state, order, start) -> (`Measurement`, top eigenvector).
+
+    `order` is the order of the training examples whose first batches measure the
+    alignment; `start` is where the search for the top eigenvector begins. `alpha` is
+    that of Eigen-SAM, whose eigenvector is looked up in `opt_state`. A training loss
+    that is not finite raises FloatingPointError.
+    """
+    loss = cross_entropy(model)
+    means, top_eigenpair = make_means(model), make_top_eigenpair(loss)
+    images, labels = dataset.train_images, dataset.train_labels
 
     @jax.jit
     def cosine(

@@ -36,4 +36,23 @@ class CNN(nn.Module):
         return nn.Dense(self.num_classes)(x)
 
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {"cnn": CNN, "mlp": MLP}
+class StridedCNN(nn.Module):
+    """Two 3×3 convolutions of stride 2 (16 and 32 channels), then 64 units."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of shape (batch, num_classes)."""
+        x = images
+        for channels in (16, 32):
+            x = nn.relu(nn.Conv(channels, (3, 3), strides=(2, 2))(x))
+        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
+        return nn.Dense(self.num_classes)(x)
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "cnn": CNN,
+    "mlp": MLP,
+    "strided_cnn": StridedCNN,
+}

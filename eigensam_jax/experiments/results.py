@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from eigensam_jax.experiments.errors import UserError
+
 PACKAGES = ("eigensam_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scipy")
 
 
@@ -28,6 +30,23 @@ def environment() -> dict[str, Any]:
             "cores": os.cpu_count(),
         },
     }
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder of `--out`, before any work is done for it.
+
+    Raises:
+      UserError: if it cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / "results.json.part"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be written to ({error.strerror}); name another folder"
+        ) from error
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

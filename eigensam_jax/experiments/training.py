@@ -13,7 +13,12 @@ import optax
 from eigensam_jax import eigen_sam, sam, trackers
 from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.measures import Measure, Measurement, cross_entropy
+from eigensam_jax.experiments.measures import (
+    Loss,
+    Measure,
+    Measurement,
+    cross_entropy,
+)
 from eigensam_jax.tree_math import PyTree
 
 MOMENTUM = 0.9
@@ -98,6 +103,62 @@ def make_optimizer(
     return optax.chain(sam(rho), descent)
 
 
+def start(
+    model: nn.Module,
+    tx: optax.GradientTransformationExtraArgs,
+    images: jax.Array,
+    seed: int,
+) -> TrainState:
+    """The state before the first step; of `images`, the training set, only shapes."""
+    init_key, key = jax.random.split(jax.random.key(seed))
+    params = model.init(init_key, images[:1])["params"]
+    order = jnp.arange(len(images))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(params, tx.init(params), key, order, zero, jnp.zeros(()))
+
+
+def start_epoch(state: TrainState) -> TrainState:
+    """Shuffles the order of the examples."""
+    key, order_key = jax.random.split(state.key)
+    order = jax.random.permutation(order_key, state.order)
+    return state._replace(key=key, order=order)
+
+
+def next_batch(state: TrainState, batch_size: int) -> jax.Array:
+    """The examples of the next step: indices of shape (batch_size,)."""
+    steps_per_epoch = len(state.order) // batch_size
+    first = state.step % steps_per_epoch * batch_size
+    return jax.lax.dynamic_slice_in_dim(state.order, first, batch_size)
+
+
+def take_step(
+    tx: optax.GradientTransformationExtraArgs,
+    loss: Loss,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    refresh: bool,
+) -> TrainState:
+    """One step of `tx` on a batch; `refresh` fixes what a tracker does on it."""
+    value_fn = lambda params: loss(params, images, labels)
+    grads = jax.grad(value_fn)(state.params)
+    updates, opt_state = tx.update(
+        grads, state.opt_state, state.params, value_fn=value_fn, refresh=refresh
+    )
+    radius = optax.tree.get(opt_state, "perturbation_norm", 0.0)
+    return state._replace(
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        step=state.step + 1,
+        radius_sum=state.radius_sum + radius,
+    )
+
+
+def compile_donating(function: Callable[..., TrainState], *args: Any) -> Any:
+    """The compiled program of `function`, which gives its first argument away."""
+    return jax.jit(function, donate_argnums=0).lower(*args).compile()
+
+
 def make_run(
     model: nn.Module,
     dataset: Dataset,
@@ -121,46 +182,25 @@ def make_run(
     loss = cross_entropy(model)
 
     def init(seed: int) -> TrainState:
-        init_key, key = jax.random.split(jax.random.key(seed))
-        params = model.init(init_key, images[:1])["params"]
-        order = jnp.arange(len(images))
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(params, tx.init(params), key, order, zero, jnp.zeros(()))
-
-    def start_epoch(state: TrainState) -> TrainState:
-        key, order_key = jax.random.split(state.key)
-        order = jax.random.permutation(order_key, state.order)
-        return state._replace(key=key, order=order)
+        return start(model, tx, images, seed)
 
     def step(
         refresh: bool, state: TrainState, images: jax.Array, labels: jax.Array
     ) -> TrainState:
-        first = state.step % steps_per_epoch * settings.batch_size
-        batch = jax.lax.dynamic_slice_in_dim(state.order, first, settings.batch_size)
-        value_fn = lambda params: loss(params, images[batch], labels[batch])
-        grads = jax.grad(value_fn)(state.params)
-        updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, value_fn=value_fn, refresh=refresh
-        )
-        radius = optax.tree.get(opt_state, "perturbation_norm", 0.0)
-        return state._replace(
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-            step=state.step + 1,
-            radius_sum=state.radius_sum + radius,
-        )
+        batch = next_batch(state, settings.batch_size)
+        return take_step(tx, loss, state, images[batch], labels[batch], refresh)
 
     example = jax.eval_shape(init, 0)
-    shuffle = _compile(start_epoch, example)
-    plain = _compile(partial(step, False), example, images, labels)
+    shuffle = compile_donating(start_epoch, example)
+    plain = compile_donating(partial(step, False), example, images, labels)
     refreshing = plain
     if name == "eigen_sam":
-        refreshing = _compile(partial(step, True), example, images, labels)
+        refreshing = compile_donating(partial(step, True), example, images, labels)
 
     def run(seed: int) -> Iterator[Point]:
         state, seconds, done, top = init(seed), 0.0, 0, None
         for stop in evaluation_steps(total_steps, settings.evaluations):
-            start = time.perf_counter()
+            began = time.perf_counter()
             with jax.transfer_guard("disallow"):
                 for i in range(done, stop):
                     if i % steps_per_epoch == 0:
@@ -168,7 +208,7 @@ def make_run(
                     program = refreshing if i % UPDATE_INTERVAL == 0 else plain
                     state = program(state, images, labels)
                 state.step.block_until_ready()
-            seconds, done = seconds + time.perf_counter() - start, stop
+            seconds, done = seconds + time.perf_counter() - began, stop
             try:
                 measurement, top = measure(
                     state.params, state.opt_state, state.order, top
@@ -184,8 +224,3 @@ def make_run(
             yield Point(done, radius, 1e3 * seconds / steps, measurement)
 
     return run
-
-
-def _compile(function: Callable[..., TrainState], *args: Any) -> Any:
-    """The compiled program of `function`, which gives its first argument away."""
-    return jax.jit(function, donate_argnums=0).lower(*args).compile()

@@ -25,6 +25,12 @@ def check_positive_int(name: str, value: int, meaning: str) -> None:
         )
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuses a name that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+
+
 def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
     """Refuses a Python number that is negative or not finite, and what is no scalar.
 

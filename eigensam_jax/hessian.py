@@ -1,6 +1,7 @@
-"""Hessian-vector products on pytrees, without ever forming the Hessian."""
+"""Products with the Hessian and the Gauss–Newton matrix, without ever forming them."""
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,20 @@ from eigensam_jax.tree_math import PyTree
 ValueFn = Callable[[PyTree], jax.Array]
 GradFn = Callable[[PyTree], PyTree]
 Matvec = Callable[[PyTree], PyTree]
+HvpMode = Literal["forward_over_reverse", "reverse_over_reverse", "finite_difference"]
+HVP_MODES: tuple[HvpMode, ...] = get_args(HvpMode)
 
 
-def hvp(value_fn: ValueFn, params: PyTree, vector: PyTree) -> PyTree:
-    """Hessian-vector product ∇²f(w)·v by forward-over-reverse differentiation.
+def hvp(
+    value_fn: ValueFn,
+    params: PyTree,
+    vector: PyTree,
+    *,
+    mode: HvpMode = "forward_over_reverse",
+) -> PyTree:
+    """Hessian-vector product ∇²f(w)·v.
 
-    The directional derivative of the gradient, ∂/∂t ∇f(w + t·v) at t = 0, by
+    By default the directional derivative of the gradient, ∂/∂t ∇f(w + t·v) at t = 0, by
     `jax.jvp` of `jax.grad`: a small multiple of a gradient's operations and memory.
 
     Args:
@@ -24,10 +33,14 @@ def hvp(value_fn: ValueFn, params: PyTree, vector: PyTree) -> PyTree:
       params: w, a tree of real arrays.
       vector: v, a tree of the same structure and shapes; it is cast to the dtypes of
         `params`, in which the product is made.
+      mode: how the gradient is differentiated, see `matvec`.
 
     Returns:
       The product, with the structure and shapes of `params`, in float32 or in the
       leaf's dtype where that is wider.
+
+    Raises:
+      ValueError: for a `mode` that there is not.
 
     Example:
       >>> import jax.numpy as jnp
@@ -41,22 +54,55 @@ def hvp(value_fn: ValueFn, params: PyTree, vector: PyTree) -> PyTree:
     References:
       Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994.
     """
-    return matvec(jax.grad(value_fn), params)(vector)
+    return matvec(jax.grad(value_fn), params, mode=mode)(vector)
 
 
-def matvec(grad_fn: GradFn, params: PyTree) -> Matvec:
+def matvec(
+    grad_fn: GradFn, params: PyTree, *, mode: HvpMode = "forward_over_reverse"
+) -> Matvec:
     """Builds v ↦ ∇²f(w)·v from the gradient function of f.
 
     What the solvers of `eigensam_jax.eigen` take. Each call differentiates anew and
     keeps nothing: a linearisation would hold all activations between products.
 
+    "forward_over_reverse" is the `jax.jvp` of the gradient, "reverse_over_reverse" its
+    `jax.vjp`, the same since H is symmetric: for a kernel whose custom backward pass is
+    itself a `jax.custom_vjp`, which can't be pushed forward. It takes as long on dense
+    networks and several times as long on convolutional ones.
+
+    "finite_difference" is for a kernel that has no second derivative at all:
+
+        Hv ≈ ‖v‖·(∇f(w + h·v/‖v‖) − ∇f(w − h·v/‖v‖))/(2h),   h = eps^⅓,
+
+    with eps that of the coarsest dtype in `params` (h is 0.005 in float32, 6e-6 in
+    float64), which balances rounding, about eps·‖∇f‖/h, with truncation, about h². It
+    is not scaled with ‖w‖: the distance over which curvature changes does not grow with
+    it, and a scaled step was up to 1000 times worse along the top eigenvector. Measured
+    on the digits data (dense networks, 3,466 and 301,066 weights, after 0 and 300 steps
+    of SGD): the relative error of a product along the top eigenvector and along a
+    random vector, whose product is 10 to 300 times shorter, and the Rayleigh quotient
+    over λ_max of what 20 products of `eigen.lanczos` find on the smaller network:
+
+        tanh, float32     3e-5 to 1e-3    2e-4 to 5e-3    1.00
+        tanh, float64     1e-9            1e-9            1.00
+        tanh, bfloat16    0.04 to 1       0.1 to 0.3      0.98 to 1.00
+        ReLU, float32     0.1 to 0.6      3 to 40         0.45 to 0.99
+
+    Across a kink that the step happens to cross, the gradient jumps, which a derivative
+    does not see and a difference divides by h, so that a smaller step is no remedy:
+    with ReLU don't rely on it. In bfloat16 λ came out up to 8 times too large.
+
     Args:
       grad_fn: ∇f, a function of the parameters alone that returns their gradient, for
-        example `jax.grad(value_fn)`; it must be differentiable in forward mode.
+        example `jax.grad(value_fn)`.
       params: w, a tree of real arrays.
+      mode: "forward_over_reverse", "reverse_over_reverse" or "finite_difference".
 
     Returns:
       A function from a tree like `params` to a tree like `params`, as `hvp`.
+
+    Raises:
+      ValueError: for a `mode` that there is not.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -66,11 +112,38 @@ def matvec(grad_fn: GradFn, params: PyTree) -> Matvec:
       >>> product(jnp.array([1.0, 1.0]))
       Array([ 6., 12.], dtype=float32)
     """
+    if mode not in HVP_MODES:
+        raise ValueError(f"mode must be one of {HVP_MODES}, got {mode!r}.")
 
     def product(vector: PyTree) -> PyTree:
-        tangent = jax.tree.map(
-            lambda w, v: jnp.asarray(v, jnp.result_type(w)), params, vector
-        )
+        if mode == "finite_difference":
+            return _central_difference(grad_fn, params, vector)
+        if mode == "reverse_over_reverse":
+            grads, pullback = jax.vjp(grad_fn, params)
+            return tree_math.widen(pullback(_cast_like(grads, vector))[0])
+        tangent = _cast_like(params, vector)
         return tree_math.widen(jax.jvp(grad_fn, (params,), (tangent,))[1])
 
     return product
+
+
+def _central_difference(grad_fn: GradFn, params: PyTree, vector: PyTree) -> PyTree:
+    """‖v‖·(∇f(w + h·v/‖v‖) − ∇f(w − h·v/‖v‖))/(2h); 0 for v = 0."""
+    step = max(map(_eps, jax.tree.leaves(params)), default=1.0) ** (1 / 3)
+    length = tree_math.norm(vector)
+    direction = tree_math.scale(tree_math.safe_inverse(length), vector)
+    ahead, behind = (
+        grad_fn(_cast_like(params, tree_math.add_scaled(params, h, direction)))
+        for h in (step, -step)
+    )
+    difference = tree_math.add_scaled(ahead, -1, behind)
+    return tree_math.scale(length / (2 * step), difference)
+
+
+def _eps(x: jax.Array) -> float:
+    return float(jnp.finfo(jnp.result_type(x)).eps)  # type: ignore[no-untyped-call]
+
+
+def _cast_like(params: PyTree, tree: PyTree) -> PyTree:
+    """`tree` with the dtypes of `params`."""
+    return jax.tree.map(lambda w, x: jnp.asarray(x, jnp.result_type(w)), params, tree)

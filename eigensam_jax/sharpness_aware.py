@@ -9,7 +9,7 @@ import optax
 
 from eigensam_jax import arguments, hessian, masking, tree_math
 from eigensam_jax.eigen import Eigenpair
-from eigensam_jax.hessian import GradFn, Matvec, ValueFn
+from eigensam_jax.hessian import GradFn, HvpMode, Matvec, ValueFn
 from eigensam_jax.masking import Mask, Subspace
 from eigensam_jax.perturbation import Perturbation
 from eigensam_jax.trackers import Tracker
@@ -48,7 +48,10 @@ class SharpnessAwareState(NamedTuple):
 
 
 def sharpness_aware(
-    perturb: Callable[..., Perturbation], tracker: Tracker | None, mask: Mask
+    perturb: Callable[..., Perturbation],
+    tracker: Tracker | None,
+    mask: Mask,
+    hvp_mode: HvpMode = "forward_over_reverse",
 ) -> optax.GradientTransformationExtraArgs:
     """∇L(w) becomes ∇L(w + ε), ε = perturb(count, g, w, top eigenpair).
 
@@ -108,7 +111,7 @@ def sharpness_aware(
         grads, weights = space.select(updates), space.select(params)
         tracked, top = state.tracker, None
         if tracker is not None:
-            matvec = _masked_matvec(curvature_grad, params, space)
+            matvec = _masked_matvec(curvature_grad, params, space, hvp_mode)
             tracked = tracker.refresh(tracked, matvec, state.count, refresh)
             top = Eigenpair(
                 space.select(tracked.eigenvector), tracked.eigenvalue, tracked.residual
@@ -142,11 +145,13 @@ def sharpness_aware(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _masked_matvec(grad_fn: GradFn, params: PyTree, space: Subspace) -> Matvec:
+def _masked_matvec(
+    grad_fn: GradFn, params: PyTree, space: Subspace, mode: HvpMode
+) -> Matvec:
     """The Hessian-vector product of the subspace, on vectors of the whole space."""
 
     def grad_in_subspace(weights: list[jax.Array]) -> list[jax.Array]:
         return space.select(grad_fn(space.merge(weights, params)))
 
-    product = hessian.matvec(grad_in_subspace, space.select(params))
+    product = hessian.matvec(grad_in_subspace, space.select(params), mode=mode)
     return lambda vector: space.embed(product(space.select(vector)), params)

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from eigensam_jax import arguments, perturbation, trackers
+from eigensam_jax import arguments, hessian, perturbation, trackers
 from eigensam_jax.eigen import Eigenpair
+from eigensam_jax.hessian import HvpMode
 from eigensam_jax.masking import Mask
 from eigensam_jax.perturbation import Perturbation
 from eigensam_jax.sharpness_aware import sharpness_aware
@@ -136,6 +137,7 @@ def eigen_sam(
     tracker: Tracker = trackers.power_iteration(),
     *,
     mask: Mask = None,
+    hvp_mode: HvpMode = "forward_over_reverse",
 ) -> optax.GradientTransformationExtraArgs:
     """Eigen-SAM: SAM, turned towards the top eigenvector v of the Hessian.
 
@@ -178,6 +180,11 @@ def eigen_sam(
       tracker: what keeps v up to date, see `eigensam_jax.trackers`.
       mask: as in `sam`; v and the Hessian are those of the perturbed parameters, with
         v zero elsewhere.
+      hvp_mode: how a Hessian-vector product is made. "forward_over_reverse" is the
+        fastest. A kernel whose custom backward pass is itself a `jax.custom_vjp` fails
+        under it and passes under "reverse_over_reverse". A kernel with no second
+        derivative at all needs "finite_difference", two gradients a product, which is
+        good for smooth networks in float32 and not for ReLU: see `hessian.matvec`.
 
     Returns:
       As `sam`. `update` takes two more keyword arguments: `curvature_fn`, params ->
@@ -187,8 +194,8 @@ def eigen_sam(
       the tracker's interval or wants no branch in the program.
 
     Raises:
-      ValueError: for a negative `rho` or `alpha`, for a `tracker` that is none, and as
-        `sam`.
+      ValueError: for a negative `rho` or `alpha`, for a `tracker` that is none, for an
+        `hvp_mode` that there is not, and as `sam`.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
@@ -213,6 +220,7 @@ def eigen_sam(
             "tracker must be a trackers.Tracker, for example "
             f"trackers.power_iteration(num_iters=5), got {tracker!r}."
         )
+    arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
 
     def perturb(
         count: jax.Array, grads: PyTree, _: Any, top: Eigenpair
@@ -222,7 +230,7 @@ def eigen_sam(
             grads, top.eigenvector, _at("rho", rho, count), weight
         )
 
-    return sharpness_aware(perturb, tracker, mask)
+    return sharpness_aware(perturb, tracker, mask, hvp_mode)
 
 
 def _at(name: str, value: ScalarOrSchedule, count: jax.Array) -> ArrayLike:

@@ -11,7 +11,15 @@ from flax.core import freeze
 from jax.flatten_util import ravel_pytree
 from problems import SPECTRA, dense_hessian, flatten, network, quadratic, symmetric
 
-from eigensam_jax import asam, eigen_sam, perturbation, sam, trackers, tree_math
+from eigensam_jax import (
+    asam,
+    eigen_sam,
+    hessian,
+    perturbation,
+    sam,
+    trackers,
+    tree_math,
+)
 
 FACTORIES = {"sam": sam, "asam": asam, "eigen_sam": eigen_sam}
 each_factory = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
@@ -359,6 +367,45 @@ def test_a_mask_of_everything_changes_nothing(factory):
         tx = factory(mask=mask)
         results.append(tx.update(grads, tx.init(params), params, value_fn=loss))
     chex.assert_trees_all_equal(*results)
+
+
+# --- modes of the Hessian-vector product ----------------------------------------------
+
+
+@pytest.mark.parametrize("mode", hessian.HVP_MODES)
+def test_each_hvp_mode_finds_the_top_eigenvector_and_trains_alike(mode):
+    params, loss = network()
+    mask = {"hidden": True, "out": False}
+    make = lambda **kwargs: optax.chain(
+        eigen_sam(0.1, 0.5, trackers.power_iteration(200, 10), mask=mask, **kwargs),
+        optax.sgd(0.1),
+    )
+    # A central difference in float32 is wrong by eps^⅔ = 2e-5 or a few times that.
+    tolerance = 1e-3 if mode == "finite_difference" else 1e-5
+
+    tx = make(hvp_mode=mode)
+    grads = jax.grad(loss)(params)
+    _, state = tx.update(grads, tx.init(params), params, value_fn=loss)
+    block = lambda w: loss(params | {"hidden": w})
+    values, vectors = np.linalg.eigh(dense_hessian(block, params["hidden"]))
+    v = optax.tree.get(state, "eigenvector")
+    assert abs(flatten(v["hidden"]) @ vectors[:, -1]) > 1 - tolerance
+    assert tree_math.norm(v["out"]) == 0
+    eigenvalue = optax.tree.get(state, "eigenvalue")
+    np.testing.assert_allclose(eigenvalue, values[-1], rtol=tolerance)
+
+    trained, _ = train(tx, params, loss, 20)
+    expected, _ = train(make(), params, loss, 20)
+    distance = tree_math.norm(tree_math.add_scaled(trained, -1, expected))
+    moved = tree_math.norm(tree_math.add_scaled(expected, -1, params))
+    assert distance < tolerance * moved
+
+
+def test_another_hvp_mode_is_refused_with_the_choices():
+    with pytest.raises(
+        ValueError, match=r"hvp_mode .*'finite_difference'\), got 'reverse'"
+    ):
+        eigen_sam(hvp_mode="reverse")
 
 
 # --- schedules ------------------------------------------------------------------------

@@ -2,7 +2,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 from problems import dense_hessian, flatten, network
 
 from eigensam_jax import hessian, tree_math
@@ -89,6 +91,54 @@ def test_a_vector_of_another_structure_is_refused(mode):
 def test_another_mode_is_refused_by_name():
     with pytest.raises(ValueError, match=r"mode must be one of .*, got 'reverse'"):
         hessian.matvec(jax.grad(jnp.sum), jnp.ones(2), mode="reverse")
+
+
+# --- Gauss–Newton ---------------------------------------------------------------------
+
+
+def convex_loss(outputs):
+    return optax.softmax_cross_entropy_with_integer_labels(
+        outputs["logits"], jnp.array([0, 2])
+    ).sum() + jnp.sum(outputs["height"] ** 2)
+
+
+@pytest.mark.parametrize("model", ["tanh", "linear"])
+@pytest.mark.parametrize("seed", range(3))
+def test_gauss_newton_is_jacobian_hessian_of_the_loss_jacobian(seed, model):
+    activation = jnp.tanh if model == "tanh" else lambda x: x
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(seed)
+        inputs = jnp.asarray(rng.normal(size=(2, 3)))
+        params = {"a": rng.normal(size=(3, 4)), "b": rng.normal(size=3)}
+        flat, unravel = ravel_pytree(params)
+
+        def predict(p):
+            hidden = activation(3 * inputs @ p["a"])
+            return {"logits": hidden[:, :3] + p["b"], "height": hidden[:, 3]}
+
+        product = hessian.gauss_newton_matvec(predict, convex_loss, params)
+        matrix = jax.vmap(lambda v: ravel_pytree(product(unravel(v)))[0])(
+            jnp.eye(flat.size)
+        )
+        outputs, unravel_outputs = ravel_pytree(predict(params))
+        jacobian = jax.jacobian(lambda w: ravel_pytree(predict(unravel(w)))[0])(flat)
+        inner = jax.hessian(lambda y: convex_loss(unravel_outputs(y)))(outputs)
+        expected = jacobian.T @ inner @ jacobian
+        np.testing.assert_allclose(matrix, expected, rtol=1e-12, atol=1e-13)
+        assert np.linalg.eigvalsh(matrix)[0] > -1e-12
+
+        whole = dense_hessian(lambda p: convex_loss(predict(p)), params)
+        if model == "linear":
+            np.testing.assert_allclose(matrix, whole, rtol=1e-12, atol=1e-13)
+        else:  # it is no Hessian in disguise
+            assert np.linalg.eigvalsh(whole)[0] < -1e-3
+
+
+def test_gauss_newton_of_bfloat16_parameters_is_float32():
+    weights = jnp.array([1.0, 2.0], jnp.bfloat16)
+    product = hessian.gauss_newton_matvec(jnp.square, jnp.sum, weights)(jnp.ones(2))
+    np.testing.assert_array_equal(product, jnp.zeros(2))  # the loss is linear
+    assert product.dtype == jnp.float32
 
 
 # --- kernels that allow one mode only -------------------------------------------------

@@ -377,7 +377,7 @@ def test_each_hvp_mode_finds_the_top_eigenvector_and_trains_alike(mode):
     params, loss = network()
     mask = {"hidden": True, "out": False}
     make = lambda **kwargs: optax.chain(
-        eigen_sam(0.1, 0.5, trackers.power_iteration(200, 10), mask=mask, **kwargs),
+        eigen_sam(0.1, 0.5, trackers.lanczos(12, 10), mask=mask, **kwargs),
         optax.sgd(0.1),
     )
     # A central difference in float32 is wrong by eps^⅔ = 2e-5 or a few times that.

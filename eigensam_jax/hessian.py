@@ -1,10 +1,12 @@
 """Products with the Hessian and the Gauss–Newton matrix, without ever forming them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from eigensam_jax import tree_math
 from eigensam_jax.tree_math import PyTree
@@ -112,8 +114,7 @@ def matvec(
       >>> product(jnp.array([1.0, 1.0]))
       Array([ 6., 12.], dtype=float32)
     """
-    if mode not in HVP_MODES:
-        raise ValueError(f"mode must be one of {HVP_MODES}, got {mode!r}.")
+    _check_mode(mode)
 
     def product(vector: PyTree) -> PyTree:
         if mode == "finite_difference":
@@ -123,6 +124,118 @@ def matvec(
             return tree_math.widen(pullback(_cast_like(grads, vector))[0])
         tangent = _cast_like(params, vector)
         return tree_math.widen(jax.jvp(grad_fn, (params,), (tangent,))[1])
+
+    return product
+
+
+def mean_matvec(
+    value_fn: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batches: PyTree | Callable[[], Iterable[PyTree]],
+    *,
+    mode: HvpMode = "forward_over_reverse",
+) -> Matvec:
+    """Builds v ↦ Σ nᵢ ∇²fᵢ(w)·v / Σ nᵢ, the Hessian of a data set, batch by batch.
+
+    fᵢ is the mean loss of batch i and nᵢ the number of its examples, so that it is the
+    Hessian of the mean over all examples, with the activations of one batch alive at a
+    time. Of arrays it is a `jax.lax.scan`. (XLA's CPU backend runs convolutions inside
+    a scan many times slower than outside.)
+
+    As a function, `batches` stay on the host: it is called once per product, and each
+    batch makes one product, jitted, which is traced again for a batch of another shape.
+    That works neither inside `jit` nor inside a solver's compiled loop, for which
+    `eigen.top_eigenpairs` has `host_loop=True`.
+
+    Args:
+      value_fn: from the parameters and a batch to a scalar, the mean over the batch.
+      params: w, a tree of real arrays.
+      batches: a tree of arrays with a leading axis over the batches, all of one size;
+        or a function without arguments that returns an iterable of batches, of any
+        sizes: nᵢ is the length of the first leaf of a batch, or 1 for a scalar. It must
+        give the same batches each time, or each product is with another matrix. (A list
+        of batches is no such tree: give `lambda: batches`.)
+      mode: how the gradient is differentiated, see `matvec`.
+
+    Returns:
+      A function from a tree like `params` to a tree like `params`, as `hvp`.
+
+    Raises:
+      ValueError: for a `mode` that there is not, for arrays without a common leading
+        axis; from a product, where there are no batches, and on the host under `jit`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import hessian
+      >>> f = lambda w, x: jnp.mean(x) * w**2
+      >>> w, x = jnp.array(1.0), jnp.array([1.0, 2.0, 3.0, 6.0])
+      >>> product = hessian.mean_matvec(f, w, x.reshape(2, 2))
+      >>> float(product(jnp.array(1.0)))
+      6.0
+      >>> product = hessian.mean_matvec(f, w, lambda: [x[:3], x[3:]])
+      >>> float(product(jnp.array(1.0)))
+      6.0
+    """
+    _check_mode(mode)
+
+    def add(
+        total: PyTree, params: PyTree, vector: PyTree, batch: PyTree, weight: ArrayLike
+    ) -> PyTree:
+        gradient = jax.grad(lambda p: value_fn(p, batch))
+        batch_product = matvec(gradient, params, mode=mode)(vector)
+        return tree_math.add_scaled(total, weight, batch_product)
+
+    if callable(batches):
+        # One jit for all products: a step jitted by the caller could not hold the loop.
+        return _mean_on_the_host(jax.jit(add), params, batches)
+
+    leaves = jax.tree.leaves(batches, is_leaf=lambda x: isinstance(x, Iterator))
+    lengths = {np.shape(x)[:1] for x in leaves}
+    if len(lengths) != 1 or not lengths.isdisjoint({(), (0,)}):
+        raise ValueError(
+            "batches must be a tree of arrays with one leading axis, over the batches, "
+            f"got leaves with the leading axes {sorted(lengths)}: stack batches of one "
+            "size, or give a function that returns an iterable of them."
+        )
+    count = lengths.pop()[0]
+
+    def product(vector: PyTree) -> PyTree:
+        total, _ = jax.lax.scan(
+            lambda total, batch: (add(total, params, vector, batch, 1), None),
+            jax.tree.map(jnp.zeros_like, tree_math.widen(params)),
+            batches,
+        )
+        return tree_math.scale(1 / count, total)
+
+    return product
+
+
+def _mean_on_the_host(
+    add: Callable[..., PyTree],
+    params: PyTree,
+    batches: Callable[[], Iterable[PyTree]],
+) -> Matvec:
+    """`mean_matvec` by a loop of Python's over what `batches` returns."""
+
+    def product(vector: PyTree) -> PyTree:
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vector)):
+            raise ValueError(
+                "a product with batches from a function can't be traced: call it "
+                "outside jit, from a solver with host_loop=True, or give arrays."
+            )
+        total, count = jax.tree.map(jnp.zeros_like, tree_math.widen(params)), 0
+        for batch in batches():
+            # Dispatch would run ahead and have many batches on the device at once.
+            jax.block_until_ready(total)  # type: ignore[no-untyped-call]
+            first, *_ = (*jax.tree.leaves(batch), 0)
+            weight = (*np.shape(first), 1)[0]
+            total, count = add(total, params, vector, batch, weight), count + weight
+        if count == 0:
+            raise ValueError(
+                "batches() must return an iterable of at least one batch each time it "
+                "is called, got none: an iterator that is used up gives nothing."
+            )
+        return tree_math.scale(1 / count, total)
 
     return product
 
@@ -172,7 +285,9 @@ def gauss_newton_matvec(
 
 def _central_difference(grad_fn: GradFn, params: PyTree, vector: PyTree) -> PyTree:
     """‖v‖·(∇f(w + h·v/‖v‖) − ∇f(w − h·v/‖v‖))/(2h); 0 for v = 0."""
-    step = max(map(_eps, jax.tree.leaves(params)), default=1.0) ** (1 / 3)
+    leaves = jax.tree.leaves(params)
+    eps = [jnp.finfo(jnp.result_type(x)).eps for x in leaves]  # type: ignore[no-untyped-call]
+    step = float(max(eps, default=1)) ** (1 / 3)
     length = tree_math.norm(vector)
     direction = tree_math.scale(tree_math.safe_inverse(length), vector)
     ahead, behind = (
@@ -183,8 +298,9 @@ def _central_difference(grad_fn: GradFn, params: PyTree, vector: PyTree) -> PyTr
     return tree_math.scale(length / (2 * step), difference)
 
 
-def _eps(x: jax.Array) -> float:
-    return float(jnp.finfo(jnp.result_type(x)).eps)  # type: ignore[no-untyped-call]
+def _check_mode(mode: HvpMode) -> None:
+    if mode not in HVP_MODES:
+        raise ValueError(f"mode must be one of {HVP_MODES}, got {mode!r}.")
 
 
 def _cast_like(params: PyTree, tree: PyTree) -> PyTree:

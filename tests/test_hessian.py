@@ -93,6 +93,114 @@ def test_another_mode_is_refused_by_name():
         hessian.matvec(jax.grad(jnp.sum), jnp.ones(2), mode="reverse")
 
 
+# --- data sets ------------------------------------------------------------------------
+
+
+def regression(width=4, examples=24):
+    """Parameters, loss(params, batch) and data of a small network without biases."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = [jax.random.normal(keys[0], (3, width)), jnp.ones((width, 1))]
+    data = {
+        "x": jax.random.normal(keys[1], (examples, 3)),
+        "y": jax.random.normal(keys[2], (examples, 1)),
+    }
+
+    def loss(params, batch):
+        output = jnp.tanh(batch["x"] @ params[0]) @ params[1]
+        return jnp.mean((output - batch["y"]) ** 2)
+
+    return params, loss, data
+
+
+def rows(data, start, stop):
+    return jax.tree.map(lambda x: x[start:stop], data)
+
+
+@each_mode
+def test_mean_over_batches_is_the_hessian_of_the_whole_set(mode):
+    rtol = 1e-8 if mode == "finite_difference" else 1e-12
+    with jax.enable_x64(True):
+        params, loss, data = regression()
+        matrix = dense_hessian(lambda p: loss(p, data), params)
+        stacked = jax.tree.map(lambda x: x.reshape(6, 4, -1), data)
+        host_data = jax.tree.map(np.asarray, data)
+        ends = [(0, 10), (10, 20), (20, 24)]
+        on_the_host = lambda: (rows(host_data, *e) for e in ends)
+        scanned = jax.jit(hessian.mean_matvec(loss, params, stacked, mode=mode))
+        looped = hessian.mean_matvec(loss, params, on_the_host, mode=mode)
+        for seed in range(3):
+            vector = random_like(params, seed)
+            expected = matrix @ flatten(vector)
+            for product in (scanned, looped):
+                actual = product(vector)
+                chex.assert_trees_all_equal_shapes_and_dtypes(actual, params)
+                error = np.linalg.norm(flatten(actual) - expected)
+                assert error <= rtol * np.linalg.norm(expected)
+
+
+def test_batches_of_scalars_weigh_alike():
+    value_fn = lambda w, c: c * w**2
+    product = hessian.mean_matvec(value_fn, jnp.array(1.0), lambda: [1.0, np.array(3)])
+    np.testing.assert_allclose(product(jnp.array(1.0)), 4.0)
+
+
+def test_the_scan_holds_the_activations_of_one_batch():
+    params, loss, data = regression(width=512, examples=1024)
+    vector = random_like(params, 0)
+    stacked = jax.tree.map(lambda x: x.reshape(16, 64, -1), data)
+    whole = hessian.matvec(jax.grad(lambda p: loss(p, data)), params)
+    by_batch = hessian.mean_matvec(loss, params, stacked)
+    temporary = lambda product: (
+        jax.jit(product).lower(vector).compile().memory_analysis().temp_size_in_bytes
+    )
+    assert temporary(by_batch) < temporary(whole) / 8
+
+
+def test_on_the_host_there_is_one_trace_per_shape_and_one_call_per_product():
+    params, loss, data = regression()
+    calls, traces = [], []
+
+    def traced_loss(params, batch):
+        traces.append(batch["x"].shape)
+        return loss(params, batch)
+
+    def batches():
+        calls.append("called")
+        return [rows(data, 0, 10), rows(data, 10, 20), rows(data, 20, 24)]
+
+    product = hessian.mean_matvec(traced_loss, params, batches)
+    for seed in range(3):
+        product(random_like(params, seed))
+    assert traces == [(10, 3), (4, 3)]
+    assert len(calls) == 3
+
+
+def test_bfloat16_products_are_summed_in_float32():
+    value_fn = lambda w, c: jnp.sum(c * w**2) / 2
+    weights = jnp.ones(2, jnp.bfloat16)
+    for batches in (jnp.ones((1000, 1), jnp.bfloat16), lambda: 300 * [np.float32(1)]):
+        product = hessian.mean_matvec(value_fn, weights, batches)(jnp.ones(2))
+        assert product.dtype == jnp.float32
+        np.testing.assert_allclose(product, jnp.ones(2), rtol=1e-6)
+
+
+def test_batches_that_make_no_mean_are_refused():
+    params, loss, data = regression()
+    refused = [data | {"y": data["y"][:5]}, {}, {"x": jnp.ones((0, 2))}, iter([data])]
+    for batches in [*refused, {"x": jnp.array(1.0)}]:
+        with pytest.raises(ValueError, match="batches must be a tree of arrays"):
+            hessian.mean_matvec(loss, params, batches)
+    used_up = iter([data])
+    product = hessian.mean_matvec(loss, params, lambda: used_up)
+    product(params)
+    with pytest.raises(ValueError, match="at least one batch each time"):
+        product(params)
+    with pytest.raises(ValueError, match=r"can't be traced: .* host_loop=True"):
+        jax.jit(product)(params)
+    with pytest.raises(ValueError, match="mode must be one of"):
+        hessian.mean_matvec(loss, params, lambda: [data], mode="reverse")
+
+
 # --- Gauss–Newton ---------------------------------------------------------------------
 
 

@@ -1,14 +1,26 @@
 """Eigen-solvers that see a matrix only through its products with vectors."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.typing import ArrayLike
 
-from eigensam_jax import arguments, tree_math
+from eigensam_jax import arguments, krylov, thick_restart, tree_math
+from eigensam_jax.density import SpectralDensity, smooth_density, spectral_density
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
+
+__all__ = [
+    "Eigenpair",
+    "SpectralDensity",
+    "lanczos",
+    "power_iteration",
+    "smooth_density",
+    "spectral_density",
+    "top_eigenpairs",
+]
 
 
 class Eigenpair(NamedTuple):
@@ -130,84 +142,159 @@ def lanczos(
       Computations", 4th edition, chapter 10, 2013.
     """
     arguments.check_positive_int("num_matvecs", num_matvecs, "matrix-vector products")
-    dtype = tree_math.accumulation_dtype(v0)
     v0 = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v0)), v0)
-    basis = jax.tree.map(
-        lambda x: jnp.zeros((num_matvecs + 1, *x.shape), x.dtype).at[0].set(x), v0
-    )
-
-    def body(i: int, carry: _Krylov) -> _Krylov:
-        basis, diagonal, off_diagonal = carry
-        v = jax.tree.map(lambda b: b[i], basis)
-        product = jax.tree.map(lambda x, p: p.astype(x.dtype), v, matvec(v))
-        rest = _orthogonalise(_orthogonalise(product, basis), basis)
-        length = tree_math.norm(rest)
-        # What rounding leaves of a product inside the space is no new direction. (Of
-        # a product that is not finite, the length is not either, and stays so.)
-        rounding = 10 * np.finfo(dtype).eps * tree_math.norm(product)
-        length = jnp.where((length <= rounding) & jnp.isfinite(length), 0, length)
-        new = tree_math.scale(tree_math.safe_inverse(length), rest)
-        basis = jax.tree.map(lambda b, x: b.at[i + 1].set(x), basis, new)
-        return _Krylov(
-            basis,
-            diagonal.at[i].set(tree_math.vdot(v, product)),
-            off_diagonal.at[i].set(length),
-        )
-
-    start = _Krylov(basis, jnp.zeros(num_matvecs, dtype), jnp.zeros(num_matvecs, dtype))
     basis, diagonal, off_diagonal = jax.lax.fori_loop(
-        0, num_matvecs, body, start, unroll=unroll or None
+        0,
+        num_matvecs,
+        lambda i, s: krylov.extend(i, s, matvec(krylov.get(s.basis, i))),
+        krylov.tridiagonal(v0, num_matvecs),
+        unroll=unroll or None,
     )
-    values, weights = _spectrum_of_tridiagonal(diagonal, off_diagonal)
-    bottom, top = jnp.minimum(values[0], 0), values[1]
+    # A zero says that the space was exhausted: there is no basis vector after it.
+    known = jnp.cumprod(jnp.append(1, off_diagonal[:-1] > 0)) > 0
+    diagonal = jnp.where(known, diagonal, 0)
+    values, vectors = krylov.eigh(krylov.dense(diagonal, off_diagonal), known)
+    bottom, top, weights = jnp.minimum(values[0], 0), values[-1], vectors[:, -1]
     # H y = λ y + beyond · q, with q the basis vector that the last product led to.
     beyond = off_diagonal[-1] * weights[-1]
     beyond_shifted = beyond * tree_math.safe_inverse(top - bottom)
     weights = jnp.append(weights, beyond_shifted) / jnp.hypot(1, beyond_shifted)
-    return Eigenpair(_combine(weights, basis), top, jnp.abs(beyond))
+    return Eigenpair(krylov.combine(weights, basis), top, jnp.abs(beyond))
 
 
-class _Krylov(NamedTuple):
-    """Orthonormal basis of a Krylov space, and the tridiagonal matrix of H in it.
+def top_eigenpairs(
+    matvec: Matvec,
+    like: PyTree,
+    k: int,
+    *,
+    which: Literal["algebraic", "magnitude"] = "algebraic",
+    tol: ArrayLike = 1e-4,
+    max_matvecs: int = 1000,
+    v0: PyTree | None = None,
+    seed: int = 0,
+    host_loop: bool = False,
+) -> Eigenpair:
+    """Thick-restart Lanczos iteration: the k largest eigenvalues of H, to a tolerance.
 
-    Attributes:
-      basis: a tree with a leading axis over the vectors qᵢ, zero where there is none.
-      diagonal: ⟨qᵢ, Hqᵢ⟩, shape (num_matvecs,).
-      off_diagonal: ⟨qᵢ₊₁, Hqᵢ⟩, shape (num_matvecs,); the last leads out of the space.
+    Products are made until ‖Hvᵢ − λᵢvᵢ‖ ≤ `tol` · |λ₁| for all k pairs, as far as
+    rounding allows, or until the next would exceed `max_matvecs`. The residuals that
+    come out are not those of the recurrence: k products at the end measure them.
+
+    Eigenvalues are found as often as they are eigenvalues: where the Krylov space is
+    exhausted, and for k > 1 also once where the iteration has converged, it goes on
+    from a random vector orthogonal to what was found, until nothing new comes.
+
+    Cost: at least min(n, max(20, 2k + 10)) + k products in n dimensions, for k > 1
+    about twice as many, as no pair is believed before the basis has once been full. The
+    basis holds one vector more than that, for a moment twice. Orthogonalisation is full
+    and done twice.
+
+    Args:
+      matvec: the product with a symmetric matrix, from a tree to a tree like it.
+      like: a tree with the shapes of the vectors, such as the parameters; its values
+        are not looked at.
+      k: how many eigenpairs, at least 1 and at most the number of parameters.
+      which: "algebraic" for the largest eigenvalues, "magnitude" for those of largest
+        magnitude, with their signs.
+      tol: residual, relative to |λ₁|, at which a pair is good enough. An eigenvalue is
+        then within it of a true one, and most often much closer.
+      max_matvecs: the most products, at least 2k.
+      v0: where to start, a tree like `like`, for example an eigenvector found before;
+        None or zeros for a random vector.
+      seed: seed of the random vectors.
+      host_loop: False to loop inside the compiled program. True for a loop of Python's
+        that calls `matvec` once per product: for a `matvec` that reads its data on the
+        host, and for a jitted one of a convolutional network on a CPU, where XLA runs
+        convolutions inside a loop many times slower. It can't itself be jitted.
+
+    Returns:
+      An `Eigenpair` whose leaves have a leading axis of length k, in descending order
+      (of magnitude, for "magnitude"). Its eigenvectors are orthonormal. A product that
+      is not finite ends the search with NaN in all of them.
+
+    Raises:
+      ValueError: if `k`, `which`, `tol` or `max_matvecs` is none of the above, or `v0`
+        is not like `like`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import eigen
+      >>> spectrum = jnp.array([-9.0, 0.0, 1.0, 2.0, 2.0])
+      >>> pairs = eigen.top_eigenpairs(lambda v: spectrum * v, jnp.zeros(5), 3)
+      >>> pairs.eigenvalue.round(4), pairs.eigenvector.shape
+      (Array([2., 2., 1.], dtype=float32), (3, 5))
+
+    References:
+      Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue
+      problems", SIAM Journal on Matrix Analysis and Applications, 2000.
     """
+    dimension = sum(jnp.size(x) for x in jax.tree.leaves(like))
+    _check_top_eigenpairs(k, which, tol, max_matvecs, dimension)
+    plan = thick_restart.plan(k, dimension, which == "magnitude")
+    key, like = jax.random.key(seed), tree_math.widen(like)
+    if v0 is None:
+        v0 = jax.tree.map(jnp.zeros_like, like)
+    v0 = arguments.like_params("v0", v0, like, "Start from a tree like `like`.")
+    compiled = partial(krylov.compiled, host_loop)
+    start = compiled(thick_restart.start, static_argnums=0)
+    advance = compiled(thick_restart.advance, static_argnums=0, donate_argnums=1)
+    eigenvectors = compiled(thick_restart.eigenvectors, static_argnums=0)
+    measured = compiled(_measured)
 
-    basis: PyTree
-    diagonal: jax.Array
-    off_diagonal: jax.Array
+    def next_product(search: thick_restart.Search) -> thick_restart.Search:
+        v = krylov.get(search.basis, search.known)
+        advanced: thick_restart.Search = advance(plan, search, matvec(v), tol, key)
+        return advanced
+
+    def next_check(carry: tuple[jax.Array, Eigenpair]) -> tuple[jax.Array, Eigenpair]:
+        i, pairs = carry
+        v = krylov.get(pairs.eigenvector, i)
+        return i + 1, measured(i, pairs, v, matvec(v))
+
+    search = krylov.while_loop(
+        host_loop,
+        lambda s: ~s.done & (s.count < max_matvecs - k),
+        next_product,
+        start(plan, tree_math.widen(v0), key),
+    )
+    zeros = [jnp.zeros(k, tree_math.accumulation_dtype(like)) for _ in range(2)]
+    pairs = Eigenpair(eigenvectors(plan, search), *zeros)
+    first = (jnp.zeros((), jnp.int32), pairs)
+    _, pairs = krylov.while_loop(host_loop, lambda c: c[0] < k, next_check, first)
+    rank = thick_restart.rank_of(pairs.eigenvalue, plan.by_magnitude)
+    order = jnp.argsort(rank, descending=True)
+    return Eigenpair(*jax.tree.map(lambda x: x[order], pairs))
 
 
-def _orthogonalise(vector: PyTree, basis: PyTree) -> PyTree:
-    """`vector` less its parts along the vectors of `basis`."""
-    coefficients = jax.vmap(lambda q: tree_math.vdot(q, vector))(basis)
-    return jax.tree.map(jnp.subtract, vector, _combine(coefficients, basis))
-
-
-def _combine(coefficients: jax.Array, basis: PyTree) -> PyTree:
-    """The sum of the vectors of `basis`, each times its coefficient."""
-    return jax.tree.map(
-        lambda b: jnp.tensordot(
-            coefficients.astype(b.dtype), b, axes=1, precision="highest"
-        ),
-        basis,
+def _measured(i: jax.Array, pairs: Eigenpair, v: PyTree, product: PyTree) -> Eigenpair:
+    """`pairs` with the Rayleigh quotient and the residual of v, the i-th of them."""
+    value = tree_math.vdot(v, product)
+    residual = tree_math.norm(tree_math.add_scaled(product, -value, v))
+    return Eigenpair(
+        pairs.eigenvector,
+        pairs.eigenvalue.at[i].set(value),
+        pairs.residual.at[i].set(residual),
     )
 
 
-def _spectrum_of_tridiagonal(
-    diagonal: jax.Array, off_diagonal: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The smallest and the largest eigenvalue, and the eigenvector of the largest.
-
-    A zero in `off_diagonal` says that the space was exhausted: what comes after belongs
-    to no basis vector, and is moved below the rest of the spectrum.
-    """
-    known = jnp.cumprod(jnp.append(1, off_diagonal[:-1] > 0)) > 0
-    below = -jnp.abs(diagonal).max() - 2 * off_diagonal.max() - 1
-    matrix = jnp.diag(jnp.where(known, diagonal, below))
-    matrix += jnp.diag(off_diagonal[:-1], 1) + jnp.diag(off_diagonal[:-1], -1)
-    values, vectors = jnp.linalg.eigh(matrix)
-    return values[jnp.array([0, -1])], vectors[:, -1]
+def _check_top_eigenpairs(
+    k: int, which: str, tol: ArrayLike, max_matvecs: int, dimension: int
+) -> None:
+    arguments.check_positive_int("k", k, "eigenpairs")
+    if k > dimension:
+        raise ValueError(
+            f"k must be at most {dimension}, the number of parameters in like, got "
+            f"{k}: ask for fewer eigenpairs."
+        )
+    if which not in ("algebraic", "magnitude"):
+        raise ValueError(
+            f"which must be 'algebraic' or 'magnitude', got {which!r}: the former for "
+            "the largest eigenvalues, the latter for those of largest magnitude."
+        )
+    arguments.check_scalar("tol", tol, schedule=False)
+    arguments.check_positive_int("max_matvecs", max_matvecs, "matrix-vector products")
+    if max_matvecs < 2 * k:
+        raise ValueError(
+            f"max_matvecs must be at least 2 · k = {2 * k}, got {max_matvecs}: k "
+            "products to span a space, and k to measure the residuals."
+        )

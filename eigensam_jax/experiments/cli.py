@@ -6,11 +6,13 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from eigensam_jax.benchmarks.specs import TRACKERS
 from eigensam_jax.experiments.errors import UserError
 
 # Spelt out here so that --help need not import what reads, builds and trains them.
@@ -25,6 +27,8 @@ _DATA_DIR = (
 _INTERRUPTED = 130
 _SMOKE = {"seeds": 1, "epochs": 2, "evaluations": 2}
 _USUAL = {"seeds": 3, "epochs": 100, "evaluations": 20}
+_TRACK_SMOKE = {"seeds": 1, "steps": 20, "evaluations": 2, "alpha": [1.0]}
+_TRACK_USUAL = {"seeds": 5, "steps": 1200, "evaluations": 10, "alpha": [0.2, 1.0]}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_compare(commands)
+    _add_track(commands)
     return parser
 
 
@@ -114,19 +119,58 @@ def _add_compare(commands: Any) -> None:
     compare.set_defaults(run=_compare)
 
 
+def _add_track(commands: Any) -> None:
+    track = commands.add_parser(
+        "track",
+        help="how well does each tracker follow the top eigenvector?",
+        description="Train a network with Eigen-SAM by each tracker, and SAM at the "
+        "radius of each run. Prints tables and leaves results.json and track.png in "
+        "--out. Runs that are there already are kept: the same command goes on where "
+        "it was interrupted, and a tracker, an α or a seed can be added.",
+    )
+    add = track.add_argument
+    names, count = {"metavar": "NAME"}, {"metavar": "N"}
+    add("--dataset", **names, choices=DATASETS, default="digits", help=_any(DATASETS))
+    add("--data-dir", metavar="DIR", type=Path, help=_DATA_DIR)
+    add("--model", **names, choices=MODELS, default="mlp", help=_any(MODELS))
+    add(
+        "--trackers",
+        **names,
+        nargs="+",
+        choices=tuple(TRACKERS),
+        default=tuple(TRACKERS),
+        help=f"some of {', '.join(TRACKERS)} [all]",
+    )
+    usual, positive_int = _TRACK_USUAL, _number(int, above=0)
+    add(
+        "--alpha",
+        metavar="X",
+        nargs="+",
+        type=_number(float, above=0),
+        help="α, one or several [0.2 1]",
+    )
+    add("--seeds", **count, type=positive_int, help=f"how many [{usual['seeds']}]")
+    add("--steps", **count, type=positive_int, help=f"a run [{usual['steps']}]")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("eigensam-track"),
+        help="where results go [%(default)s]",
+    )
+    add("--smoke", action="store_true", help="1 seed, 20 steps: does it run at all?")
+    track.set_defaults(run=_track)
+
+
 def _any(names: Sequence[str]) -> str:
     return f"{' or '.join(names)} [%(default)s]"
 
 
 def _compare(options: argparse.Namespace, command: str) -> None:
-    try:
+    with _extras():
         from rich.console import Console
 
         from eigensam_jax.experiments import compare
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed; pip install 'eigensam_jax[experiments]'"
-        ) from error
     preset = _SMOKE if options.smoke else _USUAL
     config = compare.Config(
         dataset=options.dataset,
@@ -143,6 +187,37 @@ def _compare(options: argparse.Namespace, command: str) -> None:
         out=options.out,
     )
     compare.run(config, command, Console())
+
+
+def _track(options: argparse.Namespace, command: str) -> None:
+    with _extras():
+        from rich.console import Console
+
+        from eigensam_jax.benchmarks import track
+    preset: dict[str, Any] = _TRACK_SMOKE if options.smoke else _TRACK_USUAL
+    config = track.Config(
+        dataset=options.dataset,
+        data_dir=options.data_dir,
+        model=options.model,
+        trackers=tuple(dict.fromkeys(options.trackers)),
+        alphas=tuple(dict.fromkeys(options.alpha or preset["alpha"])),
+        seeds=options.seeds or preset["seeds"],
+        steps=options.steps or preset["steps"],
+        evaluations=preset["evaluations"],
+        out=options.out,
+    )
+    track.run(config, command, Console())
+
+
+@contextmanager
+def _extras() -> Iterator[None]:
+    """Says what to install where an import of the extras fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed; pip install 'eigensam_jax[experiments]'"
+        ) from error
 
 
 def _number(kind: type[Any], above: float | None = None) -> Callable[[str], Any]:

@@ -89,12 +89,17 @@ def evaluation_steps(total_steps: int, evaluations: int) -> list[int]:
     return [k * total_steps // evaluations for k in range(evaluations + 1)]
 
 
+def sgd(learning_rate: float, total_steps: int) -> optax.GradientTransformation:
+    """SGD with momentum and a cosine schedule to zero."""
+    schedule = optax.cosine_decay_schedule(learning_rate, total_steps)
+    return optax.sgd(schedule, momentum=MOMENTUM)
+
+
 def make_optimizer(
     name: str, rho: float, total_steps: int, settings: Settings
 ) -> optax.GradientTransformationExtraArgs:
     """SGD with momentum and a cosine schedule, after `sam`, `eigen_sam` or neither."""
-    learning_rate = optax.cosine_decay_schedule(settings.learning_rate, total_steps)
-    descent = optax.sgd(learning_rate, momentum=MOMENTUM)
+    descent = sgd(settings.learning_rate, total_steps)
     if name == "sgd":
         return optax.with_extra_args_support(descent)
     if name == "eigen_sam":

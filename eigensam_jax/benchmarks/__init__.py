@@ -1,0 +1,1 @@
+"""What the library costs and how well it does what it is for, measured."""

@@ -1,0 +1,259 @@
+"""Training runs in which it is seen how well a tracker follows the top eigenvector."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
+
+from eigensam_jax import eigen_sam, hessian, sam, tree_math
+from eigensam_jax.benchmarks.specs import Spec
+from eigensam_jax.experiments import measures, training
+from eigensam_jax.experiments.data import Dataset
+from eigensam_jax.experiments.training import TrainState
+from eigensam_jax.trackers import Tracker
+from eigensam_jax.tree_math import PyTree
+
+_UNSEEN = 0.15  # of the steps, at the start, before the first evaluation
+_NOT_USED = dict.fromkeys(("ratio", "cosine", "tracked_eigenvalue", "tracked_residual"))
+_NUM_VECTORS = 10  # ARPACK's; a start from the evaluation before needs no more
+
+
+class Settings(NamedTuple):
+    """What all runs of a benchmark share.
+
+    Attributes:
+      steps: how many.
+      batch_size: examples a step; what is left over at the end of an epoch is dropped.
+      learning_rate: of SGD with momentum 0.9, decayed to zero by a cosine.
+      evaluations: how often to look at v, evenly spread over the last 85% of the steps.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    evaluations: int
+
+
+class Point(NamedTuple):
+    """A look at a run, before the step `step` is taken, or at its end.
+
+    Attributes:
+      step: steps taken so far.
+      radius: the mean of ‖ε‖ over them.
+      train_loss: mean cross-entropy over the training set, at the weights w.
+      test_accuracy: fraction of the test set that is classified correctly.
+      lambda_max: λ_max of ∇²L(w) on the first `measures.CURVATURE_EXAMPLES` images.
+      lambda_max_residual: ‖Hv − λv‖ of that eigenpair.
+      ratio: vᵀHv/λ_max for the v that the step perturbs by; None at the end, and where
+        there is no tracker.
+      cosine: |cos| between that v and the top eigenvector.
+      tracked_eigenvalue: λ as the tracker has it, on batches, where it is known.
+      tracked_residual: the residual as the tracker has it.
+    """
+
+    step: int
+    radius: float
+    train_loss: float
+    test_accuracy: float
+    lambda_max: float
+    lambda_max_residual: float
+    ratio: float | None = None
+    cosine: float | None = None
+    tracked_eigenvalue: float | None = None
+    tracked_residual: float | None = None
+
+
+Run = Callable[[int, float, float], Iterator[Point]]
+
+
+def evaluation_steps(settings: Settings) -> list[int]:
+    """The steps whose v is looked at: the last one, and others back to 15%."""
+    first, last = round(_UNSEEN * settings.steps), settings.steps - 1
+    steps = np.linspace(min(first, last), last, settings.evaluations)
+    return sorted({round(step) for step in steps})
+
+
+def make_optimizer(
+    spec: Spec | None, rho: ArrayLike, alpha: ArrayLike, settings: Settings
+) -> optax.GradientTransformationExtraArgs:
+    """Eigen-SAM by the tracker of `spec`, or SAM, before SGD; ρ and α may be traced."""
+    ascent = sam(rho) if spec is None else eigen_sam(rho, alpha, spec.tracker)
+    descent = training.sgd(settings.learning_rate, settings.steps)
+    return optax.chain(ascent, descent)
+
+
+def make_run(
+    model: nn.Module, dataset: Dataset, spec: Spec | None, settings: Settings
+) -> Run:
+    """Builds (seed, rho, alpha) -> the `Point`s of a run, its end the last.
+
+    Without a `spec` the run is SAM's, and its end is the only point. ρ and α are
+    arguments of the compiled steps, so that all runs of a tracker share its programs.
+    As in `training.make_run`, steps are dispatched one by one, each free of branches,
+    and nothing goes to the host between evaluations. A step that refreshes is two
+    programs: the tracker's refresh, and the step with `refresh=False`. What the tracker
+    holds in between is the v that the step perturbs by.
+    """
+    images, labels = dataset.train_images, dataset.train_labels
+    loss = measures.cross_entropy(model)
+    measure, look = _make_measure(model, dataset), _make_look(model, dataset)
+    steps_per_epoch = len(images) // settings.batch_size
+    stops = [] if spec is None else evaluation_steps(settings)
+
+    def init(seed: int) -> TrainState:
+        tx = make_optimizer(spec, 0.0, 0.0, settings)
+        return training.start(model, tx, images, seed)
+
+    def step(
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        rho: jax.Array,
+        alpha: jax.Array,
+    ) -> TrainState:
+        tx = make_optimizer(spec, rho, alpha, settings)
+        batch = training.next_batch(state, settings.batch_size)
+        return training.take_step(tx, loss, state, images[batch], labels[batch], False)
+
+    example, scalar = jax.eval_shape(init, 0), jnp.zeros(())
+    compiled = training.compile_donating
+    shuffle = compiled(training.start_epoch, example)
+    advance = compiled(step, example, images, labels, scalar, scalar)
+    refresh = None
+    if spec is not None and spec.update_interval is not None:
+        function = partial(refreshed, spec.tracker, loss, settings.batch_size)
+        refresh = compiled(function, example, images, labels)
+
+    def run(seed: int, rho: float, alpha: float) -> Iterator[Point]:
+        state, top = init(seed), None
+        scalars = jnp.float32(rho), jnp.float32(alpha)
+        for i in range(settings.steps):
+            with jax.transfer_guard("disallow"):
+                if i % steps_per_epoch == 0:
+                    state = shuffle(state)
+                if refresh is not None and spec is not None and spec.is_due(i):
+                    state = refresh(state, images, labels)
+            if i in stops:
+                point, top = measure(state, top)
+                yield look(point, state, top)
+            with jax.transfer_guard("disallow"):
+                state = advance(state, images, labels, *scalars)
+        yield measure(state, top)[0]
+
+    return run
+
+
+def refreshed(
+    tracker: Tracker,
+    loss: measures.Loss,
+    batch_size: int,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+) -> TrainState:
+    """The state after what `eigen_sam`, first in the chain, does with `refresh=True`.
+
+    The Hessian is that of the next step's batch.
+    """
+    batch = training.next_batch(state, batch_size)
+    value_fn = lambda params: loss(params, images[batch], labels[batch])
+    matvec = hessian.matvec(jax.grad(value_fn), state.params)
+    ascent, *rest = state.opt_state
+    tracked = tracker.refresh(ascent.tracker, matvec, ascent.count, True)
+    return state._replace(opt_state=(ascent._replace(tracker=tracked), *rest))
+
+
+def _make_measure(
+    model: nn.Module, dataset: Dataset
+) -> Callable[[TrainState, jax.Array | None], tuple[Point, jax.Array]]:
+    """Builds (state, start) -> a `Point` without v, and the top eigenvector.
+
+    `start` is where the search for that begins. A training loss that is not finite
+    raises FloatingPointError.
+    """
+    loss, means = measures.cross_entropy(model), measures.make_means(model)
+    top_eigenpair = measures.make_top_eigenpair(loss, _NUM_VECTORS)
+    images, labels = dataset.train_images, dataset.train_labels
+    few = slice(measures.CURVATURE_EXAMPLES)
+
+    def measure(state: TrainState, start: jax.Array | None) -> tuple[Point, jax.Array]:
+        train_loss, _ = means(state.params, images, labels)
+        if not np.isfinite(train_loss):
+            raise FloatingPointError(
+                f"the training loss is {train_loss} after {state.step} steps"
+            )
+        _, accuracy = means(state.params, dataset.test_images, dataset.test_labels)
+        top = top_eigenpair(state.params, images[few], labels[few], start)
+        point = Point(
+            step=int(state.step),
+            radius=float(state.radius_sum) / max(int(state.step), 1),
+            train_loss=train_loss,
+            test_accuracy=accuracy,
+            lambda_max=float(top.eigenvalue),
+            lambda_max_residual=float(top.residual),
+        )
+        return point, top.eigenvector
+
+    return measure
+
+
+def _make_look(
+    model: nn.Module, dataset: Dataset
+) -> Callable[[Point, TrainState, jax.Array], Point]:
+    """Builds (point, state, top eigenvector) -> the point with what it says of v."""
+    loss = measures.cross_entropy(model)
+    few = slice(measures.CURVATURE_EXAMPLES)
+    images, labels = dataset.train_images[few], dataset.train_labels[few]
+
+    @jax.jit
+    def compared(
+        params: PyTree, v: PyTree, top: jax.Array, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """⟨v, Hv⟩, and |cos| between v and the top eigenvector."""
+        product = hessian.hvp(lambda p: loss(p, images, labels), params, v)
+        return tree_math.vdot(v, product), jnp.abs(jnp.sum(ravel_pytree(v)[0] * top))
+
+    def look(point: Point, state: TrainState, top: jax.Array) -> Point:
+        tracked = state.opt_state[0].tracker
+        rayleigh, cosine = compared(
+            state.params, tracked.eigenvector, top, images, labels
+        )
+        return point._replace(
+            ratio=float(rayleigh) / point.lambda_max,
+            cosine=float(cosine),
+            tracked_eigenvalue=_finite(float(tracked.eigenvalue)),
+            tracked_residual=_finite(float(tracked.residual)),
+        )
+
+    return look
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def summarise(points: list[Point]) -> dict[str, Any]:
+    """The figures of a run for `results.json`: its end, means of its looks, curves."""
+    looks, end = points[:-1], points[-1]
+    ratios = [point.ratio for point in looks if point.ratio is not None]
+    cosines = [point.cosine for point in looks if point.cosine is not None]
+    return {
+        "radius": end.radius,
+        "lambda_max": end.lambda_max,
+        "lambda_max_residual": end.lambda_max_residual,
+        "train_loss": end.train_loss,
+        "test_accuracy": end.test_accuracy,
+        "ratio": float(np.mean(ratios)) if ratios else None,
+        "worst_ratio": min(ratios, default=None),
+        "cosine": float(np.mean(cosines)) if cosines else None,
+        "curves": {
+            key: [getattr(point, key) for point in looks] for key in Point._fields
+        },
+    }

@@ -1,0 +1,73 @@
+"""The trackers that `eigensam track` compares, and what each costs."""
+
+from typing import NamedTuple
+
+import jax
+
+from eigensam_jax import eigen, tree_math
+from eigensam_jax.hessian import Matvec
+from eigensam_jax.trackers import Tracker, lanczos, power_iteration
+
+
+class Spec(NamedTuple):
+    """A tracker, and what is known of it before it runs.
+
+    Attributes:
+      tracker: what `eigen_sam` is given.
+      update_interval: it refreshes on step 0 and every so many steps; None for never.
+      num_matvecs: Hessian-vector products per refresh.
+      is_ceiling: whether it is there to show what more products would buy, and nobody
+        would train by it.
+    """
+
+    tracker: Tracker
+    update_interval: int | None = None
+    num_matvecs: int = 0
+    is_ceiling: bool = False
+
+    def is_due(self, step: int) -> bool:
+        """Whether the tracker refreshes on this step."""
+        return self.update_interval is not None and step % self.update_interval == 0
+
+    @property
+    def products(self) -> float:
+        """Hessian-vector products per 100 steps."""
+        return 100 * self.num_matvecs / (self.update_interval or 1)
+
+
+def every_product(decay: float = 0.95) -> Tracker:
+    """The secant with exact products: v ← decay·v + (1 − decay)·Hv/‖Hv‖, normalised.
+
+    One Hessian-vector product with the batch of every step where the secant takes a
+    difference of gradients along ε; averaged over batches alike. The v that a step uses
+    has seen its batch. It starts from a random unit vector.
+
+    Args:
+      decay: the weight of the v before, at least 0 and less than 1.
+
+    Returns:
+      A `Tracker` whose state is an `eigen.Eigenpair` with λ and residual of the v
+      before the product.
+    """
+    power = power_iteration(num_iters=1, update_interval=1)
+
+    def refresh(
+        state: eigen.Eigenpair, matvec: Matvec, count: jax.Array, due: bool | None
+    ) -> eigen.Eigenpair:
+        new = power.refresh(state, matvec, count, due)
+        old = tree_math.scale(decay, state.eigenvector)
+        v = tree_math.add_scaled(old, 1 - decay, new.eigenvector)
+        v = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v)), v)
+        pair: eigen.Eigenpair = new._replace(eigenvector=v)
+        return pair
+
+    return power._replace(refresh=refresh)
+
+
+TRACKERS = {
+    "power_iteration": Spec(power_iteration(5, 100), 100, 5),
+    "lanczos": Spec(lanczos(5, 100), 100, 5),
+    # The top eigenvector of the step's own batch, warm-started until it has converged.
+    "own_batch": Spec(lanczos(10, 1), 1, 10, is_ceiling=True),
+    "every_product": Spec(every_product(decay=0.95), 1, 1, is_ceiling=True),
+}

@@ -130,7 +130,7 @@ def spectral_density(
 
 
 def smooth_density(
-    density: SpectralDensity, grid: ArrayLike, width: ArrayLike
+    density: SpectralDensity, grid: ArrayLike, width: float | jax.Array
 ) -> jax.Array:
     """The density as a curve: a Gaussian of that width at every node.
 

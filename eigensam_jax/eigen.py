@@ -253,7 +253,7 @@ def top_eigenpairs(
 
     search = krylov.while_loop(
         host_loop,
-        lambda s: ~s.done & (s.count < max_matvecs - k),
+        lambda s: ~s.done & (s.products < max_matvecs - k),
         next_product,
         start(plan, tree_math.widen(v0), key),
     )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eigensam_jax import tree_math
 from eigensam_jax.tree_math import PyTree
@@ -113,7 +114,7 @@ def remainder(vector: PyTree, basis: PyTree) -> Remainder:
     length = tree_math.norm(rest)
     # What rounding leaves of a vector inside the space is no new direction. (Of a
     # vector that is not finite, the length is not either, and stays so.)
-    rounding = 10 * jnp.finfo(length.dtype).eps * tree_math.norm(vector)
+    rounding = 10 * np.finfo(length.dtype).eps * tree_math.norm(vector)
     length = jnp.where((length <= rounding) & jnp.isfinite(length), 0, length)
     direction = tree_math.scale(tree_math.safe_inverse(length), rest)
     return Remainder(coefficients, length, direction)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from eigensam_jax import krylov, tree_math
@@ -45,8 +46,8 @@ class Search(NamedTuple):
         the next to be multiplied, then zeros; `size` + 1 in all.
       projection: the matrix of H in those known, shape (size, size), zero elsewhere.
       known: how many they are.
-      count: products so far.
-      judge_from: the count from which on the Ritz values are believed.
+      products: how many so far.
+      judge_from: the number of products from which on the Ritz values are believed.
       least: the rank of the last wanted Ritz value before the last fresh start.
       done: whether all is found, or a product was not finite.
     """
@@ -54,7 +55,7 @@ class Search(NamedTuple):
     basis: PyTree
     projection: jax.Array
     known: jax.Array
-    count: jax.Array
+    products: jax.Array
     judge_from: jax.Array
     least: jax.Array
     done: jax.Array
@@ -92,7 +93,7 @@ def start(plan: Plan, v0: PyTree, key: jax.Array) -> Search:
         basis=krylov.put(basis, 0, first),
         projection=jnp.zeros((plan.size, plan.size), dtype),
         known=jnp.zeros((), jnp.int32),
-        count=jnp.zeros((), jnp.int32),
+        products=jnp.zeros((), jnp.int32),
         judge_from=jnp.full((), plan.size, jnp.int32),
         least=jnp.full((), -jnp.inf if plan.looks_again else jnp.inf, dtype),
         done=jnp.zeros((), bool),
@@ -103,7 +104,7 @@ def advance(
     plan: Plan, search: Search, product: PyTree, tol: ArrayLike, key: jax.Array
 ) -> Search:
     """The search after the product with the next vector of its basis."""
-    index, known, count = search.known, search.known + 1, search.count + 1
+    index, known, count = search.known, search.known + 1, search.products + 1
     full = known == plan.size
     step = krylov.remainder(product, search.basis)
     finite = jnp.isfinite(step.length)
@@ -142,7 +143,7 @@ def advance(
         basis=basis,
         projection=jnp.where(restart, diagonal, projection),
         known=kept,
-        count=count,
+        products=count,
         judge_from=jnp.where(
             fresh_start, count + plan.size - plan.k, search.judge_from
         ),
@@ -173,7 +174,7 @@ def _judge(
     search starts afresh beside what it found, and stops when that has brought nothing
     new and the best of the rest is known well enough to be no better.
     """
-    k, eps = plan.k, jnp.finfo(ritz.values.dtype).eps
+    k, eps = plan.k, np.finfo(ritz.values.dtype).eps
     rounding = 10 * eps * jnp.abs(ritz.values).max()
     target = jnp.maximum(tol * jnp.abs(ritz.values[0]), rounding)
     converged = jnp.all(residuals[:k] <= target)

@@ -6,18 +6,28 @@
 
 from importlib.metadata import version as _version
 
-from eigensam_jax import eigen, hessian, perturbation, trackers, tree_math
+from eigensam_jax import (
+    diagnostics,
+    eigen,
+    hessian,
+    perturbation,
+    trackers,
+    tree_math,
+)
+from eigensam_jax.diagnostics import sharpness
 from eigensam_jax.transform import asam, eigen_sam, sam
 
 __version__ = _version("eigensam_jax")
 
 __all__ = [
     "asam",
+    "diagnostics",
     "eigen",
     "eigen_sam",
     "hessian",
     "perturbation",
     "sam",
+    "sharpness",
     "trackers",
     "tree_math",
 ]

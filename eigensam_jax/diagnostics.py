@@ -1,0 +1,250 @@
+"""What to look at beside training: sharpness, alignment, a check of the gradient."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from eigensam_jax import arguments, eigen, hessian, tree_math
+from eigensam_jax.eigen import Eigenpair
+from eigensam_jax.hessian import GradFn, HvpMode, ValueFn
+from eigensam_jax.tree_math import PyTree
+
+
+def sharpness(
+    value_fn: ValueFn,
+    params: PyTree,
+    *,
+    tol: ArrayLike = 1e-3,
+    max_matvecs: int = 1000,
+    v0: PyTree | None = None,
+    hvp_mode: HvpMode = "forward_over_reverse",
+    host_loop: bool = False,
+) -> Eigenpair:
+    """Sharpness λ_max of the Hessian ∇²f(w), its algebraically largest eigenvalue.
+
+    By `eigen.top_eigenpairs`, from about twenty Hessian-vector products on. Each call
+    compiles anew; to measure again and again, jit it with the batch as an argument:
+
+        jax.jit(lambda params, batch: sharpness(lambda p: loss(p, batch), params))
+
+    For a data set that is no single batch, or for the Gauss–Newton matrix, hand their
+    products to that solver:
+
+        matvec = hessian.mean_matvec(loss, params, batches)
+        eigen.top_eigenpairs(matvec, params, k=1, host_loop=callable(batches))
+
+    Args:
+      value_fn: f, a function of the parameters alone that returns a real scalar.
+      params: w, a tree of real arrays.
+      tol: the residual, relative to |λ_max|, at which to stop. λ_max is then most often
+        right to about the square of it.
+      max_matvecs: the most Hessian-vector products, at least 2.
+      v0: where to start, a tree like `params`, such as the eigenvector that Eigen-SAM
+        tracks or that of the last measurement; by default at random.
+      hvp_mode: as in `eigen_sam`. With "finite_difference", ask for no smaller `tol`
+        than its errors, or `max_matvecs` runs out.
+      host_loop: a loop of Python's around one jitted product, in place of a compiled
+        loop: for convolutions on a CPU, which XLA makes many times slower in a loop.
+
+    Returns:
+      An `eigen.Eigenpair`: λ_max as `eigenvalue`, its `eigenvector`, a tree of norm 1
+      like `params`, and the `residual` ‖Hv − λv‖, which is at most `tol` · |λ_max|
+      unless `max_matvecs` ran out or rounding allows no less. NaN where a product is
+      not finite.
+
+    Raises:
+      ValueError: for arguments that are none of the above.
+
+    Example:
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> f = lambda w: -5 * w["x"] ** 2 + w["y"] ** 2 + jnp.sin(w["x"])
+      >>> w = {"x": jnp.array(0.0), "y": jnp.array(3.0)}
+      >>> top = eigensam_jax.sharpness(f, w)  # the Hessian's are -10 and 2
+      >>> print(f"{top.eigenvalue:.3f}", bool(abs(top.eigenvector["y"]) > 0.999))
+      2.000 True
+
+    References:
+      Cohen, Kaur, Li, Kolter, Talwalkar, "Gradient Descent on Neural Networks Typically
+      Occurs at the Edge of Stability", ICLR 2021.
+    """
+    arguments.check_params(params)
+    arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
+    gradient = jax.grad(arguments.scalar_valued("value_fn", value_fn))
+
+    def product(params: PyTree, vector: PyTree) -> PyTree:
+        return hessian.matvec(gradient, params, mode=hvp_mode)(vector)
+
+    if host_loop:
+        product = jax.jit(product)
+    pairs = eigen.top_eigenpairs(
+        lambda vector: product(params, vector),
+        params,
+        k=1,
+        tol=tol,
+        max_matvecs=max_matvecs,
+        v0=v0,
+        host_loop=host_loop,
+    )
+    return Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
+
+
+def alignment(a: PyTree, b: PyTree) -> jax.Array:
+    """Alignment |⟨a, b⟩|/(‖a‖·‖b‖) of two trees, the |cos| of the angle between them.
+
+    Args:
+      a: a tree of real arrays.
+      b: a tree of the same structure and shapes.
+
+    Returns:
+      A scalar between 0 and 1, in float32 or wider; 0 where either is zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import diagnostics
+      >>> a, b = {"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([-5.0, 0.0])}
+      >>> print(f"{diagnostics.alignment(a, b):.3f}")
+      0.600
+    """
+    inverses = [tree_math.safe_inverse(tree_math.norm(x)) for x in (a, b)]
+    a, b = map(tree_math.scale, inverses, (a, b))
+    return jnp.minimum(jnp.abs(tree_math.vdot(a, b)), 1)
+
+
+def check_gradient(
+    updates: PyTree,
+    params: PyTree,
+    *,
+    value_fn: ValueFn | None = None,
+    grad_fn: GradFn | None = None,
+    rtol: float = 1e-3,
+) -> float:
+    """Checks that `updates` are what `sam` and its kin take them for: ∇f(w).
+
+    They perturb along `updates` and take the gradient of `value_fn` there, so that
+    another batch, dropout mask or scaling, or anything before them in the chain, makes
+    them something else, without an error. Call this once, outside `jit`, for example on
+    the first step, with what is handed to `tx.update`:
+
+        check_gradient(grads, params, value_fn=value_fn)
+
+    or, where something comes before them in the chain, with what that makes of it.
+
+    Args:
+      updates: what is handed in, a tree like `params`.
+      params: w, a tree of real floating-point arrays.
+      value_fn: f, params -> scalar.
+      grad_fn: params -> gradient tree; with both, the one that is used, as in `update`.
+      rtol: the relative difference that passes. Compiled otherwise, a gradient rounds
+        otherwise: by about 1e-6 in float32, but allow 0.05 for bfloat16 parameters.
+
+    Returns:
+      The relative difference ‖u − g‖/‖g‖ between the updates u and the gradient g.
+
+    Raises:
+      ValueError: if it is larger than `rtol`, with the cosine, the ratio of the norms,
+        the leaf that differs most, and from them the likely cause; if arguments don't
+        fit, or are traced.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from eigensam_jax import diagnostics
+      >>> f, w = lambda w: jnp.sum(w**2), jnp.array([3.0, 4.0])
+      >>> diagnostics.check_gradient(jax.grad(f)(w), w, value_fn=f)
+      0.0
+      >>> diagnostics.check_gradient(0.1 * jax.grad(f)(w), w, value_fn=f)
+      Traceback (most recent call last):
+        ...
+      ValueError: updates are not the gradient of value_fn at params: relative
+      difference 0.9, cosine 1, ratio of norms 0.1; the leaf that differs most is
+      updates. They are the gradient times 0.1: the loss was scaled, or a mean over
+      devices or micro-batches is a sum in one of the two, or a link before this one
+      clips. Unscale and average first, and clip after.
+    """
+    arguments.check_scalar("rtol", rtol, schedule=False)
+    arguments.check_params(params)
+    if value_fn is None and grad_fn is None:
+        raise ValueError("check_gradient needs value_fn or grad_fn, got neither.")
+    name = "value_fn" if grad_fn is None else "grad_fn"
+    updates = arguments.like_params(
+        "updates", updates, params, "Hand in what tx.update is given."
+    )
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((updates, params))):
+        raise ValueError(
+            "check_gradient can't look at traced values: call it outside jit, once."
+        )
+    _, gradient = arguments.gradient_function(value_fn, grad_fn)(params)
+    difference = tree_math.add_scaled(updates, -1, gradient)
+    distance, size, expected = (
+        float(tree_math.norm(x)) for x in (difference, updates, gradient)
+    )
+    relative = distance / expected if expected else float("inf") if distance else 0.0
+    if relative <= rtol:
+        return relative
+    leaves = jax.tree.leaves_with_path(difference)
+    path, _ = max(
+        leaves, key=lambda x: jnp.nan_to_num(tree_math.norm(x[1]), nan=jnp.inf)
+    )
+    product = float(tree_math.vdot(updates, gradient))
+    cosine = product / (size * expected) if size * expected else 0.0
+    ratio = size / expected if expected else float("inf")
+    raise ValueError(
+        f"updates are not the gradient of {name} at params: relative difference "
+        f"{relative:.3g}, cosine {cosine:.3g}, ratio of norms {ratio:.3g}; the leaf "
+        f"that differs most is updates{jax.tree_util.keystr(path)}. "
+        + _likely_cause(name, updates, gradient, params, rtol)
+    )
+
+
+def _likely_cause(
+    name: str, updates: PyTree, gradient: PyTree, params: PyTree, rtol: float
+) -> str:
+    """What most often makes updates that differ in this way; `name` is the function."""
+    size, expected = (float(tree_math.norm(x)) for x in (updates, gradient))
+    if not math.isfinite(expected):
+        return f"The gradient itself is not finite: look at {name} and params first."
+    if not math.isfinite(size):
+        return "The updates are not finite: loss scaling may have overflowed."
+    if size == 0:
+        return "They are zero: a link before this one, or a stop_gradient, drops them."
+
+    factor = float(tree_math.vdot(updates, gradient)) / expected**2 if expected else 0.0
+    rest = tree_math.norm(tree_math.add_scaled(updates, -factor, gradient))
+    if rest <= rtol * size and factor < 0:
+        return (
+            f"They are the gradient times {factor:.3g}: a link before this one makes "
+            "them a step downhill. Put it after, and this one first in the chain."
+        )
+    if rest <= rtol * size:
+        return (
+            f"They are the gradient times {factor:.3g}: the loss was scaled, or a mean "
+            "over devices or micro-batches is a sum in one of the two, or a link "
+            "before this one clips. Unscale and average first, and clip after."
+        )
+
+    difference = tree_math.add_scaled(updates, -1, gradient)
+    distance = tree_math.norm(difference)
+    # Decay often leaves out biases, so that only leaves that differ are compared.
+    decayed = jax.tree.map(
+        lambda w, d: jnp.where(tree_math.norm(d) > 1e-3 * distance, w, 0),
+        params,
+        difference,
+    )
+    if alignment(difference, decayed) > 0.999:
+        squared = tree_math.vdot(decayed, decayed)
+        decay = float(tree_math.vdot(difference, decayed) / squared)
+        if decay > 0:
+            return (
+                f"They are the gradient plus {decay:.3g} times params: weight decay "
+                "before this link. Put it after."
+            )
+        return (
+            f"They lack {-decay:.3g} times params: {name} has a penalty on the weights "
+            "that the loss they come from has not."
+        )
+    return (
+        "They are not parallel to it: they come from another batch, dropout mask or "
+        f"params than {name} sees, or a link before this one changes their direction "
+        "(clips element-wise, adds noise or momentum). Put such a link after."
+    )

@@ -49,6 +49,15 @@ def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
         )
 
 
+def check_fraction(name: str, value: Any) -> None:
+    """Refuses what is not a number of at least 0 and less than 1."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 1:
+        raise ValueError(
+            f"{name} must be a number of at least 0 and less than 1, got {value!r}."
+        )
+
+
 def check_update(
     params: PyTree | None,
     value_fn: ValueFn | None,

@@ -124,13 +124,21 @@ def sharpness_aware(
         value, new_updates = value_and_grad(space.merge(perturbed, params))
 
         if tracker is not None:
-            change = tree_math.add_scaled(space.select(new_updates), -1, grads)
-            tracked = tracker.observe(
-                tracked,
-                space.embed(step.epsilon, params),
-                space.embed(change, params),
-                state.count,
-            )
+
+            def observed(tracked: Any) -> Any:
+                change = tree_math.add_scaled(space.select(new_updates), -1, grads)
+                return tracker.observe(
+                    tracked,
+                    space.embed(step.epsilon, params),
+                    space.embed(change, params),
+                    state.count,
+                )
+
+            if tracker.observe_interval == 1 or refresh:
+                tracked = observed(tracked)
+            elif refresh is None:
+                is_due = state.count % tracker.observe_interval == 0
+                tracked = jax.lax.cond(is_due, observed, lambda same: same, tracked)
         dtype = tree_math.accumulation_dtype(params)
         info = Info(step.grad_norm, step.norm, value, step.alignment)
         info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)

@@ -75,3 +75,37 @@ def test_where_does_not_let_the_other_tree_through():
     good = {"x": jnp.array([1.0, 2.0])}
     taken = jax.jit(tree_math.where)(jnp.array(False), bad, good)
     np.testing.assert_array_equal(taken["x"], good["x"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_vdots_are_the_inner_products_of_each_pair(seed):
+    with jax.enable_x64(True):
+        shapes = {
+            "matrix": (7, 5),
+            "kernel": (3, 3, 2, 4),
+            "empty": (0, 4),
+            "scalar": (),
+        }
+        rng = np.random.default_rng(seed)
+        a, b = ({k: rng.normal(size=s) for k, s in shapes.items()} for _ in range(2))
+        products = tree_math.vdots((a, a), (a, b))
+        expected = [sum((a[k] * x[k]).sum() for k in shapes) for x in (a, b)]
+        np.testing.assert_allclose(products, expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (1_000_000,), (2, 1_000_000)])
+def test_vdots_of_a_million_are_as_right_as_vdot(shape):
+    x = jax.random.uniform(jax.random.key(0), shape)
+    exact = np.sum(np.asarray(x, np.float64) ** 2)
+    np.testing.assert_allclose(tree_math.vdots((x, x), (x, x)), exact, rtol=3e-6)
+    (ones,) = tree_math.vdots((jnp.ones(shape, jnp.bfloat16),) * 2)
+    assert ones.dtype == jnp.float32
+    np.testing.assert_allclose(ones, np.prod(shape), rtol=1e-6)
+
+
+def test_vdots_read_each_array_once():
+    v, g, h = (jnp.ones((512, 512)) for _ in range(3))
+    inner_products = lambda v, g, h: tree_math.vdots((v, g), (v, h - g), (h - g, h - g))
+    compiled = jax.jit(inner_products).lower(v, g, h).compile()
+    assert compiled.cost_analysis()["bytes accessed"] < 1.05 * 3 * v.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * v.nbytes

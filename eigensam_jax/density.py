@@ -88,13 +88,14 @@ def spectral_density(
     arguments.check_positive_int("num_matvecs", num_matvecs, "products per sample")
     arguments.check_positive_int("num_samples", num_samples, "random vectors")
     key = jax.random.key(seed)
+    get = krylov.compiled(host_loop, krylov.get)
     extend = krylov.compiled(host_loop, krylov.extend, donate_argnums=1)
 
     def product(
         carry: tuple[jax.Array, krylov.Tridiagonal],
     ) -> tuple[jax.Array, krylov.Tridiagonal]:
         i, space = carry
-        return i + 1, extend(i, space, matvec(krylov.get(space.basis, i)))
+        return i + 1, extend(i, space, matvec(get(space.basis, i)))
 
     def sample(
         carry: tuple[jax.Array, SpectralDensity],

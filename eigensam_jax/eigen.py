@@ -236,19 +236,20 @@ def top_eigenpairs(
         v0 = jax.tree.map(jnp.zeros_like, like)
     v0 = arguments.like_params("v0", v0, like, "Start from a tree like `like`.")
     compiled = partial(krylov.compiled, host_loop)
+    get = compiled(krylov.get)
     start = compiled(thick_restart.start, static_argnums=0)
     advance = compiled(thick_restart.advance, static_argnums=0, donate_argnums=1)
     eigenvectors = compiled(thick_restart.eigenvectors, static_argnums=0)
     measured = compiled(_measured)
 
     def next_product(search: thick_restart.Search) -> thick_restart.Search:
-        v = krylov.get(search.basis, search.known)
+        v = get(search.basis, search.known)
         advanced: thick_restart.Search = advance(plan, search, matvec(v), tol, key)
         return advanced
 
     def next_check(carry: tuple[jax.Array, Eigenpair]) -> tuple[jax.Array, Eigenpair]:
         i, pairs = carry
-        v = krylov.get(pairs.eigenvector, i)
+        v = get(pairs.eigenvector, i)
         return i + 1, measured(i, pairs, v, matvec(v))
 
     search = krylov.while_loop(

@@ -69,6 +69,10 @@ class Point(NamedTuple):
     tracked_residual: float | None = None
 
 
+Measure = Callable[
+    [TrainState, Any, jax.Array | None],
+    tuple[Point, jax.Array],
+]
 Run = Callable[[int, float, float], Iterator[Point]]
 
 
@@ -88,8 +92,58 @@ def make_optimizer(
     return optax.chain(ascent, descent)
 
 
+def make_measure(model: nn.Module, dataset: Dataset) -> Measure:
+    """Builds (state, tracked, start) -> a `Point`, and the top eigenvector.
+
+    `tracked` is the state of a tracker whose v is to be looked at, or None. `start` is
+    where the search for the top eigenvector begins. A training loss that is not finite
+    raises FloatingPointError.
+    """
+    loss, means = measures.cross_entropy(model), measures.make_means(model)
+    product = measures.make_product(loss)
+    top_eigenpair = measures.make_top_eigenpair(loss, _NUM_VECTORS)
+    few = slice(measures.CURVATURE_EXAMPLES)
+    images, labels = dataset.train_images[few], dataset.train_labels[few]
+
+    def measure(
+        state: TrainState, tracked: Any, start: jax.Array | None
+    ) -> tuple[Point, jax.Array]:
+        params, taken = state.params, int(state.step)
+        train_loss, _ = means(params, dataset.train_images, dataset.train_labels)
+        if not np.isfinite(train_loss):
+            raise FloatingPointError(
+                f"the training loss is {train_loss} after {taken} steps"
+            )
+        _, accuracy = means(params, dataset.test_images, dataset.test_labels)
+        top = top_eigenpair(params, images, labels, start)
+        point = Point(
+            step=taken,
+            radius=float(state.radius_sum) / max(taken, 1),
+            train_loss=train_loss,
+            test_accuracy=accuracy,
+            lambda_max=float(top.eigenvalue),
+            lambda_max_residual=float(top.residual),
+        )
+        if tracked is not None:
+            v = ravel_pytree(tracked.eigenvector)[0]
+            rayleigh = jnp.sum(v * product(params, images, labels, v))
+            point = point._replace(
+                ratio=float(rayleigh) / point.lambda_max,
+                cosine=float(jnp.abs(jnp.sum(v * top.eigenvector))),
+                tracked_eigenvalue=_finite(float(tracked.eigenvalue)),
+                tracked_residual=_finite(float(tracked.residual)),
+            )
+        return point, top.eigenvector
+
+    return measure
+
+
 def make_run(
-    model: nn.Module, dataset: Dataset, spec: Spec | None, settings: Settings
+    model: nn.Module,
+    dataset: Dataset,
+    measure: Measure,
+    spec: Spec | None,
+    settings: Settings,
 ) -> Run:
     """Builds (seed, rho, alpha) -> the `Point`s of a run, its end the last.
 
@@ -97,36 +151,42 @@ def make_run(
     arguments of the compiled steps, so that all runs of a tracker share its programs.
     As in `training.make_run`, steps are dispatched one by one, each free of branches,
     and nothing goes to the host between evaluations. A step that refreshes is two
-    programs: the tracker's refresh, and the step with `refresh=False`. What the tracker
-    holds in between is the v that the step perturbs by.
+    programs, the tracker's refresh and what is left of the step. What the tracker holds
+    in between is the v that the step perturbs by.
     """
     images, labels = dataset.train_images, dataset.train_labels
     loss = measures.cross_entropy(model)
-    measure, look = _make_measure(model, dataset), _make_look(model, dataset)
     steps_per_epoch = len(images) // settings.batch_size
     stops = [] if spec is None else evaluation_steps(settings)
+
+    rest = None if spec is None else spec._replace(tracker=_refreshed_before(spec))
 
     def init(seed: int) -> TrainState:
         tx = make_optimizer(spec, 0.0, 0.0, settings)
         return training.start(model, tx, images, seed)
 
     def step(
+        due: bool,
         state: TrainState,
         images: jax.Array,
         labels: jax.Array,
         rho: jax.Array,
         alpha: jax.Array,
     ) -> TrainState:
-        tx = make_optimizer(spec, rho, alpha, settings)
+        tx = make_optimizer(rest, rho, alpha, settings)
         batch = training.next_batch(state, settings.batch_size)
-        return training.take_step(tx, loss, state, images[batch], labels[batch], False)
+        return training.take_step(tx, loss, state, images[batch], labels[batch], due)
 
     example, scalar = jax.eval_shape(init, 0), jnp.zeros(())
     compiled = training.compile_donating
     shuffle = compiled(training.start_epoch, example)
-    advance = compiled(step, example, images, labels, scalar, scalar)
-    refresh = None
-    if spec is not None and spec.update_interval is not None:
+    plain = compiled(partial(step, False), example, images, labels, scalar, scalar)
+    due_step, refresh = plain, None
+    if spec is not None and spec.tracker.observe_interval > 1:
+        due_step = compiled(
+            partial(step, True), example, images, labels, scalar, scalar
+        )
+    if spec is not None and spec.num_matvecs > 0:
         function = partial(refreshed, spec.tracker, loss, settings.batch_size)
         refresh = compiled(function, example, images, labels)
 
@@ -134,19 +194,26 @@ def make_run(
         state, top = init(seed), None
         scalars = jnp.float32(rho), jnp.float32(alpha)
         for i in range(settings.steps):
+            due = spec is not None and spec.is_due(i)
             with jax.transfer_guard("disallow"):
                 if i % steps_per_epoch == 0:
                     state = shuffle(state)
-                if refresh is not None and spec is not None and spec.is_due(i):
+                if due and refresh is not None:
                     state = refresh(state, images, labels)
             if i in stops:
-                point, top = measure(state, top)
-                yield look(point, state, top)
+                point, top = measure(state, state.opt_state[0].tracker, top)
+                yield point
             with jax.transfer_guard("disallow"):
-                state = advance(state, images, labels, *scalars)
-        yield measure(state, top)[0]
+                program = due_step if due else plain
+                state = program(state, images, labels, *scalars)
+        yield measure(state, None, top)[0]
 
     return run
+
+
+def _refreshed_before(spec: Spec) -> Tracker:
+    """The tracker of `spec` for a step before which it was refreshed, if it was due."""
+    return spec.tracker._replace(refresh=lambda state, matvec, count, due: state)
 
 
 def refreshed(
@@ -167,63 +234,6 @@ def refreshed(
     ascent, *rest = state.opt_state
     tracked = tracker.refresh(ascent.tracker, matvec, ascent.count, True)
     return state._replace(opt_state=(ascent._replace(tracker=tracked), *rest))
-
-
-def _make_measure(
-    model: nn.Module, dataset: Dataset
-) -> Callable[[TrainState, jax.Array | None], tuple[Point, jax.Array]]:
-    """Builds (state, start) -> a `Point` without v, and the top eigenvector.
-
-    `start` is where the search for that begins. A training loss that is not finite
-    raises FloatingPointError.
-    """
-    loss, means = measures.cross_entropy(model), measures.make_means(model)
-    top_eigenpair = measures.make_top_eigenpair(loss, _NUM_VECTORS)
-    images, labels = dataset.train_images, dataset.train_labels
-    few = slice(measures.CURVATURE_EXAMPLES)
-
-    def measure(state: TrainState, start: jax.Array | None) -> tuple[Point, jax.Array]:
-        train_loss, _ = means(state.params, images, labels)
-        if not np.isfinite(train_loss):
-            raise FloatingPointError(
-                f"the training loss is {train_loss} after {state.step} steps"
-            )
-        _, accuracy = means(state.params, dataset.test_images, dataset.test_labels)
-        top = top_eigenpair(state.params, images[few], labels[few], start)
-        point = Point(
-            step=int(state.step),
-            radius=float(state.radius_sum) / max(int(state.step), 1),
-            train_loss=train_loss,
-            test_accuracy=accuracy,
-            lambda_max=float(top.eigenvalue),
-            lambda_max_residual=float(top.residual),
-        )
-        return point, top.eigenvector
-
-    return measure
-
-
-def _make_look(
-    model: nn.Module, dataset: Dataset
-) -> Callable[[Point, TrainState, jax.Array], Point]:
-    """Builds (point, state, top eigenvector) -> the point with what it says of v."""
-    product = measures.make_product(measures.cross_entropy(model))
-    few = slice(measures.CURVATURE_EXAMPLES)
-    images, labels = dataset.train_images[few], dataset.train_labels[few]
-
-    def look(point: Point, state: TrainState, top: jax.Array) -> Point:
-        tracked = state.opt_state[0].tracker
-        v = ravel_pytree(tracked.eigenvector)[0]
-        rayleigh = jnp.sum(v * product(state.params, images, labels, v))
-        cosine = jnp.abs(jnp.sum(v * top))
-        return point._replace(
-            ratio=float(rayleigh) / point.lambda_max,
-            cosine=float(cosine),
-            tracked_eigenvalue=_finite(float(tracked.eigenvalue)),
-            tracked_residual=_finite(float(tracked.residual)),
-        )
-
-    return look
 
 
 def _finite(value: float) -> float | None:

@@ -14,8 +14,8 @@ class Spec(NamedTuple):
 
     Attributes:
       tracker: what `eigen_sam` is given.
-      update_interval: it refreshes on step 0 and every so many steps; None for never.
-      num_matvecs: Hessian-vector products per refresh.
+      update_interval: it is due on step 0 and every so many steps; None for never.
+      num_matvecs: Hessian-vector products when it is due; 0 where it only observes.
       is_ceiling: whether it is there to show what more products would buy, and nobody
         would train by it.
     """
@@ -26,7 +26,7 @@ class Spec(NamedTuple):
     is_ceiling: bool = False
 
     def is_due(self, step: int) -> bool:
-        """Whether the tracker refreshes on this step."""
+        """Whether this step is one of those on which `eigen_sam` is told to refresh."""
         return self.update_interval is not None and step % self.update_interval == 0
 
     @property
@@ -68,7 +68,7 @@ TRACKERS = {
     "power_iteration": Spec(power_iteration(5, 100), 100, 5),
     "lanczos": Spec(lanczos(5, 100), 100, 5),
     "secant": Spec(secant(decay=0.95)),
-    "secant_5": Spec(secant(decay=0.9, update_interval=5)),
+    "secant_5": Spec(secant(decay=0.9, update_interval=5), 5),
     # The top eigenvector of the step's own batch, warm-started until it has converged.
     "own_batch": Spec(lanczos(10, 1), 1, 10, is_ceiling=True),
     "every_product": Spec(every_product(decay=0.95), 1, 1, is_ceiling=True),

@@ -263,11 +263,12 @@ def _records(
     done = {Job(*(run[key] for key in Job._fields)): run for run in runs}
     missing = [job for job in jobs(config) if job not in done]
     model = MODELS[config.model](dataset.num_classes)
+    measure = following.make_measure(model, dataset)
 
     @cache
     def runner(tracker: str | None) -> following.Run:
         spec = None if tracker is None else TRACKERS[tracker]
-        return following.make_run(model, dataset, spec, _settings(config))
+        return following.make_run(model, dataset, measure, spec, _settings(config))
 
     with tables.progress_bar(console) as progress:
         task = progress.add_task("", total=len(missing) * config.steps)

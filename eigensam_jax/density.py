@@ -88,6 +88,7 @@ def spectral_density(
     arguments.check_positive_int("num_matvecs", num_matvecs, "products per sample")
     arguments.check_positive_int("num_samples", num_samples, "random vectors")
     key = jax.random.key(seed)
+    start = krylov.compiled(host_loop, _random_start, static_argnums=2)
     get = krylov.compiled(host_loop, krylov.get)
     extend = krylov.compiled(host_loop, krylov.extend, donate_argnums=1)
 
@@ -101,14 +102,12 @@ def spectral_density(
         carry: tuple[jax.Array, SpectralDensity],
     ) -> tuple[jax.Array, SpectralDensity]:
         i, (nodes, weights) = carry
-        start = krylov.random_direction(
-            jax.random.fold_in(key, i), krylov.empty_basis(like, 1)
-        )
+        space = start(jax.random.fold_in(key, i), like, num_matvecs)
         _, space = krylov.while_loop(
             host_loop,
             lambda inner: inner[0] < num_matvecs,
             product,
-            (jnp.zeros((), jnp.int32), krylov.tridiagonal(start, num_matvecs)),
+            (jnp.zeros((), jnp.int32), space),
         )
         values, vectors = jnp.linalg.eigh(
             krylov.dense(space.diagonal, space.off_diagonal)
@@ -128,6 +127,11 @@ def spectral_density(
         (jnp.zeros((), jnp.int32), SpectralDensity(*empty)),
     )
     return density
+
+
+def _random_start(key: jax.Array, like: PyTree, num_matvecs: int) -> krylov.Tridiagonal:
+    start = krylov.random_direction(key, krylov.empty_basis(like, 1))
+    return krylov.tridiagonal(start, num_matvecs)
 
 
 def smooth_density(

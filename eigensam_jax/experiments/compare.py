@@ -56,12 +56,8 @@ def run(config: Config, command: str, console: Console) -> None:
     """
     _check(config)
     dataset = data.load(config.dataset, config.data_dir)
+    training.check_batch_size(config.batch_size, config.dataset, dataset)
     examples = len(dataset.train_images)
-    if config.batch_size > examples:
-        raise UserError(
-            f"--batch-size {config.batch_size} is more than the {examples} training "
-            f"images of {config.dataset}; use at most {examples}"
-        )
     results.make_folder(config.out)
     document: dict[str, Any] = {
         "command": command,
@@ -69,12 +65,7 @@ def run(config: Config, command: str, console: Console) -> None:
             **config._asdict(),
             "data_dir": config.data_dir and str(config.data_dir),
             "out": str(config.out),
-            "momentum": training.MOMENTUM,
-            "schedule": "cosine to 0",
-            "num_iters": training.NUM_ITERS,
-            "update_interval": training.UPDATE_INTERVAL,
-            "train_examples": examples,
-            "test_examples": len(dataset.test_images),
+            **training.protocol(dataset),
             "curvature_examples": min(examples, measures.CURVATURE_EXAMPLES),
             "curvature_tolerance": measures.CURVATURE_TOLERANCE,
             "alignment_batches": measures.ALIGNMENT_BATCHES,
@@ -178,7 +169,7 @@ def _records(
     names = sorted(config.optimizers, key=lambda name: name == "sam_matched")
     total_steps = len(dataset.train_labels) // config.batch_size * config.epochs
     points_a_run = len(training.evaluation_steps(total_steps, config.evaluations))
-    runners: dict[tuple[str, float], training.Run] = {}
+    runners: dict[tuple[str, float], training.Run[measures.Measurement]] = {}
     with tables.progress_bar(console) as progress:
         task = progress.add_task("", total=points_a_run * config.seeds * len(names))
         for seed in range(config.seeds):
@@ -200,7 +191,11 @@ def _records(
 
 
 def _record(
-    config: Config, name: str, seed: int, rho: float, points: list[training.Point]
+    config: Config,
+    name: str,
+    seed: int,
+    rho: float,
+    points: list[training.Point[measures.Measurement]],
 ) -> dict[str, Any]:
     """What `results.json` says of a run: figures of its end, and its curves.
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -13,17 +13,14 @@ import optax
 from eigensam_jax import eigen_sam, sam, trackers
 from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.measures import (
-    Loss,
-    Measure,
-    Measurement,
-    cross_entropy,
-)
+from eigensam_jax.experiments.measures import Loss, cross_entropy
 from eigensam_jax.tree_math import PyTree
 
 MOMENTUM = 0.9
 NUM_ITERS = 5
 UPDATE_INTERVAL = 100
+
+Measurement = TypeVar("Measurement")
 
 
 class Settings(NamedTuple):
@@ -64,14 +61,14 @@ class TrainState(NamedTuple):
     radius_sum: jax.Array
 
 
-class Point(NamedTuple):
+class Point(NamedTuple, Generic[Measurement]):
     """Where a run is, between its first step and its last.
 
     Attributes:
       step: steps so far.
       radius: the mean of ‖ε‖ over them.
       step_time_ms: their mean wall time, refreshes included, compilation not.
-      measurement: of the network as it is now.
+      measurement: what `make_run` was given to measure, of the network as it is now.
     """
 
     step: int
@@ -80,7 +77,30 @@ class Point(NamedTuple):
     measurement: Measurement
 
 
-Run = Callable[[int], Iterator[Point]]
+Run = Callable[[int], Iterator[Point[Measurement]]]
+Measure = Callable[[PyTree, optax.OptState, jax.Array, Any], tuple[Measurement, Any]]
+
+
+def check_batch_size(batch_size: int, name: str, dataset: Dataset) -> None:
+    """Raises UserError where the training set is less than a batch."""
+    examples = len(dataset.train_images)
+    if batch_size > examples:
+        raise UserError(
+            f"--batch-size {batch_size} is more than the {examples} training images of "
+            f"{name}; use at most {examples}"
+        )
+
+
+def protocol(dataset: Dataset) -> dict[str, Any]:
+    """What a results file says of the training beside the options of the command."""
+    return {
+        "momentum": MOMENTUM,
+        "schedule": "cosine to 0",
+        "num_iters": NUM_ITERS,
+        "update_interval": UPDATE_INTERVAL,
+        "train_examples": len(dataset.train_images),
+        "test_examples": len(dataset.test_images),
+    }
 
 
 def evaluation_steps(total_steps: int, evaluations: int) -> list[int]:
@@ -167,12 +187,16 @@ def compile_donating(function: Callable[..., TrainState], *args: Any) -> Any:
 def make_run(
     model: nn.Module,
     dataset: Dataset,
-    measure: Measure,
+    measure: Measure[Measurement],
     name: str,
     rho: float,
     settings: Settings,
-) -> Run:
+) -> Run[Measurement]:
     """Compiles the training of one optimizer; the result trains it from a seed.
+
+    `measure` is called at every evaluation, with the parameters, the optimizer's state,
+    the order of the examples, and what it returned second the last time, at first None.
+    The parameters are given away afterwards: it must copy what it keeps.
 
     The steps are dispatched one by one, without waiting for any: between evaluations
     nothing is pulled to the host and nothing is sent to the device. Whether a step
@@ -202,7 +226,7 @@ def make_run(
     if name == "eigen_sam":
         refreshing = compile_donating(partial(step, True), example, images, labels)
 
-    def run(seed: int) -> Iterator[Point]:
+    def run(seed: int) -> Iterator[Point[Measurement]]:
         state, seconds, done, top = init(seed), 0.0, 0, None
         for stop in evaluation_steps(total_steps, settings.evaluations):
             began = time.perf_counter()

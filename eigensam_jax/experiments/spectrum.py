@@ -1,0 +1,259 @@
+"""`eigensam spectrum`: the eigenvalues of the Hessian of a trained network."""
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from eigensam_jax import eigen, hessian
+from eigensam_jax.experiments import data, measures, plots, results, tables, training
+from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.models import MODELS
+from eigensam_jax.hessian import Matvec
+from eigensam_jax.tree_math import PyTree
+
+TOLERANCE = 1e-4  # of the residuals, relative to λ_max
+EXAMPLES = 2_000  # training images, where not said
+NEAR_ZERO = 0.01  # times λ_max: an eigenvalue within it counts as close to zero
+_CHUNK = 250  # images per product: convolutions of more take longer for each, on CPUs
+
+
+class Config(NamedTuple):
+    """The options of the command; see `eigensam spectrum --help`."""
+
+    dataset: str
+    data_dir: Path | None
+    model: str
+    optimizer: str
+    seed: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    rho: float
+    alpha: float
+    k: int
+    num_matvecs: int
+    num_samples: int
+    examples: int | None
+    out: Path
+
+
+class Trained(NamedTuple):
+    """A network after training.
+
+    Attributes:
+      params: its parameters.
+      train_loss: mean cross-entropy over the training set.
+      test_accuracy: fraction of the test set that is classified correctly.
+    """
+
+    params: PyTree
+    train_loss: float
+    test_accuracy: float
+
+
+def run(config: Config, command: str, console: Console) -> None:
+    """Trains a network; leaves `results.json` and `spectrum.png` in `config.out`.
+
+    Args:
+      config: what to train, and what to find of its Hessian.
+      command: the command line, for the results file.
+      console: where progress and the table go.
+
+    Raises:
+      UserError: for what can't be run, before any training; or when training diverges.
+    """
+    dataset = data.load(config.dataset, config.data_dir)
+    training.check_batch_size(config.batch_size, config.dataset, dataset)
+    dimension = _check(config, dataset)
+    examples = config.examples or min(EXAMPLES, len(dataset.train_images))
+    config = config._replace(examples=examples)
+    results.make_folder(config.out)
+    start = time.perf_counter()
+    with console.status("training"):
+        trained = train(config, dataset)
+    matvec, products = _counted(
+        make_matvec(config.model, dataset, examples, trained.params)
+    )
+    with console.status("top eigenvalues"):
+        began = time.perf_counter()
+        top = eigen.top_eigenpairs(
+            matvec, trained.params, config.k, tol=TOLERANCE, host_loop=True
+        )
+        seconds, top_products = time.perf_counter() - began, products[0]
+    with console.status("spectral density"):
+        density = eigen.spectral_density(
+            matvec,
+            trained.params,
+            num_matvecs=config.num_matvecs,
+            num_samples=config.num_samples,
+            host_loop=True,
+        )
+    if not all(np.isfinite(x).all() for x in (top.residual, density.nodes)):
+        raise UserError(
+            "the Hessian's products are not finite; lower --learning-rate (now "
+            f"{config.learning_rate:g})"
+        )
+    document: dict[str, Any] = {
+        "command": command,
+        "config": {
+            **config._asdict(),
+            "data_dir": config.data_dir and str(config.data_dir),
+            "out": str(config.out),
+            **training.protocol(dataset),
+            "tolerance": TOLERANCE,
+            "near_zero": NEAR_ZERO,
+        },
+        **results.environment(),
+        "wall_time_s": time.perf_counter() - start,
+        "top_wall_time_s": seconds,
+        "top_matvecs": top_products,
+        "parameters": dimension,
+        "train_loss": trained.train_loss,
+        "test_accuracy": trained.test_accuracy,
+        "eigenvalues": top.eigenvalue.tolist(),
+        "residuals": top.residual.tolist(),
+        **summarise(density, dimension, float(top.eigenvalue[0])),
+        "nodes": density.nodes.tolist(),
+        "weights": density.weights.tolist(),
+    }
+    path, plot = config.out / "results.json", config.out / "spectrum.png"
+    results.write(path, document)
+    title = f"{config.dataset}, {config.model}, {config.optimizer}"
+    plots.spectrum(document, title, plot)
+    console.print(table(document, title))
+    console.print(sentence(document))
+    console.print(
+        f"Results: {path}   Plot: {plot}   Wall time: {document['wall_time_s']:.0f} s"
+    )
+
+
+def train(config: Config, dataset: data.Dataset) -> Trained:
+    """The network at the end of training."""
+    settings = training.Settings(
+        config.epochs, config.batch_size, config.learning_rate, config.alpha, 1
+    )
+    model = MODELS[config.model](dataset.num_classes)
+    means = measures.make_means(model)
+
+    def measure(params: PyTree, *rest: Any) -> tuple[Trained, None]:
+        del rest
+        train_loss, _ = means(params, dataset.train_images, dataset.train_labels)
+        if not np.isfinite(train_loss):
+            raise FloatingPointError(f"the training loss is {train_loss}")
+        _, accuracy = means(params, dataset.test_images, dataset.test_labels)
+        return Trained(jax.tree.map(jnp.copy, params), train_loss, accuracy), None
+
+    runner = training.make_run(
+        model, dataset, measure, config.optimizer, config.rho, settings
+    )
+    *_, end = runner(config.seed)
+    return end.measurement
+
+
+def make_matvec(
+    model: str, dataset: data.Dataset, examples: int, params: PyTree
+) -> Matvec:
+    """The product with the Hessian of the loss on the first `examples` images."""
+    loss = measures.cross_entropy(MODELS[model](dataset.num_classes))
+    images, labels = dataset.train_images[:examples], dataset.train_labels[:examples]
+    batches = [
+        (images[i : i + _CHUNK], labels[i : i + _CHUNK])
+        for i in range(0, examples, _CHUNK)
+    ]
+    return hessian.mean_matvec(
+        lambda p, batch: loss(p, *batch), params, lambda: batches
+    )
+
+
+def summarise(
+    density: eigen.SpectralDensity, dimension: int, lambda_max: float
+) -> dict[str, float]:
+    """Figures of the whole spectrum; ± is a standard error over the random vectors."""
+    nodes, weights = (np.asarray(x, np.float64) for x in density)
+    samples = len(nodes)
+    traces = samples * dimension * (nodes * weights).sum(1)
+    counts = dimension * weights
+    bound = NEAR_ZERO * abs(lambda_max)
+    return {
+        "trace": float(traces.mean()),
+        "trace_error": float(traces.std(ddof=min(1, samples - 1)) / np.sqrt(samples)),
+        "num_above": float(counts[nodes > bound].sum()),
+        "num_below": float(counts[nodes < -bound].sum()),
+        "smallest_node": float(nodes.min()),
+    }
+
+
+def table(document: dict[str, Any], title: str) -> Table:
+    """The rows of `summary` for a terminal."""
+    headers = ("i", "λ_i", "λ_i / λ_1", "% of trace", "‖Hv − λv‖")
+    return tables.table(title, headers, summary(document))
+
+
+def summary(document: dict[str, Any]) -> list[list[str]]:
+    """A row an eigenvalue: number, value, ratio to the largest, share, residual."""
+    values, trace = document["eigenvalues"], document["trace"]
+    return [
+        [
+            str(i),
+            f"{value:.4f}",
+            f"{value / values[0]:.3f}",
+            f"{100 * value / trace:.1f}",
+            f"{residual:.0e}",
+        ]
+        for i, (value, residual) in enumerate(
+            zip(values, document["residuals"], strict=True), 1
+        )
+    ]
+
+
+def sentence(document: dict[str, Any]) -> str:
+    """What else there is to say of the spectrum, in words."""
+    config = document["config"]
+    k, top = config["k"], sum(document["eigenvalues"])
+    return (
+        f"Hessian of {document['parameters']} parameters on {config['examples']} "
+        f"training images. Trace {document['trace']:.3f} ± "
+        f"{document['trace_error']:.3f}; the {k} above add up to {top:.3f}. About "
+        f"{document['num_above']:.0f} eigenvalues are above {NEAR_ZERO:.0%} of λ_1, "
+        f"{document['num_below']:.0f} as far below zero, down to "
+        f"{document['smallest_node']:.4f}. Products: {document['top_matvecs']} for the "
+        f"eigenvalues ({document['top_wall_time_s']:.0f} s), {config['num_samples']} × "
+        f"{config['num_matvecs']} for the density. Training loss "
+        f"{document['train_loss']:.4f}, test accuracy {document['test_accuracy']:.1%}."
+    )
+
+
+def _check(config: Config, dataset: data.Dataset) -> int:
+    """Refuses what can't be done, and returns the number of parameters."""
+    images = len(dataset.train_images)
+    if config.examples is not None and config.examples > images:
+        raise UserError(
+            f"--examples {config.examples} is more than the {images} training images "
+            f"of {config.dataset}; use at most {images}"
+        )
+    model = MODELS[config.model](dataset.num_classes)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), dataset.train_images[:1])
+    dimension = sum(int(x.size) for x in jax.tree.leaves(shapes["params"]))
+    if config.k > dimension:
+        raise UserError(
+            f"--k {config.k} is more than the {dimension} parameters of "
+            f"{config.model}; a few dozen are usual"
+        )
+    return dimension
+
+
+def _counted(matvec: Matvec) -> tuple[Matvec, list[int]]:
+    """`matvec`, and a list whose only entry counts its products."""
+    products = [0]
+
+    def counted(vector: PyTree) -> PyTree:
+        products[0] += 1
+        return matvec(vector)
+
+    return counted, products

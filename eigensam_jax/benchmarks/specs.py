@@ -6,7 +6,7 @@ import jax
 
 from eigensam_jax import eigen, tree_math
 from eigensam_jax.hessian import Matvec
-from eigensam_jax.trackers import Tracker, lanczos, power_iteration, secant
+from eigensam_jax.trackers import Tracker, lanczos, power_iteration, ritz, secant
 
 
 class Spec(NamedTuple):
@@ -69,6 +69,7 @@ TRACKERS = {
     "lanczos": Spec(lanczos(5, 100), 100, 5),
     "secant": Spec(secant(decay=0.95)),
     "secant_5": Spec(secant(decay=0.9, update_interval=5), 5),
+    "ritz": Spec(ritz(20), 20, 1),
     # The top eigenvector of the step's own batch, warm-started until it has converged.
     "own_batch": Spec(lanczos(10, 1), 1, 10, is_ceiling=True),
     "every_product": Spec(every_product(decay=0.95), 1, 1, is_ceiling=True),

@@ -13,14 +13,17 @@ eigenvector while `eigenvalue` is negative.
 """
 
 from eigensam_jax.trackers.averaging import SecantState, secant
+from eigensam_jax.trackers.plane import RitzState, ritz
 from eigensam_jax.trackers.refreshing import lanczos, power_iteration
 from eigensam_jax.trackers.tracker import Tracker, TrackerState
 
 __all__ = [
+    "RitzState",
     "SecantState",
     "Tracker",
     "TrackerState",
     "lanczos",
     "power_iteration",
+    "ritz",
     "secant",
 ]

@@ -70,13 +70,13 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from eigensam_jax import trackers
-      >>> tracker = trackers.secant(decay=0.9)
+      >>> tracker = trackers.secant()
       >>> spectrum = jnp.array([-5.0, 1.0, 2.0])
-      >>> state = tracker.init(spectrum)
-      >>> for step in range(400):
-      ...     noise = jax.random.normal(jax.random.key(step), (3,))
-      ...     epsilon = noise + state.eigenvector  # what perturbs, contains v
-      ...     state = tracker.observe(state, epsilon, spectrum * epsilon, step)
+      >>> def step(state, noise):
+      ...     epsilon = noise + state.eigenvector  # what perturbs contains v
+      ...     return tracker.observe(state, epsilon, spectrum * epsilon, 0), None
+      >>> noise = jax.random.normal(jax.random.key(0), (400, 3))
+      >>> state, _ = jax.lax.scan(step, tracker.init(spectrum), noise)
       >>> bool(jnp.abs(state.eigenvector[2]) > 0.9)
       True
 
@@ -92,7 +92,7 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
         dtype = tree_math.accumulation_dtype(params)
         zeros = [jnp.zeros((), dtype) for _ in range(2)]
         v = jax.tree.map(jnp.zeros_like, tree_math.widen(params))
-        return SecantState(v, *zeros, jnp.zeros(3, dtype))
+        return SecantState(v, zeros[0], zeros[1], jnp.zeros(3, dtype))
 
     def refresh(
         state: SecantState, matvec: Matvec, count: jax.Array, due: bool | None

@@ -97,7 +97,7 @@ def make_measure(model: nn.Module, dataset: Dataset) -> Measure:
 
     `tracked` is the state of a tracker whose v is to be looked at, or None. `start` is
     where the search for the top eigenvector begins. A training loss that is not finite
-    raises FloatingPointError.
+    raises FloatingPointError, and so does a Hessian whose top is not found.
     """
     loss, means = measures.cross_entropy(model), measures.make_means(model)
     product = measures.make_product(loss)
@@ -111,9 +111,7 @@ def make_measure(model: nn.Module, dataset: Dataset) -> Measure:
         params, taken = state.params, int(state.step)
         train_loss, _ = means(params, dataset.train_images, dataset.train_labels)
         if not np.isfinite(train_loss):
-            raise FloatingPointError(
-                f"the training loss is {train_loss} after {taken} steps"
-            )
+            raise FloatingPointError(f"the training loss is {train_loss}")
         _, accuracy = means(params, dataset.test_images, dataset.test_labels)
         top = top_eigenpair(params, images, labels, start)
         point = Point(

@@ -126,14 +126,17 @@ def make_top_eigenpair(loss: Loss, num_vectors: int = 20) -> TopEigenpair:
             return np.asarray(product(params, images, labels, flat), np.float64)
 
         operator = linalg.LinearOperator((size, size), matvec, dtype=np.float64)
-        values, vectors = linalg.eigsh(
-            operator,
-            k=1,
-            which="LA",
-            v0=v0,
-            ncv=num_vectors,
-            tol=CURVATURE_TOLERANCE,
-        )
+        try:
+            values, vectors = linalg.eigsh(
+                operator,
+                k=1,
+                which="LA",
+                v0=v0,
+                ncv=num_vectors,
+                tol=CURVATURE_TOLERANCE,
+            )
+        except linalg.ArpackError as error:  # a Hessian of zeros, for one
+            raise FloatingPointError(f"λ_max is not found: {error}") from error
         vector = vectors[:, 0]
         residual = np.linalg.norm(matvec(vector) - values[0] * vector)
         return Eigenpair(*map(jnp.asarray, (vector, values[0], residual)))

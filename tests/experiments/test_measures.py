@@ -55,6 +55,15 @@ def test_a_negative_curvature_is_not_taken_for_the_top(problem):
     np.testing.assert_allclose(top.eigenvalue, values[-1], rtol=1e-3)
 
 
+def test_a_hessian_of_zeros_is_said(problem):
+    _, dataset, params = problem
+    flat = lambda p, x, y: sum(map(jnp.sum, jax.tree.leaves(p))) * jnp.sum(x)
+    with pytest.raises(FloatingPointError, match="λ_max is not found"):
+        measures.make_top_eigenpair(flat)(
+            params, dataset.train_images, dataset.train_labels
+        )
+
+
 @pytest.mark.parametrize("name", ["sgd", "eigen_sam"])
 def test_measure_against_a_naive_computation(problem, name, monkeypatch):
     monkeypatch.setattr(measures, "_CHUNK", 7)  # so that chunks are of unequal size

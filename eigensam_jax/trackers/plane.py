@@ -109,7 +109,7 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
         state: RitzState, matvec: Matvec, count: jax.Array, due: bool | None
     ) -> RitzState:
         def multiplied(state: RitzState) -> RitzState:
-            turn = state.num_products % 2
+            turns, turn = jnp.divmod(state.num_products, 2)
             v, p = state.eigenvector, state.companion
             x = tree_math.where(turn == 0, v, p)
             product = jax.tree.map(lambda u, y: y.astype(u.dtype), x, matvec(x))
@@ -124,7 +124,7 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
                     turn,
                     jnp.stack([along_v, along_p]),
                     # The mean of the first products; then an average with a memory.
-                    jnp.maximum(gain, 1 / (1 + state.num_products // 2)),
+                    jnp.maximum(gain, 1 / (1 + turns.astype(squared.dtype))),
                 ),
                 num_products=state.num_products + 1,
             )
@@ -157,7 +157,6 @@ def _averaged(
     is_turn = jnp.arange(2) == turn
     seen = jnp.where(is_turn[None, :], column[:, None], column[None, :])
     known = is_turn[None, :] | is_turn[:, None]
-    rate = jnp.asarray(rate, curvature.dtype)
     return jnp.where(known, curvature + rate * (seen - curvature), curvature)
 
 
@@ -205,7 +204,10 @@ def _turned(
         )
         for i in range(2)
     )
-    curvature = axes.T @ curvature @ axes
+    # What is known of the curvature turns with the plane, and is not projected: that
+    # would shrink it a little on every step.
+    turn = _nearest_rotation(axes[:2])
+    curvature = turn.T @ state.curvature @ turn
     new = state._replace(
         eigenvector=new_v,
         eigenvalue=curvature[0, 0],
@@ -214,3 +216,15 @@ def _turned(
         curvature=curvature,
     )
     return tree_math.where(usable, new, state)
+
+
+def _nearest_rotation(matrix: jax.Array) -> jax.Array:
+    """The orthogonal matrix nearest to one of 2 × 2; the identity for zero."""
+    (a, b), (c, d) = matrix
+    sign = jnp.where(a * d < b * c, -1, 1)
+    both = matrix + sign * jnp.array([[d, -c], [-b, a]])
+    length = jnp.sqrt(jnp.abs(jnp.linalg.det(both)))
+    is_zero = length == 0
+    return jnp.where(
+        is_zero, jnp.eye(2, dtype=both.dtype), both / jnp.where(is_zero, 1, length)
+    )

@@ -22,7 +22,7 @@ def track(runs: Sequence[Run], title: str, path: Path) -> None:
     each seed, Eigen-SAM less SAM at its radius.
     """
     alphas = sorted({run["alpha"] for run in runs if run["alpha"] is not None})
-    figure = Figure(figsize=(2 + 4 * len(alphas), 9), layout="constrained")
+    figure = Figure(figsize=(2 + 4 * len(alphas), 10), layout="constrained")
     figure.suptitle(title)
     grid = figure.subplots(3, len(alphas), squeeze=False, sharey="row")
     for alpha, column in zip(alphas, grid.T, strict=True):
@@ -31,7 +31,7 @@ def track(runs: Sequence[Run], title: str, path: Path) -> None:
         column[0].set(title=f"α = {alpha:g}", xlabel="step", ylabel="vᵀHv / λ_max")
         for axes, (key, label) in zip(column[1:], _OUTCOMES.items(), strict=True):
             _differences(axes, here, key)
-            axes.set(ylabel=f"{label}, less SAM's at its radius")
+            axes.set(ylabel=f"{label} − matched SAM's")
     grid[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
@@ -74,6 +74,7 @@ def _differences(axes: Axes, runs: Sequence[Run], key: str) -> None:
             axes.plot(place, np.mean(values), "_", color=colour(name), markersize=18)
     axes.axhline(0, color="#7f7f7f", linewidth=0.8)
     axes.set_xticks(range(len(places)), places, rotation=20, ha="right")
+    axes.set_xlim(-0.5, len(places) - 0.5)
     axes.grid(axis="y", alpha=0.3)
 
 

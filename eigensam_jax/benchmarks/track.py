@@ -105,7 +105,11 @@ def run(config: Config, command: str, console: Console) -> None:
             results.write(path, document)
     except (KeyboardInterrupt, UserError):
         done = len(document["runs"])
-        console.print(f"{done} finished runs are in {path}; the same command goes on.")
+        console.print(
+            f"{done} finished runs are in {path}; the same command goes on from there."
+            if done
+            else "No run was finished."
+        )
         raise
     document["complete"] = True
     results.write(path, document)

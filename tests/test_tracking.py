@@ -1,0 +1,324 @@
+"""Every tracker inside `eigen_sam`: what it follows, survives and costs."""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import dense_hessian, flatten, network
+
+from eigensam_jax import eigen_sam, sam, trackers, tree_math
+
+TRACKERS = {
+    "power_iteration": trackers.power_iteration(update_interval=2),
+    "lanczos": trackers.lanczos(update_interval=2),
+    "secant": trackers.secant(),
+    "secant every 2": trackers.secant(0.9, update_interval=2),
+    "ritz": trackers.ritz(update_interval=2),
+}
+each_tracker = pytest.mark.parametrize("tracker", TRACKERS.values(), ids=TRACKERS)
+
+
+def step_function(tx, loss, **kwargs):
+    """(params, opt_state, batch) -> the same after one update."""
+
+    def step(params, state, batch):
+        value_fn = lambda p: loss(p, batch)
+        grads = jax.grad(value_fn)(params)
+        updates, state = tx.update(grads, state, params, value_fn=value_fn, **kwargs)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+# --- what they follow -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_follows_the_top_eigenvector_of_a_network_in_training(name):
+    tracker = TRACKERS[name]
+    params, loss = network()
+    tx = optax.chain(eigen_sam(0.05, 0.5, tracker), optax.sgd(0.02))
+    step, state = step_function(tx, loss), tx.init(params)
+
+    @jax.jit
+    def train(params, state):
+        body = lambda carry, batch: (step(*carry, batch), None)
+        return jax.lax.scan(body, (params, state), jnp.arange(300) % 5)[0]
+
+    params, state = train(params, state)
+    mean_loss = lambda p: sum(loss(p, batch) for batch in range(5)) / 5
+    matrix = dense_hessian(mean_loss, params)
+    values, vectors = np.linalg.eigh(matrix)
+    v = flatten(optax.tree.get(state, "eigenvector"))
+    # Those that solve now and then know the Hessian of their last batch alone.
+    averages = name not in ("power_iteration", "lanczos")
+    assert v @ matrix @ v > (0.85 if averages else 0.6) * values[-1]
+    assert values[-1] > 3 * np.abs(values).mean()  # a random v would not get there
+    g = flatten(jax.grad(mean_loss)(params))
+    assert abs(v @ vectors[:, -1]) > abs(g @ vectors[:, -1]) / np.linalg.norm(g)
+    eigenvalue = optax.tree.get(state, "eigenvalue")
+    np.testing.assert_allclose(eigenvalue, values[-1], rtol=0.5)  # of batches
+
+
+@pytest.mark.parametrize("name", ["secant", "ritz"])
+def test_a_mask_confines_what_is_averaged(name):
+    params, loss = network()
+    mask = {"hidden": {"w": True, "b": False}, "out": False}
+    tx = eigen_sam(0.05, 0.5, TRACKERS[name], mask=mask)
+    block = params["hidden"]["w"]
+    alone = eigen_sam(0.05, 0.5, TRACKERS[name])
+    within = lambda w, i=0: loss(params | {"hidden": params["hidden"] | {"w": w}}, i)
+
+    @jax.jit
+    def updated(state, expected, i):
+        of_all, of_block = (lambda p: loss(p, i)), (lambda w: within(w, i))
+        grads, block_grad = jax.grad(of_all)(params), jax.grad(of_block)(block)
+        _, state = tx.update(grads, state, params, value_fn=of_all)
+        _, expected = alone.update(block_grad, expected, block, value_fn=of_block)
+        return state, expected
+
+    state, expected = tx.init(params), alone.init(block)
+    for i in range(5):
+        state, expected = updated(state, expected, i)
+    v = state.tracker.eigenvector
+    assert tree_math.norm([v["hidden"]["b"], v["out"]]) == 0
+    np.testing.assert_allclose(
+        v["hidden"]["w"], expected.tracker.eigenvector, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        state.tracker.eigenvalue, expected.tracker.eigenvalue, rtol=1e-4
+    )
+
+
+def test_secant_works_where_there_is_no_second_derivative():
+    @jax.custom_vjp
+    def kernel(w):
+        return jnp.sum(jnp.array([1.0, 2.0, 8.0]) * w**2)
+
+    def backward(w, cotangent):
+        gradient = lambda w: np.array([2.0, 4.0, 16.0], np.float32) * w
+        like = jax.ShapeDtypeStruct(w.shape, w.dtype)
+        return (cotangent * jax.pure_callback(gradient, like, w),)
+
+    kernel.defvjp(lambda w: (kernel(w), w), backward)
+    w = jnp.array([1.0, -0.5, 0.3])
+    gradient = jax.grad(kernel)
+    other = eigen_sam()
+    with pytest.raises(ValueError, match=r"[Pp]ure callbacks|differentiat"):
+        other.update(gradient(w), other.init(w), w, grad_fn=gradient)
+    tx = eigen_sam(0.1, 1.0, trackers.secant(decay=0.8))
+    state = tx.init(w)
+    for i in range(40):
+        at = w + 0.1 * jax.random.normal(jax.random.key(i), (3,))
+        _, state = tx.update(gradient(at), state, at, grad_fn=gradient)
+    assert jnp.abs(state.tracker.eigenvector[2]) > 0.95
+    np.testing.assert_allclose(state.tracker.eigenvalue, 16, rtol=0.05)
+
+
+# --- what they survive ----------------------------------------------------------------
+
+
+@each_tracker
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 1e38])
+def test_a_bad_batch_leaves_no_trace_and_the_next_good_one_goes_on(tracker, bad):
+    params, loss = network()
+    tx = eigen_sam(0.1, 0.5, tracker)
+
+    @jax.jit
+    def update(state, factor):
+        value_fn = lambda p: factor * loss(p)
+        return tx.update(jax.grad(value_fn)(params), state, params, value_fn=value_fn)
+
+    state = tx.init(params)
+    for factor in (1.0, 1.0, bad, bad):
+        before = state
+        _, state = update(state, factor)
+    chex.assert_trees_all_equal(state.tracker, before.tracker)
+    chex.assert_tree_all_finite(state.tracker)
+    assert state.info.perturbation_norm == 0
+    for _ in range(2):
+        updates, state = update(state, 1.0)
+    chex.assert_tree_all_finite((updates, state))
+    np.testing.assert_allclose(tree_math.norm(state.tracker.eigenvector), 1, rtol=1e-5)
+    assert state.info.perturbation_norm > 0.1
+
+
+@each_tracker
+def test_a_zero_gradient_and_a_zero_hessian_stay_finite(tracker):
+    w = jnp.array([3.0, 4.0])
+    linear = lambda w: jnp.dot(w, jnp.array([3.0, 4.0]))
+    bowl = lambda w: jnp.sum(jnp.array([1.0, 2.0]) * (w - 1) ** 2)
+    tx = eigen_sam(0.1, 0.5, tracker)
+    state = tx.init(w)
+    for value_fn, at in ((linear, w), (linear, w), (bowl, jnp.ones(2))):
+        grads = jax.grad(value_fn)(at)
+        updates, state = tx.update(grads, state, at, value_fn=value_fn)
+        np.testing.assert_array_equal(updates, grads)
+        chex.assert_tree_all_finite(state)
+    for _ in range(4):
+        _, state = tx.update(jax.grad(bowl)(w), state, w, value_fn=bowl)
+    np.testing.assert_allclose(tree_math.norm(state.tracker.eigenvector), 1, rtol=1e-5)
+    assert state.tracker.eigenvalue > 1
+
+
+@each_tracker
+def test_the_state_keeps_its_types_in_one_compilation_and_can_be_donated(tracker):
+    params, loss = network(dtype=jnp.bfloat16)
+    tx = eigen_sam(0.1, 0.5, tracker)
+    step = jax.jit(
+        chex.assert_max_traces(step_function(tx, loss), 1), donate_argnums=(0, 1)
+    )
+    chex.clear_trace_counter()
+    state = first = tx.init(params)
+    types = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    for name in ("eigenvector", "eigenvalue", "residual", "alignment"):
+        assert len(optax.tree.get_all_with_path(state, name)) == 1, name
+    for batch in range(6):
+        params, state = step(params, state, jnp.int32(batch % 5))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == types
+    assert all(x.is_deleted() for x in jax.tree.leaves(first.tracker.eigenvector))
+    floats = [x for x in jax.tree.leaves(state.tracker) if x.dtype != jnp.int32]
+    assert {x.dtype for x in floats} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["secant", "secant every 2"])
+def test_under_vmap_over_seeds_it_is_the_loop_over_them(name):
+    networks = [network(seed) for seed in range(3)]
+    _, loss = networks[0]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(params for params, _ in networks))
+    tx = optax.chain(eigen_sam(0.1, 0.5, TRACKERS[name]), optax.sgd(0.1))
+    step = step_function(tx, loss)
+    params, states = stacked, jax.vmap(tx.init)(stacked)
+    vmapped = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))
+    for batch in range(5):
+        params, states = vmapped(params, states, batch)
+    single = jax.jit(step)
+    for i, (own, _) in enumerate(networks):
+        state = tx.init(own)
+        for batch in range(5):
+            own, state = single(own, state, batch)
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, i=i: x[i], params), own, rtol=1e-4, atol=1e-5
+        )
+    if name == "secant":  # there is no branch of which both sides would be paid for
+        text = str(jax.make_jaxpr(step)(own, state, 0))
+        assert "cond[" not in text
+
+
+# --- what they cost -------------------------------------------------------------------
+
+
+def wide_network(batch_size=256):
+    """Shapes of a 784-1024-1024-10 network, and its loss."""
+    sizes = (784, 1024, 1024, 10)
+    params = [
+        {
+            "w": jax.ShapeDtypeStruct((m, n), "float32"),
+            "b": jax.ShapeDtypeStruct((n,), "float32"),
+        }
+        for m, n in itertools.pairwise(sizes)
+    ]
+    batch = (
+        jax.ShapeDtypeStruct((batch_size, 784), "float32"),
+        jax.ShapeDtypeStruct((batch_size,), "int32"),
+    )
+
+    def loss(params, batch):
+        x, labels = batch
+        for layer in params[:-1]:
+            x = jax.nn.relu(x @ layer["w"] + layer["b"])
+        logits = x @ params[-1]["w"] + params[-1]["b"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return params, batch, loss
+
+
+def compiled_cost(transformation, **kwargs):
+    """Operations and bytes of a donated training step on `wide_network`."""
+    params, batch, loss = wide_network()
+    tx = optax.chain(transformation, optax.sgd(0.1, momentum=0.9))
+    step = jax.jit(step_function(tx, loss, **kwargs), donate_argnums=(0, 1))
+    state = jax.eval_shape(tx.init, params)
+    cost = step.lower(params, state, batch).compile().cost_analysis()
+    return np.array([cost["flops"], cost["bytes accessed"]])
+
+
+def test_secant_costs_hardly_more_than_sam():
+    plain = compiled_cost(sam(0.1))
+    secant = trackers.secant(decay=0.9, update_interval=5)
+    observed, skipped = (
+        compiled_cost(eigen_sam(0.1, 0.2, secant), refresh=refresh)
+        for refresh in (True, False)
+    )
+    operations, _ = observed / plain
+    assert operations <= 1.012
+    _, traffic = (observed + 4 * skipped) / 5 / plain
+    assert traffic <= 1.25
+
+
+@pytest.mark.parametrize(
+    ("tracker", "products"),
+    [
+        (trackers.secant(), [0] * 6),
+        (trackers.ritz(update_interval=3), [1, 0, 0, 1, 0, 0]),
+        (trackers.power_iteration(2, update_interval=3), [2, 0, 0, 2, 0, 0]),
+    ],
+    ids=["secant", "ritz", "power_iteration"],
+)
+def test_products_are_made_on_the_steps_that_are_due(tracker, products):
+    params, loss = network()
+    counts = {"product": 0}
+
+    @jax.custom_jvp
+    def counted(x):
+        return x
+
+    @counted.defjvp
+    def _(primals, tangents):
+        jax.debug.callback(lambda: counts.update(product=counts["product"] + 1))
+        return counted(primals[0]), tangents[0]
+
+    # A second function, so that the tangents of its products alone are counted.
+    curvature_fn = lambda p: loss(jax.tree.map(counted, p))
+    tx = eigen_sam(0.1, 0.2, tracker)
+    grads, state = jax.grad(loss)(params), tx.init(params)
+    update = jax.jit(
+        lambda s: tx.update(grads, s, params, value_fn=loss, curvature_fn=curvature_fn)
+    )
+    seen = []
+    for _ in products:
+        counts["product"] = 0
+        _, state = jax.block_until_ready(update(state))
+        jax.effects_barrier()
+        seen.append(counts["product"])
+    per_product = max(seen) // max(products) if max(products) else 1
+    assert seen == [per_product * n for n in products]
+
+
+@pytest.mark.parametrize(
+    ("refresh", "observed"), [(None, [0, 3, 6]), (True, [*range(7)]), (False, [])]
+)
+def test_observe_is_called_at_its_interval_or_where_the_caller_says_so(
+    refresh, observed
+):
+    params, loss = network()
+    seen = []
+    inner = trackers.secant(update_interval=3)
+
+    def observe(state, perturbation, change, count):
+        jax.debug.callback(lambda count: seen.append(int(count)), count)
+        return inner.observe(state, perturbation, change, count)
+
+    tx = eigen_sam(0.1, 0.2, inner._replace(observe=observe))
+    grads, state = jax.grad(loss)(params), tx.init(params)
+    update = jax.jit(
+        lambda s: tx.update(grads, s, params, value_fn=loss, refresh=refresh)
+    )
+    for _ in range(7):
+        _, state = update(state)
+    jax.effects_barrier()
+    assert seen == observed

@@ -76,23 +76,14 @@ def matvec(
 
         Hv ≈ ‖v‖·(∇f(w + h·v/‖v‖) − ∇f(w − h·v/‖v‖))/(2h),   h = eps^⅓,
 
-    with eps that of the coarsest dtype in `params` (h is 0.005 in float32, 6e-6 in
-    float64), which balances rounding, about eps·‖∇f‖/h, with truncation, about h². It
-    is not scaled with ‖w‖: the distance over which curvature changes does not grow with
-    it, and a scaled step was up to 1000 times worse along the top eigenvector. Measured
-    on the digits data (dense networks, 3,466 and 301,066 weights, after 0 and 300 steps
-    of SGD): the relative error of a product along the top eigenvector and along a
-    random vector, whose product is 10 to 300 times shorter, and the Rayleigh quotient
-    over λ_max of what 20 products of `eigen.lanczos` find on the smaller network:
-
-        tanh, float32     3e-5 to 1e-3    2e-4 to 5e-3    1.00
-        tanh, float64     1e-9            1e-9            1.00
-        tanh, bfloat16    0.04 to 1       0.1 to 0.3      0.98 to 1.00
-        ReLU, float32     0.1 to 0.6      3 to 40         0.45 to 0.99
-
-    Across a kink that the step happens to cross, the gradient jumps, which a derivative
-    does not see and a difference divides by h, so that a smaller step is no remedy:
-    with ReLU don't rely on it. In bfloat16 λ came out up to 8 times too large.
+    with eps that of the coarsest dtype in `params`, which balances rounding, about
+    eps·‖∇f‖/h, with truncation, about h². The step is not scaled with ‖w‖: the distance
+    over which curvature changes does not grow with it. Relative errors are least along
+    the top eigenvector; along a random vector, whose product is many times shorter,
+    they are larger. It serves smooth networks in float32 or wider. Where the step
+    crosses a kink, as with ReLU, the gradient jumps, which a derivative does not see
+    and a difference divides by h, so that a smaller step is no remedy: don't rely on it
+    there, nor in bfloat16.
 
     Args:
       grad_fn: ∇f, a function of the parameters alone that returns their gradient, for

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +23,7 @@ TRAIN_EXAMPLES = 10_000
 
 _DIFFERENCES = {  # title, factor, digits
     "lambda_max": ("λ_max", 1, 3),
-    "train_loss": ("train loss", 1, 4),
+    "train_loss": ("train loss", 1, 5),
     "test_accuracy": ("test acc. %", 100, 2),
 }
 
@@ -143,14 +144,14 @@ def alphas(runs: list[Record]) -> list[float]:
 
 def table(runs: list[Record], alpha: float, title: str) -> Table:
     """The rows of `summary` for a terminal."""
-    headers = ("HVPs", "ratio", "worst", "|cos|", "radius", "λ_max", "loss", "acc. %")
+    headers = ("HVPs", "ratio", "worst", "|cos|", "λ_max", "train loss", "acc. %")
     title = f"{title}, α = {alpha:g}"
     return tables.table(title, ("tracker", *headers), summary(runs, alpha))
 
 
 def difference_table(runs: list[Record], title: str) -> Table:
     """The rows of `differences` for a terminal."""
-    headers = ("α", *(header for header, _, _ in _DIFFERENCES.values()))
+    headers = ("α", "radius", *(header for header, _, _ in _DIFFERENCES.values()))
     return tables.table(title, ("tracker", *headers), differences(runs))
 
 
@@ -158,7 +159,7 @@ def summary(runs: list[Record], alpha: float) -> list[list[str]]:
     """SAM and every tracker at α: cost, how well v is followed, and where runs end.
 
     The columns are products per 100 steps, vᵀHv/λ_max and its minimum, |cos(v, v_top)|,
-    the mean radius, the final λ_max, training loss and test accuracy.
+    the final λ_max, training loss and test accuracy.
     """
     rows = []
     for name in (None, *names(runs)):
@@ -183,9 +184,10 @@ def summary(runs: list[Record], alpha: float) -> list[list[str]]:
             [
                 name or "sam",
                 *followed,
-                tables.mean_and_deviation(column["radius"], 3).split()[0],
-                tables.mean_and_deviation(column["lambda_max"], 2),
-                tables.mean_and_deviation(column["train_loss"], 3).split()[0],
+                tables.mean_and_deviation(
+                    column["lambda_max"], 3 if max(column["lambda_max"]) < 1 else 2
+                ),
+                tables.mean_and_deviation(column["train_loss"], 4).split()[0],
                 tables.mean_and_deviation(column["test_accuracy"], 1, 100),
             ]
         )
@@ -193,7 +195,7 @@ def summary(runs: list[Record], alpha: float) -> list[list[str]]:
 
 
 def differences(runs: list[Record]) -> list[list[str]]:
-    """A row a tracker and α: Eigen-SAM less SAM at the radius of the same run."""
+    """A row a tracker and α: the radius, and Eigen-SAM less SAM at that of its run."""
     by_job = {tuple(run[key] for key in Job._fields): run for run in runs}
     rows = []
     for alpha in alphas(runs):
@@ -206,7 +208,8 @@ def differences(runs: list[Record]) -> list[list[str]]:
                 and ("sam_matched", name, alpha, run["seed"]) in by_job
             ]
             if pairs:
-                row = [name, f"{alpha:g}"]
+                radius = np.mean([run["radius"] for run, _ in pairs])
+                row = [name, f"{alpha:g}", f"{radius:.3f}"]
                 for key, (_, factor, digits) in _DIFFERENCES.items():
                     less = [a[key] - b[key] for a, b in pairs]
                     row.append(tables.mean_and_interval(less, digits, factor))

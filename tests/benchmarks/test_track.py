@@ -229,11 +229,11 @@ def test_the_summary_is_over_the_seeds_of_one_alpha():
         made_up("sam", None, None, 0, 2.0),
     ]
     sam, lanczos, secant = track.summary(runs, 1.0)
-    assert sam == ["sam", "–", "–", "–", "–", "2.000", "2.00", "2.000", "200.0"]
+    assert sam == ["sam", "–", "–", "–", "–", "2.00", "2.0000", "200.0"]
     # 1 and 3: mean 2, standard deviation √2; the worst look is the least, 3 − 1 or 1.
     assert lanczos == [
-        *("lanczos", "5", "2.00 ± 1.41", "1.00", "2.00", "2.000"),
-        *("2.00 ± 1.41", "2.000", "200.0 ± 141.4"),
+        *("lanczos", "5", "2.00 ± 1.41", "1.00", "2.00"),
+        *("2.00 ± 1.41", "2.0000", "200.0 ± 141.4"),
     ]
     assert secant[:4] == ["secant", "0", "0.50", "0.50"]
 
@@ -249,7 +249,10 @@ def test_the_differences_are_paired_by_seed():
     runs.append(made_up("eigen_sam", "lanczos", 1.0, 0, 100.0))
     # Differences 1, 1, 4: mean 2, standard deviation √3, t(0.975, 2) = 4.303.
     assert track.differences(runs) == [
-        ["secant", "1", "+2.000 ± 4.303", "+2.0000 ± 4.3027", "+200.00 ± 430.27"]
+        [
+            *("secant", "1", "3.000", "+2.000 ± 4.303"),
+            *("+2.00000 ± 4.30265", "+200.00 ± 430.27"),
+        ]
     ]
 
 

@@ -47,6 +47,8 @@ def sharpness(
         than its errors, or `max_matvecs` runs out.
       host_loop: a loop of Python's around one jitted product, in place of a compiled
         loop: for convolutions on a CPU, which XLA makes many times slower in a loop.
+        To measure again without compiling again, jit a product of your own that takes
+        the parameters and the batch, and hand it to `eigen.top_eigenpairs`.
 
     Returns:
       An `eigen.Eigenpair`: λ_max as `eigenvalue`, its `eigenvector`, a tree of norm 1

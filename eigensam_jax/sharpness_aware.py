@@ -127,12 +127,20 @@ def sharpness_aware(
 
             def observed(tracked: Any) -> Any:
                 change = tree_math.add_scaled(space.select(new_updates), -1, grads)
-                return tracker.observe(
+                epsilon, change = (
+                    jax.tree.map(
+                        lambda w, x: x.astype(w.dtype), tree_math.widen(weights), tree
+                    )
+                    for tree in (step.epsilon, change)
+                )
+                new = tracker.observe(
                     tracked,
-                    space.embed(step.epsilon, params),
+                    space.embed(epsilon, params),
                     space.embed(change, params),
                     state.count,
                 )
+                # Without a perturbation the change is but rounding.
+                return tree_math.where(step.norm > 0, new, tracked)
 
             if tracker.observe_interval == 1 or refresh:
                 tracked = observed(tracked)

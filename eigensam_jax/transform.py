@@ -199,8 +199,9 @@ def eigen_sam(
       As `sam`. `update` takes two more keyword arguments: `curvature_fn`, params ->
       scalar, the loss whose Hessian is tracked where it is another one (evaluation
       mode, part of the batch); and `refresh`, a Python bool that fixes at trace time
-      whether the tracker refreshes on this step, where the caller knows better than
-      the tracker's interval or wants no branch in the program.
+      whether the tracker does on this step what it does every `update_interval` steps,
+      where the caller knows better than that interval or wants no branch in the
+      program. Give `step % update_interval == 0`: always False is never.
 
     Raises:
       ValueError: for a negative `rho` or `alpha`, for a `tracker` that is none, for an
@@ -230,6 +231,9 @@ def eigen_sam(
             "tracker must be a trackers.Tracker, for example "
             f"trackers.power_iteration(num_iters=5), got {tracker!r}."
         )
+    arguments.check_positive_int(
+        "tracker.observe_interval", tracker.observe_interval, "steps between calls"
+    )
     arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
 
     def perturb(

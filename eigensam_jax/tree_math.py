@@ -74,8 +74,9 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
 def vdots(*pairs: tuple[PyTree, PyTree]) -> tuple[jax.Array, ...]:
     """Inner products ⟨a, b⟩ of several pairs of real trees, in one pass over them.
 
-    As `vdot` of each pair, but every leaf is read once, however many of the products it
-    is in: separate sums would be separate loops over memory, at least on a CPU.
+    As `vdot` of each pair, but a leaf is read once, however many of the products it is
+    in: separate sums would be separate loops over memory, at least on a CPU. (Not so a
+    leaf of one axis, or one whose last axis is longer than a few thousand numbers.)
 
     Args:
       *pairs: pairs (a, b) of trees; all trees have the same structure and shapes.
@@ -107,11 +108,12 @@ def _row_sums(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 
     One reduction with many operands is a plain loop, so its rows are kept short.
     """
-    shape = leaves[0].shape
+    shape, dtype = leaves[0].shape, jnp.result_type(*leaves)
     axes = [i for i in range(1, len(shape)) if math.prod(shape[i:]) <= _LONGEST_ROW]
     if not axes:
         return leaves
-    zeros = tuple(jnp.zeros((), x.dtype) for x in leaves)
+    leaves = tuple(x.astype(dtype) for x in leaves)  # of one dtype they have to be
+    zeros = (jnp.zeros((), dtype),) * len(leaves)
     add = lambda x, y: tuple(map(jnp.add, x, y))
     return tuple(jax.lax.reduce(leaves, zeros, add, axes))
 

@@ -103,6 +103,14 @@ def test_vdots_of_a_million_are_as_right_as_vdot(shape):
     np.testing.assert_allclose(ones, np.prod(shape), rtol=1e-6)
 
 
+def test_vdots_of_pairs_of_different_dtypes():
+    with jax.enable_x64(True):
+        a, b = jnp.ones((4, 3), jnp.float32), 2 * jnp.ones((4, 3), jnp.float64)
+        products = tree_math.vdots((a, a), (a, b))
+        assert [x.dtype for x in products] == [jnp.dtype("float64")] * 2
+        np.testing.assert_array_equal(products, [12, 24])
+
+
 def test_vdots_read_each_array_once():
     v, g, h = (jnp.ones((512, 512)) for _ in range(3))
     inner_products = lambda v, g, h: tree_math.vdots((v, g), (v, h - g), (h - g, h - g))

@@ -20,7 +20,6 @@ from eigensam_jax.experiments.training import TrainState
 from eigensam_jax.trackers import Tracker
 
 _UNSEEN = 0.15  # of the steps, at the start, before the first evaluation
-_NOT_USED = dict.fromkeys(("ratio", "cosine", "tracked_eigenvalue", "tracked_residual"))
 _NUM_VECTORS = 6  # ARPACK's: about 10 products, from where the last look ended
 
 

@@ -6,6 +6,8 @@ A `Tracker` is three pure functions around a state, called by `eigen_sam` in thi
     state = tracker.refresh(state, matvec, count, due)          # before ε is made
     state = tracker.observe(state, perturbation, gradient_change, count)    # after
 
+`observe` on every `tracker.observe_interval` steps.
+
 A state is a NamedTuple of arrays with the fields `eigenvector`, `eigenvalue` and
 `residual` of an `eigensam_jax.eigen.Eigenpair`, and whatever else the tracker carries;
 its structure, shapes and dtypes never change. `eigen_sam` adds nothing along the

@@ -50,7 +50,8 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
     others, and at a small α these get more than their share of v.
 
     Works with `grad_fn` alone, and where the loss has no second derivative. A gradient
-    that is zero or not finite leaves the state as it was.
+    that is zero or not finite leaves the state as it was. In bfloat16 parameters ε is
+    rounded where the gradient is taken, and not in ⟨v,ε⟩, so that λ is less exact.
 
     Cost: no product, one vector as large as the parameters, and two passes over the
     parameters, v and both gradients on a step that is observed.
@@ -58,8 +59,9 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
     Args:
       decay: the memory, at least 0 and less than 1: about 1/(1 − decay) observations.
       update_interval: steps from one observation to the next, at least 1. With 5 and
-        `decay` 0.9 it costs a fifth; under `jax.vmap`, where a branch runs on every
-        step anyway, keep to 1.
+        `decay` 0.9 it costs a fifth, and follows less closely. Above 1, `refresh` in
+        `update` fixes the observation: give `step % update_interval == 0` or nothing.
+        Under `jax.vmap`, where a branch runs on every step anyway, keep to 1.
 
     Returns:
       A `Tracker` whose state is a `SecantState`.
@@ -87,6 +89,7 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
         "update_interval", update_interval, "steps from one observation to the next"
     )
     arguments.check_fraction("decay", decay)
+    decay = float(decay)  # one of NumPy's would widen the state
 
     def init(params: PyTree) -> SecantState:
         dtype = tree_math.accumulation_dtype(params)

@@ -54,9 +54,12 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
     Two negative eigenvalues, each larger in magnitude than any positive one, can fill
     the plane. Then λ < 0 says so.
 
-    Cost: one Hessian-vector product every `update_interval` steps; two vectors as large
-    as the parameters; and on every step two passes over the parameters, with both
-    vectors and both gradients.
+    Cost: one Hessian-vector product every `update_interval` steps, the first of them
+    on step 0 and for nothing, as there is no v yet; two vectors as large as the
+    parameters; and on every step two passes over the parameters, with both vectors and
+    both gradients, and the eigenvectors of two tiny matrices. Under `jax.vmap` both
+    sides of the branch run, so that every step pays for a product: there, use `secant`
+    or fix `refresh`.
 
     Args:
       update_interval: steps from one product to the next, at least 1.
@@ -96,6 +99,7 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
     )
     arguments.check_fraction("decay", decay)
     arguments.check_fraction("gain", gain)
+    decay, gain = float(decay), float(gain)  # NumPy's would widen the state
 
     def init(params: PyTree) -> RitzState:
         dtype = tree_math.accumulation_dtype(params)
@@ -109,8 +113,9 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
         state: RitzState, matvec: Matvec, count: jax.Array, due: bool | None
     ) -> RitzState:
         def multiplied(state: RitzState) -> RitzState:
-            turns, turn = jnp.divmod(state.num_products, 2)
             v, p = state.eigenvector, state.companion
+            turns, turn = jnp.divmod(state.num_products, 2)
+            turn = jnp.where(tree_math.vdot(p, p) > 0, turn, 0)
             x = tree_math.where(turn == 0, v, p)
             product = jax.tree.map(lambda u, y: y.astype(u.dtype), x, matvec(x))
             along_v, along_p, squared = tree_math.vdots(
@@ -123,7 +128,7 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
                     state.curvature,
                     turn,
                     jnp.stack([along_v, along_p]),
-                    # The mean of the first products; then an average with a memory.
+                    # Of the first products the mean; then an average with a memory.
                     jnp.maximum(gain, 1 / (1 + turns.astype(squared.dtype))),
                 ),
                 num_products=state.num_products + 1,
@@ -169,6 +174,13 @@ def _turned(
     matrix of 3 × 3 in the basis (v, p, q). A difference that is zero or not finite
     changes nothing.
     """
+    with jax.default_matmul_precision("highest"):
+        return _turned_precisely(state, difference, keep, weight)
+
+
+def _turned_precisely(
+    state: RitzState, difference: PyTree, keep: float, weight: float
+) -> RitzState:
     v, p, x = state.eigenvector, state.companion, difference
     vv, vp, pp, vx, px, xx = tree_math.vdots(
         (v, v), (v, p), (p, p), (v, x), (p, x), (x, x)

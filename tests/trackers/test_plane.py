@@ -15,6 +15,7 @@ class NaiveRitz:
         self.basis = np.zeros((2, size))
         self.scatter, self.curvature = np.zeros((2, 2)), np.zeros((2, 2))
         self.decay, self.gain, self.num_products = decay, gain, 0
+        self.residual = 0.0
 
     def turn(self, x, keep, weight):
         x = x / np.linalg.norm(x)
@@ -35,6 +36,9 @@ class NaiveRitz:
     def refresh(self, matrix):
         turn = self.num_products % 2
         product = matrix @ self.basis[turn]
+        if turn == 0:
+            along = self.basis[0] @ product
+            self.residual = np.linalg.norm(product - along * self.basis[0])
         rate = max(self.gain, 1 / (1 + self.num_products // 2))
         new = self.curvature.copy()
         new[turn] = new[:, turn] = self.basis @ product
@@ -72,6 +76,10 @@ def test_against_a_naive_rewrite_with_a_dense_hessian(seed):
             np.testing.assert_allclose(
                 state.eigenvalue, naive.curvature[0, 0], rtol=1e-9, atol=1e-12
             )
+            np.testing.assert_allclose(
+                jnp.abs(state.curvature), np.abs(naive.curvature), rtol=1e-8, atol=1e-11
+            )
+            np.testing.assert_allclose(state.residual, naive.residual, rtol=1e-8)
         assert state.num_products == 11
         np.testing.assert_allclose([v @ v, p @ p, v @ p], [1, 1, 0], atol=1e-12)
 
@@ -153,6 +161,16 @@ def started(tracker, observations):
         }
         state = tracker.observe(state, noise, matvec(noise), jnp.int32(i))
     return state
+
+
+def test_one_direction_alone_is_followed_without_a_companion():
+    tracker = trackers.ritz(update_interval=1)
+    state, step = tracker.init(jnp.zeros(1)), jax.jit(tracker.observe)
+    for factor in (6.0, 40.0, 40.0, 40.0):
+        state = step(state, jnp.ones(1), factor * jnp.ones(1), 0)
+        state = tracker.refresh(state, lambda v, a=factor: a * v, 0, True)
+    assert state.num_products == 4
+    np.testing.assert_allclose(state.eigenvalue, 40, rtol=1e-5)
 
 
 def test_shapes_and_dtypes_are_kept():

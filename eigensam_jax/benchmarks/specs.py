@@ -1,6 +1,7 @@
 """The trackers that `eigensam track` compares, and what each costs."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,12 +19,14 @@ class Spec(NamedTuple):
       num_matvecs: Hessian-vector products when it is due; 0 where it only observes.
       is_ceiling: whether it is there to show what more products would buy, and nobody
         would train by it.
+      call: how the tracker is made, for the results file.
     """
 
     tracker: Tracker
     update_interval: int | None = None
     num_matvecs: int = 0
     is_ceiling: bool = False
+    call: str = ""
 
     def is_due(self, step: int) -> bool:
         """Whether this step is one of those on which `eigen_sam` is told to refresh."""
@@ -64,13 +67,30 @@ def every_product(decay: float = 0.95) -> Tracker:
     return power._replace(refresh=refresh)
 
 
+def _spec(
+    make: Callable[..., Tracker],
+    arguments: dict[str, Any],
+    update_interval: int | None = None,
+    num_matvecs: int = 0,
+    is_ceiling: bool = False,
+) -> Spec:
+    """The `Spec` of `make(**arguments)`."""
+    listed = ", ".join(f"{name}={value}" for name, value in arguments.items())
+    call = f"{make.__name__}({listed})"
+    return Spec(make(**arguments), update_interval, num_matvecs, is_ceiling, call)
+
+
 TRACKERS = {
-    "power_iteration": Spec(power_iteration(5, 100), 100, 5),
-    "lanczos": Spec(lanczos(5, 100), 100, 5),
-    "secant": Spec(secant(decay=0.95)),
-    "secant_5": Spec(secant(decay=0.9, update_interval=5), 5),
-    "ritz": Spec(ritz(20), 20, 1),
+    "power_iteration": _spec(
+        power_iteration, {"num_iters": 5, "update_interval": 100}, 100, 5
+    ),
+    "lanczos": _spec(lanczos, {"num_matvecs": 5, "update_interval": 100}, 100, 5),
+    "secant": _spec(secant, {"decay": 0.95, "update_interval": 1}),
+    "secant_5": _spec(secant, {"decay": 0.9, "update_interval": 5}, 5),
+    "ritz": _spec(ritz, {"update_interval": 20, "decay": 0.98, "gain": 0.2}, 20, 1),
     # The top eigenvector of the step's own batch, warm-started until it has converged.
-    "own_batch": Spec(lanczos(10, 1), 1, 10, is_ceiling=True),
-    "every_product": Spec(every_product(decay=0.95), 1, 1, is_ceiling=True),
+    "own_batch": _spec(
+        lanczos, {"num_matvecs": 10, "update_interval": 1}, 1, 10, is_ceiling=True
+    ),
+    "every_product": _spec(every_product, {"decay": 0.95}, 1, 1, is_ceiling=True),
 }

@@ -92,12 +92,8 @@ def run(config: Config, command: str, console: Console) -> None:
     dataset = _load(config)
     results.make_folder(config.out)
     path, start = config.out / "results.json", time.perf_counter()
-    document = resumption.document(path, command, _protocol(config, dataset))
-    document |= {
-        "trackers": config.trackers,
-        "alphas": config.alphas,
-        "seeds": config.seeds,
-    }
+    calls = {name: TRACKERS[name].call for name in config.trackers}
+    document = resumption.document(path, command, _protocol(config, dataset), calls)
     before = document["wall_time_s"]
     try:
         for record in _records(config, dataset, document["runs"], console):
@@ -244,7 +240,7 @@ def _settings(config: Config) -> following.Settings:
 
 
 def _protocol(config: Config, dataset: data.Dataset) -> dict[str, Any]:
-    """All that the figures of one run depend on, apart from its `Job`."""
+    """All that the figures of one run depend on, apart from its `Job` and tracker."""
     examples = len(dataset.train_images)
     settings = _settings(config)
     return {

@@ -13,7 +13,7 @@ from eigensam_jax.experiments import cli
 from eigensam_jax.experiments.models import MODELS
 
 SMALL = ["track", "--smoke", "--steps", "6"]
-TIMES = ("wall_time_s", "command")
+TIMES = ("wall_time_s", "commands")
 
 
 def without_times(results):
@@ -115,7 +115,12 @@ def test_what_is_there_is_kept_and_the_rest_is_run(
     results = json.loads(path.read_text())
     assert without_times(results) == without_times(expected)
     assert len(started) == 3 + len(expected["runs"]) - 2
-    assert results["command"].startswith("eigensam track --smoke --steps 6 --seeds 2")
+    first, second = results["commands"]
+    assert first.startswith("eigensam track --smoke --steps 6 --seeds 1 --alpha 2")
+    assert second.startswith("eigensam track --smoke --steps 6 --seeds 2")
+    assert results["trackers"]["power_iteration"] == (
+        "power_iteration(num_iters=5, update_interval=100)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,6 +128,8 @@ def test_what_is_there_is_kept_and_the_rest_is_run(
     [
         ({"steps": 7}, "another configuration (steps 7, now 6)"),
         ({"versions": {"jax": "0.0"}}, "another configuration (jax 0.0, now"),
+        ({"device": {"cores": 99}}, "another configuration (cores 99, now"),
+        ({"trackers": {"every_product": "x"}}, "(every_product x, now every_product("),
         ("{", "cannot be read"),
         ('{"runs": []}', "cannot be read"),
         ("[]", "cannot be read"),
@@ -137,7 +144,8 @@ def test_results_of_something_else_are_refused(
         path.write_text(found)
     else:
         results["config"]["steps"] = found.get("steps", 6)
-        results["versions"] |= found.get("versions", {})
+        for key in ("versions", "device", "trackers"):
+            results[key] |= found.get(key, {})
         path.write_text(json.dumps(results))
     before = path.read_bytes()
     monkeypatch.setattr(following, "make_run", None)

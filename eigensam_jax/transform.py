@@ -157,11 +157,13 @@ def eigen_sam(
     passes over the parameters and no Hessian-vector product; and one vector like the
     parameters, in float32 or wider.
 
-    The default tracker is not the paper's. In `eigensam track`, on three networks and
-    at every α, `trackers.secant` follows the top eigenvector more closely than the
-    paper's power iteration, needs no second derivative and puts no branch into the
-    program. `trackers.ritz` follows it more closely still on some networks, for as many
-    products as the paper's. The paper's Eigen-SAM is
+    The default tracker is not the paper's. Measured by `eigensam track`, vᵀHv of the v
+    that a step uses is nearer to λ_max with `trackers.secant` than with the paper's
+    power iteration, on all three networks and at every α, for no Hessian-vector
+    product; and at α = 1 λ_max ended lower than SAM's of the same radius on two of
+    them, which with power iteration it did on none. It needs no second derivative and
+    puts no branch into the program. `trackers.ritz` comes nearer still on some
+    networks, for as many products as the paper's. The paper's Eigen-SAM is
     `tracker=trackers.power_iteration()`.
 
     The Hessian of trackers that make products is that of `curvature_fn`, if given, else

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from eigensam_jax.experiments import compare
+from eigensam_jax.benchmarks import track
+from eigensam_jax.experiments import compare, spectrum
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "eigensam_jax" / "experiments" / "results"
+TRACKING = ROOT / "eigensam_jax" / "benchmarks" / "results"
+TRACKING_PAGE = (TRACKING / "README.md").read_text()
 
 
 def test_the_python_blocks_run():
@@ -32,8 +35,7 @@ def test_two_commands_set_everything_up():
     "folder", sorted(RESULTS.glob("compare_*")), ids=lambda p: p.name
 )
 def test_the_tables_are_those_of_the_results_files(folder):
-    results = json.loads((folder / "results.json").read_text())
-    assert results["complete"]
+    results = read(folder)
     assert results["command"] in README
     assert results["device"]["processor"] in README
     assert f"{results['wall_time_s']:.0f} s" in README
@@ -42,8 +44,56 @@ def test_the_tables_are_those_of_the_results_files(folder):
         assert f"| {' | '.join(row[:5])} |" in README  # the last column is a time
 
 
-def test_links_to_files_lead_somewhere():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+def read(folder):
+    results = json.loads((folder / "results.json").read_text())
+    assert results["complete"]
+    return results
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(TRACKING.glob("track_*")), ids=lambda p: p.name
+)
+def test_the_page_on_trackers_says_what_the_results_files_say(folder):
+    results = read(folder)
+    runs = results["runs"]
+    for command in results["commands"]:
+        assert command in TRACKING_PAGE
+    assert results["device"]["processor"] in TRACKING_PAGE
+    rows = [row for alpha in track.alphas(runs) for row in track.summary(runs, alpha)]
+    for row in (*rows, *track.differences(runs)):
+        assert f"| {' | '.join(row)} |" in TRACKING_PAGE
+
+
+def test_the_readme_sums_up_the_page_on_trackers():
+    folders = [TRACKING / f"track_{name}" for name in ("mlp", "strided_cnn", "digits")]
+    runs = [read(folder)["runs"] for folder in folders]
+    summaries = [
+        {row[0]: row for row in track.summary(of_network, alpha)}
+        for of_network in runs
+        for alpha in (0.2, 1.0)
+    ]
+    for name in track.TRACKERS:
+        cells = [rows[name][2] if name in rows else "–" for rows in summaries]
+        products = f"{track.TRACKERS[name].products:g}"
+        assert f"| {' | '.join([name, products, *cells])} |" in README
+    for title, of_network in zip(("mlp", "conv.", "digits"), runs, strict=True):
+        for name, alpha, _, *cells in track.differences(of_network):
+            if alpha == "1" and name in ("power_iteration", "secant", "ritz"):
+                assert f"| {' | '.join([title, name, *cells])} |" in README
+
+
+def test_the_spectrum_is_that_of_the_results_file():
+    results = json.loads((RESULTS / "spectrum_digits" / "results.json").read_text())
+    assert results["command"] in README
+    for row in spectrum.summary(results)[:5]:
+        assert f"| {' | '.join(row)} |" in README
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", TRACKING / "README.md"], ids=["front", "trackers"]
+)
+def test_links_to_files_lead_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())
     assert links
     for link in links:
-        assert (ROOT / link).exists(), link
+        assert (page.parent / link).exists(), link

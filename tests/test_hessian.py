@@ -145,9 +145,9 @@ def test_batches_of_scalars_weigh_alike():
 
 
 def test_the_scan_holds_the_activations_of_one_batch():
-    params, loss, data = regression(width=512, examples=1024)
+    params, loss, data = regression(width=512, examples=4096)
     vector = random_like(params, 0)
-    stacked = jax.tree.map(lambda x: x.reshape(16, 64, -1), data)
+    stacked = jax.tree.map(lambda x: x.reshape(64, 64, -1), data)
     whole = hessian.matvec(jax.grad(lambda p: loss(p, data)), params)
     by_batch = hessian.mean_matvec(loss, params, stacked)
     temporary = lambda product: (

@@ -17,8 +17,8 @@ from jax.typing import ArrayLike
 PyTree = Any
 Tree = TypeVar("Tree")
 
-# The longest row that is summed in one go: a plain float32 sum of so many squares is
-# right to about 1e-6, one of a million to 5e-4.
+# The longest row that is summed in one go: the rounding errors of a plain float32 sum
+# grow with its length.
 _LONGEST_ROW = 4096
 
 

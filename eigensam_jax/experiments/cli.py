@@ -28,11 +28,17 @@ _INTERRUPTED = 130
 _SMOKE = {"seeds": 1, "epochs": 2, "evaluations": 2}
 _USUAL = {"seeds": 3, "epochs": 100, "evaluations": 20}
 _TRACK_SMOKE: dict[str, Any] = {
-    **{"seeds": 1, "steps": 20, "evaluations": 2, "alpha": [1.0]},
+    "seeds": 1,
+    "steps": 20,
+    "evaluations": 2,
+    "alpha": [1.0],
     "trackers": [name for name, spec in TRACKERS.items() if not spec.is_ceiling],
 }
 _TRACK_USUAL: dict[str, Any] = {
-    **{"seeds": 5, "steps": 1200, "evaluations": 10, "alpha": [0.2, 1.0]},
+    "seeds": 5,
+    "steps": 1200,
+    "evaluations": 10,
+    "alpha": [0.2, 1.0],
     "trackers": list(TRACKERS),
 }
 _SPECTRUM_SMOKE = {"epochs": 2, "k": 3, "num_matvecs": 8, "num_samples": 2}

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from eigensam_jax import devices
+from eigensam_jax.devices import Axes, AxisName
 from eigensam_jax.hessian import GradFn, ValueFn
 from eigensam_jax.tree_math import PyTree
 
@@ -55,6 +57,42 @@ def check_fraction(name: str, value: Any) -> None:
     if not is_number or not 0 <= value < 1:
         raise ValueError(
             f"{name} must be a number of at least 0 and less than 1, got {value!r}."
+        )
+
+
+def check_axis_name(axis_name: AxisName, per_device: bool) -> None:
+    """Refuses names of axes that are none, and `per_device` where there are none."""
+    names = devices.axes(axis_name)
+    if axis_name == () or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"axis_name must be a string, a tuple of strings or None, got {axis_name!r}"
+            ": the axes of pmap, shard_map or vmap over which batches differ."
+        )
+    if per_device and not names:
+        raise ValueError(
+            "per_device=True needs axis_name, got None: name the axis over which each "
+            "device is to perturb by itself. On one device, jax.vmap with an axis_name "
+            "over groups of the batch does it."
+        )
+
+
+def check_varying(updates: PyTree, axes: Axes, per_device: bool) -> None:
+    """Refuses gradients that are known to be a mean or not to be one, as is not meant.
+
+    Only `shard_map` with check_vma=True keeps track of that.
+    """
+    if per_device and (same := devices.replicated(updates, axes)):
+        raise ValueError(
+            f"updates are the same on all devices of the axes {same}, and "
+            "per_device=True wants each device's own: take the gradient with respect "
+            f"to jax.lax.pcast(params, {same}, to='varying'), without a mean. (With "
+            "respect to replicated params it is the sum over devices.)"
+        )
+    if not per_device and (differing := devices.varying(updates, axes)):
+        raise ValueError(
+            f"updates differ between devices of the axes {differing}: hand in "
+            f"jax.lax.pmean(grads, {differing}), or give per_device=True for a "
+            "perturbation by each device."
         )
 
 

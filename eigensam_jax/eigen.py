@@ -233,7 +233,7 @@ def top_eigenpairs(
     plan = thick_restart.plan(k, dimension, which == "magnitude")
     key, like = jax.random.key(seed), tree_math.widen(like)
     if v0 is None:
-        v0 = jax.tree.map(jnp.zeros_like, like)
+        v0 = tree_math.zeros_like(like)
     v0 = arguments.like_params("v0", v0, like, "Start from a tree like `like`.")
     compiled = partial(krylov.compiled, host_loop)
     get = compiled(krylov.get)

@@ -193,7 +193,7 @@ def mean_matvec(
     def product(vector: PyTree) -> PyTree:
         total, _ = jax.lax.scan(
             lambda total, batch: (add(total, params, vector, batch, 1), None),
-            jax.tree.map(jnp.zeros_like, tree_math.widen(params)),
+            tree_math.zeros_like(params),
             batches,
         )
         return tree_math.scale(1 / count, total)
@@ -214,7 +214,7 @@ def _mean_on_the_host(
                 "a product with batches from a function can't be traced: call it "
                 "outside jit, from a solver with host_loop=True, or give arrays."
             )
-        total, count = jax.tree.map(jnp.zeros_like, tree_math.widen(params)), 0
+        total, count = tree_math.zeros_like(params), 0
         for batch in batches():
             # Dispatch would run ahead and have many batches on the device at once.
             jax.block_until_ready(total)  # type: ignore[no-untyped-call]

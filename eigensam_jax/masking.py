@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from eigensam_jax import tree_math
@@ -44,7 +43,7 @@ class Subspace(NamedTuple):
 
     def embed(self, leaves: list[jax.Array], like: PyTree) -> PyTree:
         """`leaves` in the whole space: arrays of zeros shaped as `like` elsewhere."""
-        return self.merge(leaves, jax.tree.map(jnp.zeros_like, tree_math.widen(like)))
+        return self.merge(leaves, tree_math.zeros_like(like))
 
 
 def check(mask: Mask) -> None:

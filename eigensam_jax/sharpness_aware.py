@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from eigensam_jax import arguments, hessian, masking, tree_math
+from eigensam_jax import arguments, devices, hessian, masking, tree_math
+from eigensam_jax.devices import Axes, AxisName
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.hessian import GradFn, HvpMode, Matvec, ValueFn
 from eigensam_jax.masking import Mask, Subspace
@@ -18,6 +19,8 @@ from eigensam_jax.tree_math import PyTree
 
 class Info(NamedTuple):
     """What the last step did; nothing of it is carried on. Scalars, 0 before the first.
+
+    With `per_device` each is the mean over the devices.
 
     Attributes:
       grad_norm: ‖g‖ over the perturbed parameters.
@@ -51,6 +54,8 @@ def sharpness_aware(
     perturb: Callable[..., Perturbation],
     tracker: Tracker | None,
     mask: Mask,
+    axis_name: AxisName = None,
+    per_device: bool = False,
     hvp_mode: HvpMode = "forward_over_reverse",
 ) -> optax.GradientTransformationExtraArgs:
     """∇L(w) becomes ∇L(w + ε), ε = perturb(count, g, w, top eigenpair).
@@ -58,6 +63,8 @@ def sharpness_aware(
     `perturb` sees the leaves that `mask` selects, as lists; `tracker` sees whole trees.
     """
     masking.check(mask)
+    arguments.check_axis_name(axis_name, per_device)
+    axes = devices.axes(axis_name)
 
     def init_fn(params: PyTree) -> SharpnessAwareState:
         arguments.check_params(params)
@@ -99,10 +106,12 @@ def sharpness_aware(
                 f"opt_state is not of this transformation, got {type(state).__name__}: "
                 "make it by tx.init(params) of the same chain."
             )
+        devices.check_bound(axes)
+        arguments.check_varying(updates, axes, per_device)
         refresh = None if refresh is None else bool(refresh)
         space = masking.subspace(mask, params)
-        value_and_grad = arguments.gradient_function(value_fn, grad_fn)
-        curvature_grad = lambda p: value_and_grad(p)[1]
+        own_value_and_grad = arguments.gradient_function(value_fn, grad_fn)
+        curvature_grad = lambda p: own_value_and_grad(p)[1]
         if curvature_fn is not None:
             curvature_grad = jax.grad(
                 arguments.scalar_valued("curvature_fn", curvature_fn)
@@ -111,7 +120,7 @@ def sharpness_aware(
         grads, weights = space.select(updates), space.select(params)
         tracked, top = state.tracker, None
         if tracker is not None:
-            matvec = _masked_matvec(curvature_grad, params, space, hvp_mode)
+            matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
             tracked = tracker.refresh(tracked, matvec, state.count, refresh)
             top = Eigenpair(
                 space.select(tracked.eigenvector), tracked.eigenvalue, tracked.residual
@@ -121,17 +130,38 @@ def sharpness_aware(
         perturbed = jax.tree.map(
             lambda w, e: jnp.asarray(w + e, jnp.result_type(w)), weights, step.epsilon
         )
-        value, new_updates = value_and_grad(space.merge(perturbed, params))
+        value, own_updates = own_value_and_grad(
+            devices.as_own(space.merge(perturbed, params), axes)
+        )
+        new_updates, value = devices.mean((own_updates, value), axes)
+        info = Info(step.grad_norm, step.norm, value, step.alignment)
+        if per_device:
+            info = devices.mean(info, axes)
 
         if tracker is not None:
+            # ⟨ε,v⟩ has the sign of ⟨g,v⟩, which `perturb` has computed as well.
+            along = jnp.copysign(
+                step.alignment * step.norm, tree_math.vdot(grads, top.eigenvector)
+            )
 
             def observed(tracked: Any) -> Any:
-                change = tree_math.add_scaled(space.select(new_updates), -1, grads)
+                after = own_updates if per_device else new_updates
+                change = tree_math.add_scaled(space.select(after), -1, grads)
+                epsilon, projection = step.epsilon, along
+                if per_device:
+                    # Hε = d holds of means too; with any signs they would cancel.
+                    sign = jnp.where(along < 0, -1, 1)
+                    pairs = (tree_math.scale(sign, x) for x in (epsilon, change))
+                    epsilon, change, projection = devices.mean(
+                        (*pairs, sign * along), axes
+                    )
+                if tracker.observe_projection:
+                    epsilon = tree_math.scale(projection, top.eigenvector)
                 epsilon, change = (
                     jax.tree.map(
                         lambda w, x: x.astype(w.dtype), tree_math.widen(weights), tree
                     )
-                    for tree in (step.epsilon, change)
+                    for tree in (epsilon, change)
                 )
                 new = tracker.observe(
                     tracked,
@@ -140,7 +170,7 @@ def sharpness_aware(
                     state.count,
                 )
                 # Without a perturbation the change is but rounding.
-                return tree_math.where(step.norm > 0, new, tracked)
+                return tree_math.where(info.perturbation_norm > 0, new, tracked)
 
             if tracker.observe_interval == 1 or refresh:
                 tracked = observed(tracked)
@@ -148,7 +178,6 @@ def sharpness_aware(
                 is_due = state.count % tracker.observe_interval == 0
                 tracked = jax.lax.cond(is_due, observed, lambda same: same, tracked)
         dtype = tree_math.accumulation_dtype(params)
-        info = Info(step.grad_norm, step.norm, value, step.alignment)
         info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)
         new_updates = jax.tree.map(
             lambda new, old: jnp.asarray(new, jnp.result_type(old)),
@@ -161,13 +190,23 @@ def sharpness_aware(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _masked_matvec(
-    grad_fn: GradFn, params: PyTree, space: Subspace, mode: HvpMode
+def _mean_matvec(
+    grad_fn: GradFn, params: PyTree, space: Subspace, axes: Axes, mode: HvpMode
 ) -> Matvec:
-    """The Hessian-vector product of the subspace, on vectors of the whole space."""
+    """The Hessian-vector product of the subspace, on vectors of the whole space.
+
+    Each device makes the product of its own loss, and then comes the mean: a derivative
+    of a mean over devices would not be right in all modes of `shard_map`.
+    """
+    own_params = devices.as_own(params, axes)
 
     def grad_in_subspace(weights: list[jax.Array]) -> list[jax.Array]:
-        return space.select(grad_fn(space.merge(weights, params)))
+        return space.select(grad_fn(space.merge(weights, own_params)))
 
-    product = hessian.matvec(grad_in_subspace, space.select(params), mode=mode)
-    return lambda vector: space.embed(product(space.select(vector)), params)
+    product = hessian.matvec(grad_in_subspace, space.select(own_params), mode=mode)
+
+    def mean_product(vector: PyTree) -> PyTree:
+        own = product(devices.as_own(space.select(vector), axes))
+        return space.embed(devices.mean(own, axes), params)
+
+    return mean_product

@@ -22,6 +22,7 @@ import optax
 from jax.typing import ArrayLike
 
 from eigensam_jax import arguments, hessian, perturbation, trackers
+from eigensam_jax.devices import AxisName
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.hessian import HvpMode
 from eigensam_jax.masking import Mask
@@ -34,7 +35,11 @@ ScalarOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
 
 
 def sam(
-    rho: ScalarOrSchedule = 0.05, *, mask: Mask = None
+    rho: ScalarOrSchedule = 0.05,
+    *,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Sharpness-aware minimization: ∇L(w) becomes ∇L(w + ρ·g/‖g‖).
 
@@ -84,11 +89,16 @@ def sam(
     def perturb(count: jax.Array, grads: PyTree, *_: Any) -> Perturbation:
         return perturbation.sam(grads, _at("rho", rho, count))
 
-    return sharpness_aware(perturb, None, mask)
+    return sharpness_aware(perturb, None, mask, axis_name, per_device)
 
 
 def asam(
-    rho: ScalarOrSchedule = 0.5, eta: float = 0.01, *, mask: Mask = None
+    rho: ScalarOrSchedule = 0.5,
+    eta: float = 0.01,
+    *,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptive SAM: ∇L(w) becomes ∇L(w + ρ·T²g/‖Tg‖) with T = |w| + η, element-wise.
 
@@ -128,7 +138,7 @@ def asam(
     ) -> Perturbation:
         return perturbation.asam(grads, params, _at("rho", rho, count), eta)
 
-    return sharpness_aware(perturb, None, mask)
+    return sharpness_aware(perturb, None, mask, axis_name, per_device)
 
 
 def eigen_sam(
@@ -137,6 +147,8 @@ def eigen_sam(
     tracker: Tracker = trackers.secant(),
     *,
     mask: Mask = None,
+    axis_name: AxisName = None,
+    per_device: bool = False,
     hvp_mode: HvpMode = "forward_over_reverse",
 ) -> optax.GradientTransformationExtraArgs:
     """Eigen-SAM: SAM, turned towards the top eigenvector v of the Hessian.
@@ -246,7 +258,7 @@ def eigen_sam(
             grads, top.eigenvector, _at("rho", rho, count), weight
         )
 
-    return sharpness_aware(perturb, tracker, mask, hvp_mode)
+    return sharpness_aware(perturb, tracker, mask, axis_name, per_device, hvp_mode)
 
 
 def _at(name: str, value: ScalarOrSchedule, count: jax.Array) -> ArrayLike:

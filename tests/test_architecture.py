@@ -9,7 +9,7 @@ import eigensam_jax
 
 ROOT = Path(eigensam_jax.__file__).parent
 LAYERS = [
-    {"tree_math"},
+    {"devices", "tree_math"},
     {"hessian"},
     {"arguments"},
     {"krylov"},

@@ -7,16 +7,22 @@ import jax
 
 
 class MLP(nn.Module):
-    """Two hidden layers of 128 rectified linear units."""
+    """Two hidden layers of rectified linear units.
+
+    Attributes:
+      num_classes: the number of logits.
+      width: units a layer.
+    """
 
     num_classes: int
+    width: int = 128
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits of shape (batch, num_classes)."""
         x = images.reshape(len(images), -1)
         for _ in range(2):
-            x = nn.relu(nn.Dense(128)(x))
+            x = nn.relu(nn.Dense(self.width)(x))
         return nn.Dense(self.num_classes)(x)
 
 

@@ -94,7 +94,7 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
     def init(params: PyTree) -> SecantState:
         dtype = tree_math.accumulation_dtype(params)
         zeros = [jnp.zeros((), dtype) for _ in range(2)]
-        v = jax.tree.map(jnp.zeros_like, tree_math.widen(params))
+        v = tree_math.zeros_like(params)
         return SecantState(v, zeros[0], zeros[1], jnp.zeros(3, dtype))
 
     def refresh(
@@ -135,4 +135,4 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
         usable = (weight != 0) & (inverse > 0) & jnp.all(jnp.isfinite(moments))
         return tree_math.where(usable, new, state)
 
-    return Tracker(init, refresh, observe, update_interval)
+    return Tracker(init, refresh, observe, update_interval, observe_projection=True)

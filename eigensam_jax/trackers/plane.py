@@ -103,7 +103,7 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
 
     def init(params: PyTree) -> RitzState:
         dtype = tree_math.accumulation_dtype(params)
-        v, p = (jax.tree.map(jnp.zeros_like, tree_math.widen(params)) for _ in range(2))
+        v, p = (tree_math.zeros_like(params) for _ in range(2))
         eigenvalue, residual = (jnp.zeros((), dtype) for _ in range(2))
         scatter, curvature = (jnp.zeros((2, 2), dtype) for _ in range(2))
         count = jnp.zeros((), jnp.int32)

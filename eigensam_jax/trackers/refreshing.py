@@ -145,5 +145,5 @@ def _random_unit_vector(seed: int, like: PyTree) -> PyTree:
         jax.random.normal(key, jnp.shape(x), tree_math.accumulation_dtype(x))
         for key, x in zip(keys, leaves, strict=True)
     ]
-    vector = jax.tree.unflatten(treedef, normal)
+    vector = tree_math.placed_like(like, jax.tree.unflatten(treedef, normal))
     return tree_math.scale(tree_math.safe_inverse(tree_math.norm(vector)), vector)

@@ -29,9 +29,18 @@ class Tracker(NamedTuple):
       observe_interval: `observe` is called on every so many steps, the first of them
         step 0; or, above 1 and where the caller has fixed the refresh, on the steps
         that refresh. On the others nothing is computed for it.
+      observe_projection: whether of ε `observe` needs its projection on v alone. It is
+        then called with ⟨ε, v⟩·v for ε, which is known without a pass over ε and, where
+        each device has its own, averaged without a collective of that size.
+
+    Where each device perturbs by itself (`per_device`), both arguments of `observe` are
+    means over the devices of s·εᵢ and s·dᵢ with s = sign⟨v, εᵢ⟩, of which dᵢ ≈ Hᵢεᵢ;
+    the state has to come out the same on all of them, and does if nothing but the
+    arguments goes into it.
     """
 
     init: Callable[[PyTree], TrackerState]
     refresh: Callable[[TrackerState, Matvec, jax.Array, bool | None], TrackerState]
     observe: Callable[[TrackerState, PyTree, PyTree, jax.Array], TrackerState]
     observe_interval: int = 1
+    observe_projection: bool = False

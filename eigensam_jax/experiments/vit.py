@@ -1,0 +1,64 @@
+"""A small vision transformer for images of 32×32 pixels, in Flax."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class ViT(nn.Module):
+    """A vision transformer: patches as tokens, pre-norm blocks, the mean over tokens.
+
+    Normalisation is LayerNorm and there is no dropout, so that it has no other state
+    than its parameters.
+
+    Attributes:
+      num_classes: the number of logits.
+      patch: side of a patch, in pixels; the sides of the images are multiples of it.
+      width: of a token.
+      depth: number of blocks.
+      heads: of the self-attention; a divisor of `width`.
+
+    References:
+      Dosovitskiy et al., "An Image is Worth 16×16 Words: Transformers for Image
+      Recognition at Scale", ICLR 2021. Beyer, Zhai, Kolesnikov, "Better plain ViT
+      baselines for ImageNet-1k", 2022, for the mean in place of a class token.
+    """
+
+    num_classes: int
+    patch: int = 4
+    width: int = 192
+    depth: int = 6
+    heads: int = 3
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits (batch, num_classes) of images (batch, height, width, channels)."""
+        side = (self.patch, self.patch)
+        x = nn.Conv(self.width, side, strides=side, padding="VALID")(images)
+        x = x.reshape(len(x), -1, self.width)
+        position = self.param(
+            "position", nn.initializers.normal(0.02), (1, *x.shape[1:])
+        )
+        x = x + position
+        for _ in range(self.depth):
+            x = Block(self.heads)(x)
+        x = jnp.mean(nn.LayerNorm()(x), axis=1)
+        return nn.Dense(self.num_classes)(x)
+
+
+class Block(nn.Module):
+    """Self-attention, then two layers with GELU of four times the width between them.
+
+    Attributes:
+      heads: of the self-attention.
+    """
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Tokens of the shape of `x`, (batch, tokens, width)."""
+        width = x.shape[-1]
+        x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
+        y = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
+        return x + nn.Dense(width)(y)

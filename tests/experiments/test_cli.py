@@ -8,7 +8,15 @@ import time
 
 import pytest
 
-from eigensam_jax.experiments import cli, compare, data, models, plots, training
+from eigensam_jax.experiments import (
+    cli,
+    compare,
+    data,
+    models,
+    options,
+    plots,
+    training,
+)
 
 RECORD = {
     *("dataset", "model", "optimizer", "seed", "test_accuracy", "train_loss"),
@@ -189,9 +197,9 @@ def test_help_fits_a_screen():
 
 
 def test_the_options_name_what_exists():
-    assert set(cli.DATASETS) == set(data.LOADERS)
-    assert set(cli.MODELS) == set(models.MODELS)
-    assert set(cli.OPTIMIZERS) == set(plots.COLOURS)
+    assert set(options.DATASETS) == set(data.LOADERS)
+    assert set(options.MODELS) == set(models.MODELS)
+    assert set(options.OPTIMIZERS) == set(plots.COLOURS)
 
 
 def test_the_summary_is_mean_and_standard_deviation():

@@ -1,0 +1,87 @@
+"""Plots of what `eigensam bench` found."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+
+_GROWTH = (  # what is scaled, key, factor, label, scale
+    ("parameters", "operations", 1e-9, "operations of a step (10⁹)", "log"),
+    ("parameters", "temp_bytes", 2**-20, "temporary memory (MiB)", "log"),
+    ("parameters", "passes_over_sam", 1, "passes over parameters, beyond SAM's", ""),
+    ("devices", "operations", 1e-9, "operations, each device (10⁹)", "log"),
+    ("devices", "collectives", 1, "exchanges of a step", ""),
+    ("devices", "collective_bytes", 1e-6, "MB exchanged in a step", ""),
+)
+
+
+def bench(runs: Sequence[Record], path: Path) -> None:
+    """Draws a column a network: time and operations, and temporary memory below them.
+
+    Times are medians with their quartiles, in steps of SGD; operations are in
+    gradients.
+    """
+    figure = Figure(figsize=(1 + 4 * len(runs), 7), layout="constrained")
+    grid = figure.subplots(2, len(runs), squeeze=False)
+    for (above, below), run in zip(grid.T, runs, strict=True):
+        optimizers, gradient = run["optimizers"], run["units"]["gradient"]
+        places = np.arange(len(optimizers))
+        low, middle, high = np.array([x["time_to_sgd"] for x in optimizers.values()]).T
+        above.errorbar(
+            middle, places, xerr=(middle - low, high - middle), fmt="o", label="time"
+        )
+        operations = [x.get("operations", np.nan) for x in optimizers.values()]
+        above.plot(
+            np.array(operations) / gradient["operations"],
+            places,
+            "D",
+            fillstyle="none",
+            label="operations",
+        )
+        memory = [x.get("temp_bytes", np.nan) / 2**20 for x in optimizers.values()]
+        below.barh(places, memory, height=0.6)
+        above.set(title=f"{run['model']}, batch {run['batch_size']}", xlim=(0, None))
+        above.set_xlabel("steps of SGD, or gradients")
+        below.set_xlabel("temporary memory (MiB)")
+        for axes in (above, below):
+            _name_rows(axes, list(optimizers))
+    grid[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def growth(runs: Sequence[Record], path: Path) -> None:
+    """Draws cost against parameters above, against devices below."""
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    names = list(dict.fromkeys(run["optimizer"] for run in runs))
+    colours = matplotlib.colormaps["tab10"]
+    panels = zip(figure.subplots(2, 3).flat, _GROWTH, strict=True)
+    for axes, (scaled, key, factor, label, scale) in panels:
+        for i, name in enumerate(names):
+            chosen = [
+                run
+                for run in runs
+                if (run["scaled"], run["optimizer"]) == (scaled, name)
+            ]
+            x = [run[scaled] for run in chosen]
+            y = [factor * run[key] for run in chosen]
+            axes.plot(x, y, ".-", color=colours(i), label=name)
+        axes.set(xlabel=scaled, ylabel=label, xscale="log", yscale=scale or "linear")
+        if scaled == "devices":
+            ticks = sorted({run["devices"] for run in runs})
+            axes.set_xticks(ticks, [str(n) for n in ticks])
+            axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def _name_rows(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)

@@ -1,0 +1,117 @@
+"""Tables of what `eigensam bench` found."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from eigensam_jax.experiments import tables
+
+Record = Mapping[str, Any]
+
+HEADERS = ("optimizer", "ops", "MB", "MiB", "compile", "ms", "÷ SGD", "÷ SAM")
+EXPLANATION = (
+    "ops: operations of a step, in gradients. MB: bytes accessed. MiB: temporary "
+    "memory. compile: time to compile, in SAM's. ms: median time of a step, and its "
+    "ratios: median, and the quartiles around it. A step that is due every so many "
+    "steps is weighed in. Random images and labels from a fixed seed."
+)
+
+
+def table(record: Record) -> Table:
+    """The rows of `summary` for a terminal."""
+    headers = list(HEADERS)
+    if _exchanges(record):
+        headers.insert(3, "exchanges")
+    return tables.table(_title(record), headers, summary(record))
+
+
+def summary(record: Record) -> list[list[str]]:
+    """A row an optimizer of the record of one network, by `HEADERS`.
+
+    With several devices there is a column more: exchanges between them, and the bytes
+    in these.
+    """
+    gradient, sam = record["units"]["gradient"], record["optimizers"]["sam"]
+    several = _exchanges(record)
+    rows = []
+    for name, run in record["optimizers"].items():
+        low, middle, high = run["time_to_sam"]
+        row = [name, *["–"] * (len(HEADERS) - 4 + several)]
+        if "operations" in run:
+            row[1:] = [
+                f"{run['operations'] / gradient['operations']:.3f}",
+                f"{run['bytes_accessed'] / 1e6:.4g}",
+                *[_exchange(run)] * several,
+                f"{run['temp_bytes'] / 2**20:.4g}",
+                f"{run['compile_s'] / sam['compile_s']:.2f}",
+            ]
+        row += [
+            f"{1e3 * run['time_s'][1]:.4g}",
+            f"{run['time_to_sgd'][1]:.2f}",
+            f"{middle:.3f} ({low:.2f}–{high:.2f})",
+        ]
+        rows.append(row)
+    return rows
+
+
+def growth_tables(runs: Sequence[Record]) -> list[Table]:
+    """Cost against parameters and against devices."""
+    return [
+        tables.table(
+            "cost against parameters",
+            ("parameters", "optimizer", "Gop", "MB", "MiB", "passes over SAM"),
+            growth_summary(runs),
+        ),
+        tables.table(
+            "cost on each of several devices",
+            ("devices", "optimizer", "Gop", "exchanges", "MB exchanged"),
+            devices_summary(runs),
+        ),
+    ]
+
+
+def growth_summary(runs: Sequence[Record]) -> list[list[str]]:
+    """A row a size and optimizer: operations, bytes, memory, passes more than SAM's."""
+    return [
+        [
+            f"{run['parameters']:,}",
+            run["optimizer"],
+            f"{run['operations'] / 1e9:.4g}",
+            f"{run['bytes_accessed'] / 1e6:.4g}",
+            f"{run['temp_bytes'] / 2**20:.4g}",
+            f"{run['passes_over_sam']:+.2f}",
+        ]
+        for run in runs
+        if run["devices"] == 1
+    ]
+
+
+def devices_summary(runs: Sequence[Record]) -> list[list[str]]:
+    """A row a number of devices and optimizer: operations and what is exchanged."""
+    return [
+        [
+            f"{run['devices']}",
+            run["optimizer"],
+            f"{run['operations'] / 1e9:.4g}",
+            f"{run['collectives']:.4g}",
+            f"{run['collective_bytes'] / 1e6:.4g}",
+        ]
+        for run in runs
+        if run["scaled"] == "devices"
+    ]
+
+
+def _title(record: Record) -> str:
+    return (
+        f"{record['model']}: {record['parameters']:,} parameters, "
+        f"batch {record['batch_size']}, {record['rounds']} rounds"
+    )
+
+
+def _exchanges(record: Record) -> bool:
+    return any(run.get("collectives") for run in record["optimizers"].values())
+
+
+def _exchange(run: Record) -> str:
+    return f"{run['collectives']:.3g}: {run['collective_bytes'] / 1e6:.3g} MB"

@@ -1,0 +1,104 @@
+"""Options that the commands share, and the types of what they take."""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from eigensam_jax.experiments.errors import UserError
+
+# Spelt out here so that --help need not import what reads, builds and trains them.
+DATASETS = ("digits", "fashion_mnist", "mnist")
+MODELS = ("mlp", "cnn", "strided_cnn")
+OPTIMIZERS = ("sgd", "sam", "sam_matched", "eigen_sam")
+
+_DATA_DIR = (
+    "folder of the four idx files of mnist or fashion_mnist; the latter is found where "
+    "Debian's dataset-fashion-mnist puts it"
+)
+
+
+def add_problem(parser: argparse.ArgumentParser) -> None:
+    """The options of what is learnt, by what."""
+    add: Any = parser.add_argument
+    names = {"metavar": "NAME"}
+    add("--dataset", **names, choices=DATASETS, default="digits", help=any_of(DATASETS))
+    add("--data-dir", metavar="DIR", type=Path, help=_DATA_DIR)
+    add("--model", **names, choices=MODELS, default="mlp", help=any_of(MODELS))
+
+
+def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
+    """The options of how it is learnt."""
+    add: Any = parser.add_argument
+    at_least_0 = {"metavar": "X", "type": number(float)}
+    add("--epochs", **count(), help=f"how many [{epochs}]")
+    add("--batch-size", **count(), default=128, help="[%(default)s]")
+    add(
+        "--learning-rate",
+        metavar="X",
+        type=number(float, above=0),
+        default=0.05,
+        help="[%(default)s]",
+    )
+    add("--rho", **at_least_0, default=0.1, help="ρ [%(default)s]")
+    add("--alpha", **at_least_0, default=0.2, help="α [%(default)s]")
+
+
+def add_out(parser: argparse.ArgumentParser, smoke: str) -> None:
+    """The options of where results go, and of a run that only tries whether they do."""
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path(parser.prog.replace(" ", "-")),
+        help="where results go [%(default)s]",
+    )
+    parser.add_argument("--smoke", action="store_true", help=smoke)
+
+
+def count() -> dict[str, Any]:
+    """The keywords of an option that counts something."""
+    return {"metavar": "N", "type": number(int, above=0)}
+
+
+def any_of(names: Sequence[str]) -> str:
+    """The help of an option that takes one of these."""
+    return f"{' or '.join(names)} [%(default)s]"
+
+
+@contextmanager
+def extras() -> Iterator[None]:
+    """Says what to install where an import of the extras fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed; pip install 'eigensam_jax[experiments]'"
+        ) from error
+
+
+def number(kind: type[Any], above: float | None = None) -> Callable[[str], Any]:
+    """Parses a finite number of at least 0, or above `above`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (0 <= value < math.inf if above is None else above < value < math.inf):
+            noun = "whole number" if kind is int else "number"
+            bound = "of at least 0" if above is None else f"above {above:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {bound}")
+        return value
+
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with the one line."""
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")

@@ -70,7 +70,8 @@ def run(config: Config, command: str, console: Console) -> None:
         document["wall_time_s"] = sum(run["wall_time_s"] for run in document["runs"])
         document["complete"] = model == config.models[-1]
         results.write(path, document)
-        console.print(bench_tables.table(record))
+        for table in bench_tables.network_tables(record):
+            console.print(table)
     bench_plots.bench(document["runs"], config.out / "bench.png")
     console.print(bench_tables.EXPLANATION)
     console.print(
@@ -159,6 +160,7 @@ def measure(
         "model": model,
         "parameters": task.parameters,
         "batch_size": batch_size,
+        "devices": config.devices,
         "rounds": config.rounds,
         "torch": torch_version,
         "units": {name: unit.figures() for name, unit in units.items()},

@@ -18,41 +18,53 @@ EXPLANATION = (
 )
 
 
-def table(record: Record) -> Table:
-    """The rows of `summary` for a terminal."""
-    headers = list(HEADERS)
-    if _exchanges(record):
-        headers.insert(3, "exchanges")
-    return tables.table(_title(record), headers, summary(record))
+def network_tables(record: Record) -> list[Table]:
+    """The figures of one network, and below them what its devices exchange, if any."""
+    title = (
+        f"{record['model']}: {record['parameters']:,} parameters, "
+        f"batch {record['batch_size']}, {record['rounds']} rounds"
+    )
+    result = [tables.table(title, HEADERS, summary(record))]
+    if record["devices"] > 1:
+        title = f"{record['model']} on {record['devices']} devices"
+        headers = ("optimizer", "exchanges", "MB exchanged")
+        result.append(tables.table(title, headers, exchanges(record)))
+    return result
 
 
 def summary(record: Record) -> list[list[str]]:
-    """A row an optimizer of the record of one network, by `HEADERS`.
-
-    With several devices there is a column more: exchanges between them, and the bytes
-    in these.
-    """
+    """A row an optimizer of the record of one network, by `HEADERS`."""
     gradient, sam = record["units"]["gradient"], record["optimizers"]["sam"]
-    several = _exchanges(record)
     rows = []
     for name, run in record["optimizers"].items():
-        low, middle, high = run["time_to_sam"]
-        row = [name, *["–"] * (len(HEADERS) - 4 + several)]
+        compiled = ["–"] * 4  # nothing is known of another library's programs
         if "operations" in run:
-            row[1:] = [
+            compiled = [
                 f"{run['operations'] / gradient['operations']:.3f}",
                 f"{run['bytes_accessed'] / 1e6:.4g}",
-                *[_exchange(run)] * several,
                 f"{run['temp_bytes'] / 2**20:.4g}",
                 f"{run['compile_s'] / sam['compile_s']:.2f}",
             ]
-        row += [
-            f"{1e3 * run['time_s'][1]:.4g}",
-            f"{run['time_to_sgd'][1]:.2f}",
-            f"{middle:.3f} ({low:.2f}–{high:.2f})",
-        ]
-        rows.append(row)
+        low, middle, high = run["time_to_sam"]
+        rows.append(
+            [
+                name,
+                *compiled,
+                f"{1e3 * run['time_s'][1]:.4g}",
+                f"{run['time_to_sgd'][1]:.2f}",
+                f"{middle:.3f} ({low:.2f}–{high:.2f})",
+            ]
+        )
     return rows
+
+
+def exchanges(record: Record) -> list[list[str]]:
+    """A row an optimizer: how many exchanges between devices, and of how much."""
+    return [
+        [name, f"{run['collectives']:.4g}", f"{run['collective_bytes'] / 1e6:.4g}"]
+        for name, run in record["optimizers"].items()
+        if "collectives" in run
+    ]
 
 
 def growth_tables(runs: Sequence[Record]) -> list[Table]:
@@ -100,18 +112,3 @@ def devices_summary(runs: Sequence[Record]) -> list[list[str]]:
         for run in runs
         if run["scaled"] == "devices"
     ]
-
-
-def _title(record: Record) -> str:
-    return (
-        f"{record['model']}: {record['parameters']:,} parameters, "
-        f"batch {record['batch_size']}, {record['rounds']} rounds"
-    )
-
-
-def _exchanges(record: Record) -> bool:
-    return any(run.get("collectives") for run in record["optimizers"].values())
-
-
-def _exchange(run: Record) -> str:
-    return f"{run['collectives']:.3g}: {run['collective_bytes'] / 1e6:.3g} MB"

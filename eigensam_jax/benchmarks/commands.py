@@ -31,7 +31,7 @@ _TRACK_USUAL: dict[str, Any] = {
 }
 _BENCH_SMOKE: dict[str, Any] = {
     "models": ("wide_mlp",),
-    "optimizers": ("optax_sam", "power_iteration", "secant"),
+    "optimizers": ("power_iteration", "secant"),
     "batch_size": 128,
     "steps": 2,
 }

@@ -70,8 +70,8 @@ def make_method(
     forward = _FORWARD[network]
     images = torch.tensor(np.asarray(batch.images)).permute(0, 3, 1, 2).contiguous()
     labels = torch.tensor(np.asarray(batch.labels)).long()
-    weights = [w.requires_grad_() for w in _tensors(params)]
-    vectors = _tensors(eigenvector)
+    weights = [w.requires_grad_() for w in tensors(params)]
+    vectors = tensors(eigenvector)
     descent = torch.optim.SGD(weights, lr=LEARNING_RATE, momentum=MOMENTUM)
 
     def gradient(create_graph: bool = False) -> Sequence[Tensor]:
@@ -130,7 +130,7 @@ def make_method(
     return Method(step, due, weights)
 
 
-def _tensors(params: PyTree) -> list[Tensor]:
+def tensors(params: PyTree) -> list[Tensor]:
     """Weights and biases, layer by layer, in PyTorch's order of axes."""
     import torch
 

@@ -46,38 +46,19 @@ def widen(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x, accumulation_dtype(x)), tree)
 
 
-def placed_like(tree: PyTree, values: PyTree) -> PyTree:
-    """`values`, on the devices where `tree` is, each leaf sharded as its counterpart.
-
-    A selection that never selects: under `jit` an array that is not computed from a
-    sharded one is not sharded. It can also be told apart from `tree` by donation.
-
-    Args:
-      tree: a tree of arrays; what is in them is not looked at.
-      values: a tree of the same structure, of arrays of the same shapes or of scalars.
-
-    Returns:
-      `values` with the shapes of `tree`, in float32 or wider.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> tree_math.placed_like(jnp.array([jnp.nan, 1.0]), jnp.array([2.0, 3.0]))
-      Array([2., 3.], dtype=float32)
-    """
-    return jax.tree.map(lambda x, y: jnp.where(False, x, y), widen(tree), values)
-
-
 def zeros_like(tree: PyTree) -> PyTree:
     """Zeros with the shapes of `tree`, in float32 or wider, sharded as it is.
 
+    By a selection that never selects: under `jit`, an array that is not computed from a
+    sharded one is not sharded.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from eigensam_jax import tree_math
-      >>> tree_math.zeros_like(jnp.ones(2, jnp.bfloat16))
+      >>> tree_math.zeros_like(jnp.array([jnp.inf, 1.0], jnp.bfloat16))
       Array([0., 0.], dtype=float32)
     """
-    return placed_like(tree, jax.tree.map(lambda _: 0, tree))
+    return jax.tree.map(lambda x: jnp.where(False, x, 0), widen(tree))
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:

@@ -44,13 +44,13 @@ def bench(runs: Sequence[Record], path: Path) -> None:
             fillstyle="none",
             label="operations",
         )
-        memory = [x.get("temp_bytes", np.nan) / 2**20 for x in optimizers.values()]
-        below.barh(places, memory, height=0.6)
+        known = {k: x["temp_bytes"] for k, x in optimizers.items() if "temp_bytes" in x}
+        below.barh(range(len(known)), np.array(list(known.values())) / 2**20, 0.6)
         above.set(title=f"{run['model']}, batch {run['batch_size']}", xlim=(0, None))
         above.set_xlabel("steps of SGD, or gradients")
         below.set_xlabel("temporary memory (MiB)")
-        for axes in (above, below):
-            _name_rows(axes, list(optimizers))
+        _name_rows(above, list(optimizers))
+        _name_rows(below, list(known))
     grid[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
 

@@ -40,8 +40,13 @@ def count(text: str) -> Collectives:
       >>> collectives.count("  %x = (f32[], bf16[8,256]{1,0}) all-reduce(%a, %b)")
       Collectives(number=1, large=1, num_bytes=4100)
     """
-    sizes = [_num_bytes(match[1]) for match in _INSTRUCTION.finditer(text)]
-    return Collectives(len(sizes), sum(size > LARGE for size in sizes), sum(sizes))
+    found = sizes(text)
+    return Collectives(len(found), sum(size > LARGE for size in found), sum(found))
+
+
+def sizes(text: str) -> list[int]:
+    """The bytes of the result of each instruction that `count` counts, in order."""
+    return [_num_bytes(match[1]) for match in _INSTRUCTION.finditer(text)]
 
 
 def _num_bytes(shape: str) -> int:

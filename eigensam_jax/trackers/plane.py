@@ -206,6 +206,10 @@ def _turned_precisely(
     ranked = jnp.where(jnp.any(curvature != 0), curvature, scatter)
     ranked = jnp.where(usable, plane.T @ ranked @ plane, 0)
     axes = plane @ jnp.linalg.eigh(ranked)[1][:, ::-1]  # (v, p) in (v, p, q)
+    # Eigenvectors have no sign of their own: they keep the one they had, or take x's.
+    known = jnp.stack([scale_v, scale_p]) > 0
+    kept = jnp.where(known, jnp.diagonal(axes), axes[2])
+    axes = jnp.where(kept < 0, -axes, axes)
 
     on_x = axes[2] * tree_math.safe_inverse(outside)
     on_v, on_p = basis @ (axes[:2] - jnp.outer(inside, on_x))

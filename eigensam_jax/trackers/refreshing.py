@@ -145,5 +145,7 @@ def _random_unit_vector(seed: int, like: PyTree) -> PyTree:
         jax.random.normal(key, jnp.shape(x), tree_math.accumulation_dtype(x))
         for key, x in zip(keys, leaves, strict=True)
     ]
-    vector = tree_math.placed_like(like, jax.tree.unflatten(treedef, normal))
+    # Added to zeros, the numbers are sharded as these.
+    zeros, vector = tree_math.zeros_like(like), jax.tree.unflatten(treedef, normal)
+    vector = jax.tree.map(jnp.add, zeros, vector)
     return tree_math.scale(tree_math.safe_inverse(tree_math.norm(vector)), vector)

@@ -153,7 +153,7 @@ def measure(
         timed = turns.make_turns(task, workload, ours, compiled)
         torch_version = None
         if any(name in torch_reference.METHODS for name in names):
-            torch_version = torch_reference.version(placement.usable_cores())
+            torch_version = torch_reference.start(placement.usable_cores())
             timed |= turns.make_torch_turns(task, workload, names)
         times = timing.in_turns(timed, config.rounds, advance)
     return {
@@ -190,7 +190,8 @@ def seconds(times: dict[str, timing.Times], name: str) -> Record:
 def _without_torch(config: Config, model: str) -> str | None:
     """Why PyTorch has no part in this; None where it has."""
     if model not in torch_reference.NETWORKS:
-        return f"there is no {model}; name some of {torch_reference.NETWORKS}"
+        known = " ".join(torch_reference.NETWORKS)
+        return f"there is no {model} in PyTorch here; use --models {known}"
     if config.devices > 1 or config.dtype != "float32":
         return "it runs on one device in float32; leave --devices and --dtype out"
     if not torch_reference.is_installed():

@@ -63,6 +63,8 @@ def growth(runs: Sequence[Record], path: Path) -> None:
     panels = zip(figure.subplots(2, 3).flat, _GROWTH, strict=True)
     for axes, (scaled, key, factor, label, scale) in panels:
         for i, name in enumerate(names):
+            if (key, name) == ("passes_over_sam", "sgd"):
+                continue  # a gradient less, which is many passes
             chosen = [
                 run
                 for run in runs

@@ -20,9 +20,12 @@ EXPLANATION = (
 
 def network_tables(record: Record) -> list[Table]:
     """The figures of one network, and below them what its devices exchange, if any."""
+    units = record["units"]
+    product = units["hvp"]["operations"] / units["gradient"]["operations"]
     title = (
         f"{record['model']}: {record['parameters']:,} parameters, "
-        f"batch {record['batch_size']}, {record['rounds']} rounds"
+        f"batch {record['batch_size']}, {record['rounds']} rounds, "
+        f"an HVP is {product:.2f} ops"
     )
     result = [tables.table(title, HEADERS, summary(record))]
     if record["devices"] > 1:
@@ -95,7 +98,7 @@ def growth_summary(runs: Sequence[Record]) -> list[list[str]]:
             f"{run['passes_over_sam']:+.2f}",
         ]
         for run in runs
-        if run["devices"] == 1
+        if run["scaled"] == "parameters"
     ]
 
 

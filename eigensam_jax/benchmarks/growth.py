@@ -43,7 +43,7 @@ def run(config: Config, command: str, console: Console) -> None:
     Nothing is run and no array is made: 10⁸ parameters take no memory.
 
     Args:
-      config: what to compile.
+      config: what to compile; numbers of devices that there are not are left out.
       command: the command line, for the results file.
       console: where progress and the tables go.
 
@@ -56,7 +56,8 @@ def run(config: Config, command: str, console: Console) -> None:
             f"--batch-size {batch_size} cannot be divided by {most} devices; use a "
             "multiple"
         )
-    placement.claim(most)
+    there = len(placement.available(most))
+    config = config._replace(devices=tuple(n for n in config.devices if n <= there))
     results.make_folder(config.out)
     path, start = config.out / "results.json", time.perf_counter()
     calls = {name: TRACKERS[name].call for name in OPTIMIZERS if name in TRACKERS}

@@ -24,24 +24,31 @@ class Placement(NamedTuple):
 
 
 def claim(count: int) -> list[jax.Device]:
-    """The first `count` devices; a CPU is made to be as many.
-
-    Only a process that has not used JAX before can still have its CPU divided.
+    """The first `count` devices; a CPU is divided into as many, see `available`.
 
     Raises:
       UserError: if there are fewer.
     """
-    config: Any = jax.config
-    if count > max(config.jax_num_cpu_devices, 1):
-        with suppress(RuntimeError):  # too late, or divided by XLA_FLAGS already
-            config.update("jax_num_cpu_devices", count)
-    devices = jax.devices()
+    devices = available(count)
     if len(devices) < count:
         raise UserError(
             f"--devices {count} is more than there are: {len(devices)} of kind "
             f"{devices[0].platform}; use at most {len(devices)}"
         )
-    return devices[:count]
+    return devices
+
+
+def available(most: int) -> list[jax.Device]:
+    """The first devices, `most` of them or all.
+
+    A CPU is divided into that many, which is possible only in a process that has not
+    used JAX before.
+    """
+    config: Any = jax.config
+    if most > max(config.jax_num_cpu_devices, 1):
+        with suppress(RuntimeError):  # too late, or divided by XLA_FLAGS already
+            config.update("jax_num_cpu_devices", most)
+    return jax.devices()[:most]
 
 
 def data_parallel(devices: list[jax.Device]) -> Placement:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 WARM_UP = 2
+_SETTLE = 0.005  # seconds: threads of the step before may wait for work in a loop
 _SHARE = 20  # what is a smaller part of the whole than 1/20 is timed less often
 
 
@@ -83,6 +84,7 @@ def _weighed(plain: list[float], due: list[float], interval: int) -> Times:
 
 
 def _seconds(step: Callable[[], object]) -> float:
+    time.sleep(_SETTLE)
     start = time.perf_counter()
     step()
     return time.perf_counter() - start

@@ -4,7 +4,7 @@ PyTorch is no dependency of this package: it is imported by what needs it.
 """
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
@@ -39,11 +39,15 @@ class Method(NamedTuple):
 
 def is_installed() -> bool:
     """Whether PyTorch can be imported."""
-    return find_spec("torch") is not None
+    try:
+        import_module("torch")
+    except (ImportError, OSError):  # a library that it needs may be missing
+        return False
+    return True
 
 
-def version(threads: int) -> str:
-    """The version of PyTorch, which is given this number of threads."""
+def start(threads: int) -> str:
+    """Gives PyTorch this number of threads; returns its version."""
     import torch
 
     torch.set_num_threads(threads)

@@ -159,6 +159,7 @@ def test_figures_of_other_networks_are_kept(smoke, tmp_path, monkeypatch, capsys
 def test_a_bad_option_ends_with_one_line(
     options, wrong, right, capsys, monkeypatch, tmp_path
 ):
+    jax.devices()  # a CPU that is in use can't be divided any further
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(programs, "compile_program", None)  # work would fail

@@ -198,15 +198,16 @@ def _mean_matvec(
     Each device makes the product of its own loss, and then comes the mean: a derivative
     of a mean over devices would not be right in all modes of `shard_map`.
     """
-    own_params = devices.as_own(params, axes)
-
-    def grad_in_subspace(weights: list[jax.Array]) -> list[jax.Array]:
-        return space.select(grad_fn(space.merge(weights, own_params)))
-
-    product = hessian.matvec(grad_in_subspace, space.select(own_params), mode=mode)
 
     def mean_product(vector: PyTree) -> PyTree:
-        own = product(devices.as_own(space.select(vector), axes))
+        # Else a solver's loop would keep all activations of the gradient at hand.
+        at, v = jax.lax.optimization_barrier((params, space.select(vector)))
+        at, v = devices.as_own((at, v), axes)
+
+        def grad_in_subspace(weights: list[jax.Array]) -> list[jax.Array]:
+            return space.select(grad_fn(space.merge(weights, at)))
+
+        own = hessian.matvec(grad_in_subspace, space.select(at), mode=mode)(v)
         return space.embed(devices.mean(own, axes), params)
 
     return mean_product

@@ -137,7 +137,7 @@ def eigen_sam(
     grad_norm = tree_math.norm(grads)
     rho, alpha = (jnp.asarray(x, grad_norm.dtype) for x in (rho, alpha))
     inverse = tree_math.safe_inverse(grad_norm)
-    cosine = inverse * tree_math.vdot(grads, eigenvector)
+    cosine = tree_math.safe_divide(tree_math.vdot(grads, eigenvector), grad_norm)
     sign = jnp.sign(cosine)
     cosine = jnp.minimum(jnp.abs(cosine), 1)
     added = alpha * jnp.abs(sign) * (1 - cosine) * (1 + cosine)  # α‖v⊥‖²

@@ -140,9 +140,10 @@ def sharpness_aware(
 
         if tracker is not None:
             # ⟨ε,v⟩ has the sign of ⟨g,v⟩, which `perturb` has computed as well.
-            along = jnp.copysign(
-                step.alignment * step.norm, tree_math.vdot(grads, top.eigenvector)
+            cosine = tree_math.safe_divide(
+                tree_math.vdot(grads, top.eigenvector), step.grad_norm
             )
+            along = jnp.copysign(step.alignment * step.norm, cosine)
 
             def observed(tracked: Any) -> Any:
                 after = own_updates if per_device else new_updates

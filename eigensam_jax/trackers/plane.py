@@ -114,8 +114,8 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
     ) -> RitzState:
         def multiplied(state: RitzState) -> RitzState:
             v, p = state.eigenvector, state.companion
-            turns, turn = jnp.divmod(state.num_products, 2)
-            turn = jnp.where(tree_math.vdot(p, p) > 0, turn, 0)
+            turns, turn = state.num_products >> 1, state.num_products & 1
+            turn = jnp.where(tree_math.norm(p) > 0, turn, 0)
             x = tree_math.where(turn == 0, v, p)
             product = jax.tree.map(lambda u, y: y.astype(u.dtype), x, matvec(x))
             along_v, along_p, squared = tree_math.vdots(

@@ -43,7 +43,7 @@ def mean(tree: Tree, axes: Axes) -> Tree:
     """The mean over all devices of the axes; `tree` as it is where there are none."""
     if not axes:
         return tree
-    result: Tree = jax.lax.pmean(tree, axes)
+    result: Tree = jax.lax.pmean(tree, axes)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -55,7 +55,8 @@ def as_own(tree: Tree, axes: Axes) -> Tree:
     them too large as many times as there are devices. With respect to a value that
     varies it is each device's own, as everywhere else.
     """
-    return jax.tree.map(lambda x: _cast(x, _missing(x, axes)), tree)
+    result: Tree = jax.tree.map(lambda x: _cast(x, _missing(x, axes)), tree)
+    return result
 
 
 def varying(tree: Tree, axes: Axes) -> Axes:

@@ -138,36 +138,23 @@ def sharpness_aware(
         if per_device:
             info = devices.mean(info, axes)
 
-        if tracker is not None:
-            # ⟨ε,v⟩ has the sign of ⟨g,v⟩, which `perturb` has computed as well.
-            cosine = tree_math.safe_divide(
-                tree_math.vdot(grads, top.eigenvector), step.grad_norm
+        if tracker is not None and top is not None:
+            own_change = tree_math.add_scaled(
+                space.select(own_updates if per_device else new_updates), -1, grads
             )
-            along = jnp.copysign(step.alignment * step.norm, cosine)
+            along = _along(step, grads, top.eigenvector)
+            pair_axes = axes if per_device else ()
 
             def observed(tracked: Any) -> Any:
-                after = own_updates if per_device else new_updates
-                change = tree_math.add_scaled(space.select(after), -1, grads)
-                epsilon, projection = step.epsilon, along
-                if per_device:
-                    # Hε = d holds of means too; with any signs they would cancel.
-                    sign = jnp.where(along < 0, -1, 1)
-                    pairs = (tree_math.scale(sign, x) for x in (epsilon, change))
-                    epsilon, change, projection = devices.mean(
-                        (*pairs, sign * along), axes
-                    )
+                epsilon, change, projection = _mean_pair(
+                    step.epsilon, own_change, along, pair_axes
+                )
                 if tracker.observe_projection:
                     epsilon = tree_math.scale(projection, top.eigenvector)
-                epsilon, change = (
-                    jax.tree.map(
-                        lambda w, x: x.astype(w.dtype), tree_math.widen(weights), tree
-                    )
-                    for tree in (epsilon, change)
-                )
                 new = tracker.observe(
                     tracked,
-                    space.embed(epsilon, params),
-                    space.embed(change, params),
+                    space.embed(_cast_like(weights, epsilon), params),
+                    space.embed(_cast_like(weights, change), params),
                     state.count,
                 )
                 # Without a perturbation the change is but rounding.
@@ -202,7 +189,9 @@ def _mean_matvec(
 
     def mean_product(vector: PyTree) -> PyTree:
         # Else a solver's loop would keep all activations of the gradient at hand.
-        at, v = jax.lax.optimization_barrier((params, space.select(vector)))
+        at, v = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+            (params, space.select(vector))
+        )
         at, v = devices.as_own((at, v), axes)
 
         def grad_in_subspace(weights: list[jax.Array]) -> list[jax.Array]:
@@ -212,3 +201,29 @@ def _mean_matvec(
         return space.embed(devices.mean(own, axes), params)
 
     return mean_product
+
+
+def _along(step: Perturbation, grads: PyTree, v: PyTree) -> jax.Array:
+    """⟨ε,v⟩, without a pass over ε: it has the sign of ⟨g,v⟩."""
+    cosine = tree_math.safe_divide(tree_math.vdot(grads, v), step.grad_norm)
+    return jnp.copysign(step.alignment * step.norm, cosine)  # type: ignore[operator]
+
+
+def _mean_pair(
+    epsilon: PyTree, change: PyTree, along: jax.Array, axes: Axes
+) -> tuple[PyTree, PyTree, jax.Array]:
+    """The means over devices of s·ε, s·d and |⟨ε,v⟩|, s = sign⟨ε,v⟩; none, as they are.
+
+    d = Hε holds of means too. Without the signs, those of different ones would cancel.
+    """
+    if not axes:
+        return epsilon, change, along
+    sign = jnp.where(along < 0, -1, 1)
+    pair = (tree_math.scale(sign, epsilon), tree_math.scale(sign, change))
+    return devices.mean((*pair, sign * along), axes)
+
+
+def _cast_like(weights: PyTree, tree: PyTree) -> PyTree:
+    """`tree` in the dtypes of `weights`, or float32 where these are narrower."""
+    wide = tree_math.widen(weights)
+    return jax.tree.map(lambda w, x: x.astype(w.dtype), wide, tree)

@@ -11,6 +11,17 @@ the gradient at w + ε, whatever was handed in.
 `optax.MultiSteps` around the chain would call it on every mini-batch and keep the last
 perturbation only. For one perturbation from the whole batch, hand in its gradient and a
 `grad_fn` that goes through the mini-batches.
+
+Under `jax.jit` with sharded arrays, data parallel or with sharded parameters, nothing
+need be said: the state is sharded as the parameters are, from `jax.jit(tx.init)` on.
+Where devices are mapped over by hand, by `jax.shard_map` or `jax.pmap`, `axis_name`
+says over which axis batches differ, and `updates` is the mean gradient:
+
+    own = jax.lax.pcast(params, "data", to="varying")  # for shard_map; pmap needs none
+    grads = jax.lax.pmean(jax.grad(value_fn)(own), "data")
+
+With respect to `params` themselves, which are replicated, `shard_map` would make it the
+sum over the devices, and its mean as many times too large as there are devices.
 """
 
 from collections.abc import Callable
@@ -57,6 +68,16 @@ def sam(
       mask: which parameters are perturbed: a tree of bools like the parameters or a
         prefix of them, or a function that makes one from the parameters. ε is zero
         elsewhere and norms leave the rest out. All, by default.
+      axis_name: the axis or axes of `shard_map`, `pmap` or `vmap` over which batches
+        differ, a name or a tuple of names: what is computed inside is averaged over
+        them. Parameters are the same on all of them. None where nothing is mapped over
+        by hand.
+      per_device: whether each device perturbs by its own gradient, which is known as
+        m-sharpness and saves a collective: `updates` is then each device's own
+        gradient, without a mean, and what comes out is the mean of the gradients at
+        w + εᵢ. A wrapper that decides by its `updates`, such as
+        `optax.apply_if_finite`, belongs after this link and not around it: devices that
+        decide differently wait for each other for ever.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Its state is a
@@ -68,8 +89,10 @@ def sam(
       of the gradients handed in.
 
     Raises:
-      ValueError: for a negative `rho` or an unusable `mask`; from `update`, where an
-        argument is missing or does not fit the parameters.
+      ValueError: for a negative `rho`, an unusable `mask` or `axis_name`, `per_device`
+        without the latter; from `update`, where an argument is missing or does not fit
+        the parameters, outside of what `axis_name` names, and where `shard_map` knows
+        `updates` to be a mean or not to be one as is not meant.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
@@ -110,6 +133,8 @@ def asam(
       rho: ρ, at least 0; or a schedule of the number of updates so far.
       eta: η, at least 0; with 0, weights that are zero are never perturbed.
       mask: as in `sam`.
+      axis_name: as in `sam`.
+      per_device: as in `sam`.
 
     Returns:
       As `sam`.
@@ -169,6 +194,10 @@ def eigen_sam(
     passes over the parameters and no Hessian-vector product; and one vector like the
     parameters, in float32 or wider.
 
+    The Hessian-vector products of other trackers need several times the memory of a
+    gradient, on a step that refreshes, and the program reserves it for every step. Give
+    them half or a quarter of the batch by `curvature_fn` where that is too much.
+
     The default tracker is not the paper's. Measured by `eigensam track`, vᵀHv of the v
     that a step uses is nearer to λ_max with `trackers.secant` than with the paper's
     power iteration, on all three networks at every α, for no Hessian-vector product;
@@ -203,6 +232,11 @@ def eigen_sam(
       tracker: what keeps v up to date, see `eigensam_jax.trackers`.
       mask: as in `sam`; v and the Hessian are those of the perturbed parameters, with
         v zero elsewhere.
+      axis_name: as in `sam`; Hessian-vector products are averaged as well.
+      per_device: as in `sam`. v stays the same on all devices: the Hessian is that of
+        the whole batch, and trackers that observe see the means over the devices of
+        s·εᵢ and s·(∇Lᵢ(w + εᵢ) − ∇Lᵢ(w)) with s = sign⟨v,εᵢ⟩, for a collective as
+        large as a gradient on each step that is observed.
       hvp_mode: how a Hessian-vector product is made. "forward_over_reverse" is the
         fastest. A kernel whose custom backward pass is itself a `jax.custom_vjp` fails
         under it and passes under "reverse_over_reverse". A kernel with no second

@@ -1,0 +1,130 @@
+"""What a step costs: operations, bytes and memory of compiled programs."""
+
+import itertools
+
+import jax
+import optax
+import pytest
+
+from eigensam_jax import eigen_sam, hessian, sam, trackers
+
+
+def shapes(sizes):
+    """Of a fully connected network's parameters."""
+    return [
+        {
+            "w": jax.ShapeDtypeStruct((m, n), "float32"),
+            "b": jax.ShapeDtypeStruct((n,), "float32"),
+        }
+        for m, n in itertools.pairwise(sizes)
+    ]
+
+
+def batch_of(size, inputs):
+    return (
+        jax.ShapeDtypeStruct((size, inputs), "float32"),
+        jax.ShapeDtypeStruct((size,), "int32"),
+    )
+
+
+WIDE = shapes((784, 1024, 1024, 10)), batch_of(256, 784)
+DEEP = shapes((128,) * 13), batch_of(2048, 128)
+
+
+def loss(params, batch):
+    x, labels = batch
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["w"] + layer["b"])
+    logits = x @ params[-1]["w"] + params[-1]["b"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def compiled(network, transformation, curvature_part=None, **kwargs):
+    """A donated training step; the Hessian of a part of the batch, if one is given."""
+    tx = optax.chain(transformation, optax.sgd(0.1, momentum=0.9))
+
+    def step(params, state, batch):
+        value_fn = lambda p: loss(p, batch)
+        if curvature_part is not None:
+            part = jax.tree.map(lambda x: x[::curvature_part], batch)
+            kwargs["curvature_fn"] = lambda p: loss(p, part)
+        grads = jax.grad(value_fn)(params)
+        updates, state = tx.update(grads, state, params, value_fn=value_fn, **kwargs)
+        return optax.apply_updates(params, updates), state
+
+    params, batch = network
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(step, donate_argnums=(0, 1))
+    return step.lower(params, state, batch).compile()
+
+
+def operations(program):
+    return program.cost_analysis()["flops"]
+
+
+def traffic(program):
+    return program.cost_analysis()["bytes accessed"]
+
+
+def memory(program):
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def test_sam_costs_two_gradients():
+    gradient = jax.jit(jax.grad(loss)).lower(*WIDE).compile()
+    assert operations(compiled(WIDE, sam(0.1))) <= 2.01 * operations(gradient)
+
+
+def test_secant_costs_hardly_more_than_sam():
+    plain = compiled(WIDE, sam(0.1))
+    every_5 = eigen_sam(0.1, 0.2, trackers.secant(decay=0.9, update_interval=5))
+    observed, skipped = (
+        compiled(WIDE, every_5, refresh=refresh) for refresh in (True, False)
+    )
+    assert operations(observed) <= 1.012 * operations(plain)
+    assert traffic(observed) + 4 * traffic(skipped) <= 5 * 1.25 * traffic(plain)
+    by_default = compiled(WIDE, eigen_sam(0.1, 0.2))
+    assert operations(by_default) <= 1.012 * operations(plain)
+    assert traffic(by_default) <= 1.51 * traffic(plain)
+    one_copy = sum(4 * x.size for x in jax.tree.leaves(WIDE[0]))
+    assert memory(by_default) <= memory(plain) + one_copy
+
+
+def test_power_iteration_costs_its_products():
+    params, batch = WIDE
+    product = jax.jit(lambda p, v, b: hessian.hvp(lambda p: loss(p, b), p, v))
+    product = operations(product.lower(params, params, batch).compile())
+    link = eigen_sam(0.1, 0.2, trackers.power_iteration(5, update_interval=100))
+    due, plain = (
+        operations(compiled(WIDE, link, refresh=refresh)) for refresh in (True, False)
+    )
+    two_gradients = operations(compiled(WIDE, sam(0.1)))
+    assert plain + (due - plain) / 100 <= 1.01 * (two_gradients + 5 * product / 100)
+
+
+@pytest.mark.parametrize(
+    ("tracker", "part"),
+    [
+        (trackers.secant(), None),
+        (trackers.power_iteration(), 2),
+        (trackers.ritz(), 2),
+        (trackers.lanczos(), 4),
+    ],
+    ids=["secant", "power_iteration", "ritz", "lanczos"],
+)
+def test_part_of_the_batch_bounds_the_memory_of_products(tracker, part):
+    plain = memory(compiled(DEEP, sam(0.1)))
+    link = eigen_sam(0.1, 0.2, tracker)
+    assert memory(compiled(DEEP, link, part)) <= 1.5 * plain
+    # Of the whole batch a product needs two or three times that, not once for each.
+    assert memory(compiled(DEEP, link)) <= 3 * plain
+
+
+def test_programs_grow_in_proportion_to_the_leaves():
+    length = lambda depth: (
+        compiled((shapes((16,) * depth), batch_of(8, 16)), eigen_sam(0.1, 0.2))
+        .as_text()
+        .count("\n")
+    )
+    shallow, middle, deep = (length(depth) for depth in (9, 17, 33))
+    assert deep - middle <= 2.2 * (middle - shallow)

@@ -62,8 +62,9 @@ def check_fraction(name: str, value: Any) -> None:
 
 def check_axis_name(axis_name: AxisName, per_device: bool) -> None:
     """Refuses names of axes that are none, and `per_device` where there are none."""
-    names = devices.axes(axis_name)
-    if axis_name == () or not all(isinstance(name, str) for name in names):
+    names = devices.as_tuple(axis_name)
+    is_name = all(isinstance(name, str) for name in names)
+    if axis_name == () or not is_name or len({*names}) < len(names):
         raise ValueError(
             f"axis_name must be a string, a tuple of strings or None, got {axis_name!r}"
             ": the axes of pmap, shard_map or vmap over which batches differ."
@@ -81,18 +82,19 @@ def check_varying(updates: PyTree, axes: Axes, per_device: bool) -> None:
 
     Only `shard_map` with check_vma=True keeps track of that.
     """
-    if per_device and (same := devices.replicated(updates, axes)):
+    if per_device and (where := devices.replicated(updates, axes)):
         raise ValueError(
-            f"updates are the same on all devices of the axes {same}, and "
+            f"updates are the same on all devices of the axes {where}, and "
             "per_device=True wants each device's own: take the gradient with respect "
-            f"to jax.lax.pcast(params, {same}, to='varying'), without a mean. (With "
+            f"to jax.lax.pcast(params, {where}, to='varying'), without a mean. (With "
             "respect to replicated params it is the sum over devices.)"
         )
-    if not per_device and (differing := devices.varying(updates, axes)):
+    if not per_device and (where := devices.differing(updates, axes)):
         raise ValueError(
-            f"updates differ between devices of the axes {differing}: hand in "
-            f"jax.lax.pmean(grads, {differing}), or give per_device=True for a "
-            "perturbation by each device."
+            f"updates differ between devices of the axes {where}: hand in "
+            f"jax.lax.pmean(grads, {where}), or give per_device=True for a "
+            "perturbation by each device. (Parameters that are sharded by hand are not "
+            "supported: leave them to jit.)"
         )
 
 
@@ -146,8 +148,12 @@ def check_params(params: PyTree) -> None:
             )
 
 
-def scalar_valued(name: str, value_fn: ValueFn) -> ValueFn:
-    """`value_fn`, with a clear error where it returns anything but a scalar."""
+def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
+    """`value_fn`, with a clear error where it returns anything but a scalar.
+
+    And where it is known to be a mean over devices already, whose gradients would be as
+    many times too small.
+    """
 
     def checked(params: PyTree) -> jax.Array:
         value = value_fn(params)
@@ -156,6 +162,12 @@ def scalar_valued(name: str, value_fn: ValueFn) -> ValueFn:
                 f"{name} must return a scalar, got {jax.tree.map(jnp.shape, value)} "
                 f"(shapes): average the losses, and drop what comes beside them, as in "
                 f"{name}=lambda p: loss(p)[0]."
+            )
+        if where := devices.replicated(value, axes):
+            raise ValueError(
+                f"{name} is the same on all devices of the axes {where}, so it averages"
+                " over them itself: return the loss of each device's own batch, whose "
+                "gradients are averaged here, or leave axis_name out."
             )
         return value
 
@@ -184,7 +196,7 @@ def like_params(name: str, tree: PyTree, params: PyTree, remedy: str) -> PyTree:
 
 
 def gradient_function(
-    value_fn: ValueFn | None, grad_fn: GradFn | None
+    value_fn: ValueFn | None, grad_fn: GradFn | None, axes: Axes = ()
 ) -> Callable[[PyTree], tuple[jax.Array, PyTree]]:
     """`params -> (value, gradient)`; the value is NaN where `grad_fn` is given."""
     if grad_fn is not None:
@@ -193,4 +205,4 @@ def gradient_function(
             like_params("grad_fn(params)", grad_fn(params), params, _GRAD_REMEDY),
         )
     assert value_fn is not None  # check_update has seen to it
-    return jax.value_and_grad(scalar_valued("value_fn", value_fn))
+    return jax.value_and_grad(scalar_valued("value_fn", value_fn, axes))

@@ -4,19 +4,20 @@ Under `jit` with sharded arrays none of this is needed: there the loss is that o
 whole batch, and what is computed from it the same on all devices.
 """
 
-from collections.abc import Hashable
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
-AxisName = Hashable | tuple[Hashable, ...] | None
-Axes = tuple[Hashable, ...]
+from eigensam_jax.tree_math import PyTree
+
+AxisName = str | tuple[str, ...] | None
+Axes = tuple[str, ...]
 Tree = TypeVar("Tree")
 
 
-def axes(axis_name: AxisName) -> Axes:
-    """The names as a tuple; an empty one for None."""
+def as_tuple(axis_name: AxisName) -> Axes:
+    """The names of the axes; none for None."""
     if axis_name is None:
         return ()
     return axis_name if isinstance(axis_name, tuple) else (axis_name,)
@@ -51,34 +52,38 @@ def as_own(tree: Tree, axes: Axes) -> Tree:
     """`tree` as a value that each device has for itself.
 
     Under `shard_map` with its check of varying values (`check_vma=True`), the gradient
-    with respect to a replicated value is the sum over all devices, and its mean over
-    them too large as many times as there are devices. With respect to a value that
-    varies it is each device's own, as everywhere else.
+    with respect to a replicated value is already the sum over the devices, so that a
+    mean of it is n times too large. With respect to a value that varies it is each
+    device's own, as it is everywhere else.
     """
     result: Tree = jax.tree.map(lambda x: _cast(x, _missing(x, axes)), tree)
     return result
 
 
-def varying(tree: Tree, axes: Axes) -> Axes:
-    """The axes over which a leaf is known to vary; none where that is not kept."""
+def differing(tree: PyTree, axes: Axes) -> Axes:
+    """The axes over which some leaf is known to vary; none where that is not kept."""
     leaves = jax.tree.leaves(tree)
-    return tuple(a for a in axes if any(a in _varying(x) for x in leaves))
+    return tuple(a for a in axes if any(a in _varies_over(x) for x in leaves))
 
 
-def replicated(tree: Tree, axes: Axes) -> Axes:
-    """The axes over which all leaves are known to be equal; none if that is unknown."""
-    known = varying(as_own(jnp.zeros(()), axes), axes)
-    return tuple(a for a in known if a not in varying(tree, axes))
+def replicated(tree: PyTree, axes: Axes) -> Axes:
+    """The axes over which some leaf is known to be the same on all devices."""
+    # Where nothing is kept of what varies, a cast does not make it vary.
+    known = _varies_over(as_own(jnp.zeros(()), axes))
+    leaves = jax.tree.leaves(tree)
+    return tuple(
+        a for a in axes if a in known and any(a not in _varies_over(x) for x in leaves)
+    )
 
 
 def _missing(x: jax.Array, axes: Axes) -> Axes:
     """Axes of `shard_map` or `pmap` over which `x` does not vary yet."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    return tuple(a for a in axes if a in manual and a not in _varying(x))
+    return tuple(a for a in axes if a in manual and a not in _varies_over(x))
 
 
-def _varying(x: jax.Array) -> frozenset[Hashable]:
-    names: frozenset[Hashable] = jax.typeof(x).manual_axis_type.varying
+def _varies_over(x: jax.Array) -> frozenset[str]:
+    names: frozenset[str] = jax.typeof(x).manual_axis_type.varying
     return names
 
 

@@ -64,7 +64,7 @@ def sharpness_aware(
     """
     masking.check(mask)
     arguments.check_axis_name(axis_name, per_device)
-    axes = devices.axes(axis_name)
+    axes = devices.as_tuple(axis_name)
 
     def init_fn(params: PyTree) -> SharpnessAwareState:
         arguments.check_params(params)
@@ -107,14 +107,14 @@ def sharpness_aware(
                 "make it by tx.init(params) of the same chain."
             )
         devices.check_bound(axes)
-        arguments.check_varying(updates, axes, per_device)
-        refresh = None if refresh is None else bool(refresh)
         space = masking.subspace(mask, params)
-        own_value_and_grad = arguments.gradient_function(value_fn, grad_fn)
+        arguments.check_varying(space.select(updates), axes, per_device)
+        refresh = None if refresh is None else bool(refresh)
+        own_value_and_grad = arguments.gradient_function(value_fn, grad_fn, axes)
         curvature_grad = lambda p: own_value_and_grad(p)[1]
         if curvature_fn is not None:
             curvature_grad = jax.grad(
-                arguments.scalar_valued("curvature_fn", curvature_fn)
+                arguments.scalar_valued("curvature_fn", curvature_fn, axes)
             )
 
         grads, weights = space.select(updates), space.select(params)

@@ -13,15 +13,19 @@ perturbation only. For one perturbation from the whole batch, hand in its gradie
 `grad_fn` that goes through the mini-batches.
 
 Under `jax.jit` with sharded arrays, data parallel or with sharded parameters, nothing
-need be said: the state is sharded as the parameters are, from `jax.jit(tx.init)` on.
-Where devices are mapped over by hand, by `jax.shard_map` or `jax.pmap`, `axis_name`
-says over which axis batches differ, and `updates` is the mean gradient:
+need be said: the state of these links is sharded as the parameters are, also from
+`jax.jit(tx.init)` on. Under `jax.shard_map` nothing need be said either, if the loss is
+already the mean over the devices, `jax.lax.pmean(loss, axis)`. In `jax.pmap`, under
+`shard_map` without its check, and for m-sharpness, `axis_name` says over which axis
+batches differ; `value_fn` is then the loss of each device's own batch, and `updates`
+the mean of its gradients:
 
-    own = jax.lax.pcast(params, "data", to="varying")  # for shard_map; pmap needs none
+    own = jax.lax.pcast(params, "data", to="varying")  # for shard_map's check alone
     grads = jax.lax.pmean(jax.grad(value_fn)(own), "data")
 
-With respect to `params` themselves, which are replicated, `shard_map` would make it the
-sum over the devices, and its mean as many times too large as there are devices.
+With respect to `params` themselves, which are replicated, `shard_map` makes it the sum
+over the devices. Its mean is n times too large: `sam` does not mind, but the secant
+would follow the gradient instead of v.
 """
 
 from collections.abc import Callable
@@ -68,10 +72,11 @@ def sam(
       mask: which parameters are perturbed: a tree of bools like the parameters or a
         prefix of them, or a function that makes one from the parameters. ε is zero
         elsewhere and norms leave the rest out. All, by default.
-      axis_name: the axis or axes of `shard_map`, `pmap` or `vmap` over which batches
+      axis_name: the axis or axes of `pmap`, `shard_map` or `vmap` over which batches
         differ, a name or a tuple of names: what is computed inside is averaged over
-        them. Parameters are the same on all of them. None where nothing is mapped over
-        by hand.
+        them. Parameters are the same on all of them; `value_fn`, `grad_fn` and
+        `curvature_fn` are those of each device's own batch, without a mean, and get
+        parameters that vary already. None where nothing is mapped over by hand.
       per_device: whether each device perturbs by its own gradient, which is known as
         m-sharpness and saves a collective: `updates` is then each device's own
         gradient, without a mean, and what comes out is the mean of the gradients at

@@ -125,7 +125,7 @@ def by_jit(make, params, batches, params_spec=REPLICATED, kind=AxisType.Auto, **
         return jax.jit(train)(params, state, batches)
 
 
-def by_vmap(make, params, batches, per_device=True, **extra):
+def by_vmap(make, params, batches, per_device=False, **extra):
     """On one device, groups of the batch in place of devices."""
     tx = make(axis_name=AXIS)
     kwargs = {"axes": (AXIS,), "per_device": per_device, "own": False, **extra}
@@ -144,7 +144,7 @@ MODES = {
     "jit, sharded, Explicit": partial(
         by_jit, params_spec=P(AXIS), kind=AxisType.Explicit
     ),
-    "vmap": partial(by_vmap, per_device=False),
+    "vmap": by_vmap,
 }
 
 

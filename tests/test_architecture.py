@@ -9,7 +9,8 @@ import eigensam_jax
 
 ROOT = Path(eigensam_jax.__file__).parent
 LAYERS = [
-    {"devices", "tree_math"},
+    {"tree_math"},
+    {"devices"},
     {"hessian"},
     {"arguments"},
     {"krylov"},
@@ -18,7 +19,7 @@ LAYERS = [
     {"trackers"},
     {"sharpness_aware"},
     {"transform"},
-    {"diagnostics"},
+    {"diagnostics", "linen", "nnx"},
     {"__init__"},
     {"experiments", "benchmarks"},  # which may import each other
     {"__main__"},

@@ -45,11 +45,12 @@ def compiled(network, transformation, curvature_part=None, **kwargs):
 
     def step(params, state, batch):
         value_fn = lambda p: loss(p, batch)
+        functions = {"value_fn": value_fn}
         if curvature_part is not None:
             part = jax.tree.map(lambda x: x[::curvature_part], batch)
-            kwargs["curvature_fn"] = lambda p: loss(p, part)
+            functions["curvature_fn"] = lambda p: loss(p, part)
         grads = jax.grad(value_fn)(params)
-        updates, state = tx.update(grads, state, params, value_fn=value_fn, **kwargs)
+        updates, state = tx.update(grads, state, params, **functions, **kwargs)
         return optax.apply_updates(params, updates), state
 
     params, batch = network
@@ -71,8 +72,8 @@ def memory(program):
 
 
 def test_sam_costs_two_gradients():
-    gradient = jax.jit(jax.grad(loss)).lower(*WIDE).compile()
-    assert operations(compiled(WIDE, sam(0.1))) <= 2.01 * operations(gradient)
+    gradient = operations(jax.jit(jax.grad(loss)).lower(*WIDE).compile())
+    assert 1.99 * gradient <= operations(compiled(WIDE, sam(0.1))) <= 2.01 * gradient
 
 
 def test_secant_costs_hardly_more_than_sam():
@@ -99,6 +100,7 @@ def test_power_iteration_costs_its_products():
         operations(compiled(WIDE, link, refresh=refresh)) for refresh in (True, False)
     )
     two_gradients = operations(compiled(WIDE, sam(0.1)))
+    assert due - plain >= 4 * product  # five of them share some of their work
     assert plain + (due - plain) / 100 <= 1.01 * (two_gradients + 5 * product / 100)
 
 

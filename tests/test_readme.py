@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eigensam_jax.benchmarks import track
+from eigensam_jax.benchmarks import bench_tables, track
 from eigensam_jax.experiments import compare, spectrum
 
 ROOT = Path(__file__).parent.parent
@@ -14,6 +14,7 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "eigensam_jax" / "experiments" / "results"
 TRACKING = ROOT / "eigensam_jax" / "benchmarks" / "results"
 TRACKING_PAGE = (TRACKING / "README.md").read_text()
+COST_PAGE = (TRACKING / "COST.md").read_text()
 
 
 def test_the_python_blocks_run():
@@ -82,6 +83,36 @@ def test_the_readme_sums_up_the_page_on_trackers():
                 assert f"| {' | '.join([title, name, *cells])} |" in README
 
 
+def test_the_page_on_cost_says_what_the_results_files_say():
+    measured, grown = read(TRACKING / "bench_cpu"), read(TRACKING / "bench_growth")
+    rows = [row for run in measured["runs"] for row in bench_tables.summary(run)]
+    rows += bench_tables.growth_summary(grown["runs"])
+    rows += bench_tables.devices_summary(grown["runs"])
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in COST_PAGE
+    for results in (measured, grown):
+        assert all(command in COST_PAGE for command in results["commands"])
+    assert measured["device"]["processor"] in COST_PAGE
+
+
+def test_the_readme_sums_up_the_page_on_cost():
+    summaries = [
+        {row[0]: row for row in bench_tables.summary(run)}
+        for run in read(TRACKING / "bench_cpu")["runs"]
+    ]
+    for name in dict.fromkeys(name for rows in summaries for name in rows):
+        cells = [
+            cell
+            for rows in summaries
+            for cell in (
+                (rows[name][1], rows[name][-1].split()[0])
+                if name in rows
+                else ("–", "–")
+            )
+        ]
+        assert f"| {' | '.join([name, *cells])} |" in README
+
+
 def test_the_spectrum_is_that_of_the_results_file():
     results = json.loads((RESULTS / "spectrum_digits" / "results.json").read_text())
     assert results["command"] in README
@@ -90,7 +121,9 @@ def test_the_spectrum_is_that_of_the_results_file():
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", TRACKING / "README.md"], ids=["front", "trackers"]
+    "page",
+    [ROOT / "README.md", TRACKING / "README.md", TRACKING / "COST.md"],
+    ids=["front", "trackers", "cost"],
 )
 def test_links_to_files_lead_somewhere(page):
     links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())

@@ -1,0 +1,238 @@
+"""Networks with batch normalisation and dropout: what a step may move, and how."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training import train_state
+
+from eigensam_jax import eigen_sam, sam, trackers
+from eigensam_jax.linen import TrainState
+from eigensam_jax.nnx import value_fn
+
+IMAGES = jax.random.normal(jax.random.key(1), (4, 16, 5))
+LABELS = jnp.arange(64).reshape(4, 16) % 3
+CHAINS = {
+    "sam": lambda: optax.chain(sam(0.1), optax.sgd(0.1)),
+    "secant": lambda: optax.chain(eigen_sam(0.1, 0.5), optax.sgd(0.1)),
+    "power_iteration": lambda: optax.chain(
+        eigen_sam(0.1, 0.5, trackers.power_iteration(2, update_interval=2)),
+        optax.sgd(0.1),
+    ),
+}
+each_chain = pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS)
+
+
+def cross_entropy(logits, i):
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS[i])
+    return losses.mean()
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def close(a, b):
+    allclose = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(allclose, a, b)
+
+
+def raw(state):
+    """An `nnx.State` of arrays, without the variables around them."""
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    return jax.tree.map(lambda x: x[...], state, is_leaf=is_variable)
+
+
+# --- linen ----------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False, momentum=0.9)(nn.Dense(8)(x))
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=False)(nn.relu(x)))
+
+
+MODEL = Network()
+KEYS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+VARIABLES = MODEL.init(KEYS, IMAGES[0])
+
+
+def linen_loss(params, stats, i):
+    logits, new = MODEL.apply(
+        {"params": params, "batch_stats": stats},
+        IMAGES[i],
+        rngs={"dropout": jax.random.key(i)},
+        mutable=["batch_stats"],
+    )
+    return cross_entropy(logits, i), new["batch_stats"]
+
+
+def linen_state(tx, kind=TrainState):
+    return kind.create(
+        apply_fn=MODEL.apply,
+        params=VARIABLES["params"],
+        tx=tx,
+        **({"batch_stats": VARIABLES["batch_stats"]} if kind is TrainState else {}),
+    )
+
+
+@jax.jit
+def linen_step(state, i):
+    loss = partial(linen_loss, stats=state.batch_stats, i=i)
+    grads, stats = jax.grad(loss, has_aux=True)(state.params)
+    return state.apply_gradients(
+        grads=grads, value_fn=lambda p: loss(p)[0], batch_stats=stats
+    )
+
+
+@each_chain
+def test_linen_is_the_loop_by_hand(make):
+    state, tx = linen_state(make()), make()
+    params, stats = VARIABLES["params"], VARIABLES["batch_stats"]
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def by_hand(params, stats, opt_state, i):
+        loss = partial(linen_loss, stats=stats, i=i)
+        grads, new = jax.grad(loss, has_aux=True)(params)
+        updates, opt_state = tx.update(
+            grads, opt_state, params, value_fn=lambda p: loss(p)[0]
+        )
+        return optax.apply_updates(params, updates), new, opt_state
+
+    for i in range(4):
+        _, of_a_plain_step = linen_loss(state.params, state.batch_stats, i)
+        state = linen_step(state, i)
+        params, stats, opt_state = by_hand(params, stats, opt_state, i)
+        equal((state.params, state.opt_state), (params, opt_state))
+        close(state.batch_stats, of_a_plain_step)
+        equal(state.batch_stats, stats)
+    assert state.step == 4
+
+
+def test_linen_hands_extra_arguments_to_the_transformation_and_fields_to_replace():
+    seen = {}
+
+    def update(updates, state, params=None, **extra_args):
+        seen.update(extra_args)
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    state = linen_state(tx)
+    grads = jax.tree.map(jnp.zeros_like, state.params)
+    functions = {name: lambda p: p for name in ("value_fn", "grad_fn", "curvature_fn")}
+    state = state.apply_gradients(
+        grads=grads,
+        **functions,
+        extra_args={"refresh": True, "value": 3.0},
+        batch_stats=None,
+    )
+    assert seen == {**functions, "refresh": True, "value": 3.0}
+    assert state.batch_stats is None
+    assert state.step == 1
+
+
+def test_linen_without_a_loss_is_flaxs_own():
+    tx = optax.adam(0.1)
+    state, own = linen_state(tx), linen_state(tx, train_state.TrainState)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    for _ in range(2):
+        state, own = (x.apply_gradients(grads=grads) for x in (state, own))
+    equal((state.params, state.opt_state), (own.params, own.opt_state))
+
+
+def test_linen_says_what_is_missing():
+    state = linen_state(CHAINS["secant"]())
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    with pytest.raises(ValueError, match="update needs value_fn or grad_fn"):
+        state.apply_gradients(grads=grads)
+
+
+# --- nnx ------------------------------------------------------------------------------
+
+
+class NnxNetwork(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(5, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+
+def nnx_loss(model, i):
+    return cross_entropy(model(IMAGES[i]), i)
+
+
+@nnx.jit
+def nnx_step(model, optimizer, i):
+    loss = partial(nnx_loss, i=i)
+    at_clean_pass = value_fn(model, loss)
+    grads = nnx.grad(loss)(model)
+    optimizer.update(model, grads, value_fn=at_clean_pass)
+
+
+@each_chain
+def test_nnx_moves_statistics_and_counts_as_a_plain_step_does(make):
+    model = NnxNetwork(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, make(), wrt=nnx.Param)
+    tx = make()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params, rest = raw(params), jax.tree.map(jnp.copy, rest)  # not the live model's
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def by_hand(params, rest, opt_state, i):
+        def loss(params):
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            value = nnx_loss(model, i)
+            return value, nnx.state(model, nnx.Not(nnx.Param))
+
+        grads, moved = jax.grad(loss, has_aux=True)(params)
+        updates, opt_state = tx.update(
+            grads, opt_state, params, value_fn=lambda p: loss(p)[0]
+        )
+        return optax.apply_updates(params, updates), moved, opt_state
+
+    for i in range(4):
+        nnx_step(model, optimizer, i)
+        params, rest, opt_state = by_hand(params, rest, opt_state, i)
+        close(raw(nnx.state(model, nnx.Param)), params)
+        moved = nnx.filter_state(rest, nnx.BatchStat)
+        equal(nnx.state(model, nnx.BatchStat), moved)
+        assert model.dropout.rngs.count[...] == i + 1
+
+
+def test_nnx_value_fn_leaves_the_live_model_alone_and_repeats_itself():
+    model = NnxNetwork(nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, raw(nnx.state(model, nnx.Not(nnx.RngKey))))
+    of_batch = value_fn(model, partial(nnx_loss, i=0))
+    params = nnx.state(model, nnx.Param)
+    first, again = of_batch(params), of_batch(raw(params))
+    assert first == again  # the same mask, from Param nodes and from arrays
+    equal(raw(nnx.state(model, nnx.Not(nnx.RngKey))), before)
+    assert nnx_loss(model, 0) == first  # the clean pass draws it as well
+    assert nnx_loss(model, 0) != first
+    assert of_batch(params) == first  # whatever the live model has done since
+
+
+def test_nnx_parameters_of_another_kind():
+    model = NnxNetwork(nnx.Rngs(0))
+    only_last = nnx.All(nnx.Param, nnx.PathContains("last"))
+    optimizer = nnx.Optimizer(model, CHAINS["secant"](), wrt=only_last)
+    first = jnp.copy(model.first.kernel[...])
+    loss = partial(nnx_loss, i=0)
+    of_batch = value_fn(model, loss, wrt=only_last)
+    grads = nnx.grad(loss, argnums=nnx.DiffState(0, only_last))(model)
+    last = jnp.copy(model.last.kernel[...])
+    optimizer.update(model, grads, value_fn=of_batch)
+    equal(model.first.kernel[...], first)
+    assert jnp.any(model.last.kernel[...] != last)

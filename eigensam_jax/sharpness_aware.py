@@ -139,15 +139,15 @@ def sharpness_aware(
             info = devices.mean(info, axes)
 
         if tracker is not None and top is not None:
-            own_change = tree_math.add_scaled(
-                space.select(own_updates if per_device else new_updates), -1, grads
-            )
             along = _along(step, grads, top.eigenvector)
-            pair_axes = axes if per_device else ()
 
             def observed(tracked: Any) -> Any:
+                after = space.select(own_updates if per_device else new_updates)
                 epsilon, change, projection = _mean_pair(
-                    step.epsilon, own_change, along, pair_axes
+                    step.epsilon,
+                    tree_math.add_scaled(after, -1, grads),
+                    along,
+                    axes if per_device else (),
                 )
                 if tracker.observe_projection:
                     epsilon = tree_math.scale(projection, top.eigenvector)

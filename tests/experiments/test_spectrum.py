@@ -8,7 +8,15 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from eigensam_jax import eigen, hessian
-from eigensam_jax.experiments import cli, data, measures, models, spectrum, training
+from eigensam_jax.experiments import (
+    cli,
+    commands,
+    data,
+    measures,
+    models,
+    spectrum,
+    training,
+)
 
 SMOKE = spectrum.Config(
     dataset="digits",
@@ -174,6 +182,6 @@ def test_help_fits_a_screen(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["spectrum", "--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert cli._EXAMPLES == spectrum.EXAMPLES
+    assert commands._EXAMPLES == spectrum.EXAMPLES
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 80

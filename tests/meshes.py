@@ -34,13 +34,16 @@ def batches(steps, dtype=jnp.float32, seed=1):
     return inputs, jnp.asarray(rng.integers(0, 8, (steps, 32)))
 
 
+def split(batches):
+    """An axis of devices after that of steps."""
+    return jax.tree.map(lambda x: x.reshape(len(x), DEVICES, -1, *x.shape[2:]), batches)
+
+
 def part(batches, step, group=None):
     """The batch of a step, or what one of the devices gets of it."""
-    take = lambda x: x[step] if group is None else x[step, group]
-    split = lambda x: x.reshape(len(x), DEVICES, -1, *x.shape[2:])
-    return jax.tree.map(
-        take, batches if group is None else jax.tree.map(split, batches)
-    )
+    if group is None:
+        return jax.tree.map(lambda x: x[step], batches)
+    return jax.tree.map(lambda x: x[step, group], split(batches))
 
 
 def loss(params, batch):
@@ -90,9 +93,8 @@ def by_pmap(make, params, batches, per_device=False, **extra):
     tx = make(axis_name=AXIS)
     kwargs = {"axes": (AXIS,), "per_device": per_device, "own": False, **extra}
     train = partial(run, partial(step, tx, **kwargs))
-    split = lambda x: x.reshape(len(x), DEVICES, -1, *x.shape[2:])
     return jax.pmap(train, axis_name=AXIS, in_axes=(None, None, 1))(
-        params, tx.init(params), jax.tree.map(split, batches)
+        params, tx.init(params), split(batches)
     )
 
 
@@ -130,9 +132,8 @@ def by_vmap(make, params, batches, per_device=False, **extra):
     tx = make(axis_name=AXIS)
     kwargs = {"axes": (AXIS,), "per_device": per_device, "own": False, **extra}
     train = partial(run, partial(step, tx, **kwargs))
-    split = lambda x: x.reshape(len(x), DEVICES, -1, *x.shape[2:])
     mapped = jax.vmap(train, in_axes=(None, None, 1), out_axes=None, axis_name=AXIS)
-    return jax.jit(mapped)(params, tx.init(params), jax.tree.map(split, batches))
+    return jax.jit(mapped)(params, tx.init(params), split(batches))
 
 
 MODES = {

@@ -313,9 +313,8 @@ def test_trackers_see_the_mean_pair_turned_one_way(mode, projection):
         if projection:
             epsilon = tree_math.scale(tree_math.vdot(epsilon, v), v)
         pairs.append((tree_math.scale(sign, epsilon), turned))
-    assert (
-        len({float(sign) for _, _, sign, _ in devices}) == 2
-    )  # else none would be turned
+    signs = {float(sign) for _, _, sign, _ in devices}
+    assert signs == {-1, 1}  # else none would be turned
     assert_close(state[0].tracker.pair, mean(pairs), 1e-5)
 
 

@@ -33,11 +33,11 @@ def cross_entropy(logits, i):
     return losses.mean()
 
 
-def equal(a, b):
+def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def close(a, b):
+def assert_close(a, b):
     allclose = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(allclose, a, b)
 
@@ -110,9 +110,9 @@ def test_linen_is_the_loop_by_hand(make):
         _, of_a_plain_step = linen_loss(state.params, state.batch_stats, i)
         state = linen_step(state, i)
         params, stats, opt_state = by_hand(params, stats, opt_state, i)
-        equal((state.params, state.opt_state), (params, opt_state))
-        close(state.batch_stats, of_a_plain_step)
-        equal(state.batch_stats, stats)
+        assert_equal((state.params, state.opt_state), (params, opt_state))
+        assert_close(state.batch_stats, of_a_plain_step)
+        assert_equal(state.batch_stats, stats)
     assert state.step == 4
 
 
@@ -144,7 +144,7 @@ def test_linen_without_a_loss_is_flaxs_own():
     grads = jax.tree.map(jnp.ones_like, state.params)
     for _ in range(2):
         state, own = (x.apply_gradients(grads=grads) for x in (state, own))
-    equal((state.params, state.opt_state), (own.params, own.opt_state))
+    assert_equal((state.params, state.opt_state), (own.params, own.opt_state))
 
 
 def test_linen_says_what_is_missing():
@@ -205,9 +205,9 @@ def test_nnx_moves_statistics_and_counts_as_a_plain_step_does(make):
     for i in range(4):
         nnx_step(model, optimizer, i)
         params, rest, opt_state = by_hand(params, rest, opt_state, i)
-        close(raw(nnx.state(model, nnx.Param)), params)
+        assert_close(raw(nnx.state(model, nnx.Param)), params)
         moved = nnx.filter_state(rest, nnx.BatchStat)
-        equal(nnx.state(model, nnx.BatchStat), moved)
+        assert_equal(nnx.state(model, nnx.BatchStat), moved)
         assert model.dropout.rngs.count[...] == i + 1
 
 
@@ -218,7 +218,7 @@ def test_nnx_value_fn_leaves_the_live_model_alone_and_repeats_itself():
     params = nnx.state(model, nnx.Param)
     first, again = of_batch(params), of_batch(raw(params))
     assert first == again  # the same mask, from Param nodes and from arrays
-    equal(raw(nnx.state(model, nnx.Not(nnx.RngKey))), before)
+    assert_equal(raw(nnx.state(model, nnx.Not(nnx.RngKey))), before)
     assert nnx_loss(model, 0) == first  # the clean pass draws it as well
     assert nnx_loss(model, 0) != first
     assert of_batch(params) == first  # whatever the live model has done since
@@ -234,5 +234,5 @@ def test_nnx_parameters_of_another_kind():
     grads = nnx.grad(loss, argnums=nnx.DiffState(0, only_last))(model)
     last = jnp.copy(model.last.kernel[...])
     optimizer.update(model, grads, value_fn=of_batch)
-    equal(model.first.kernel[...], first)
+    assert_equal(model.first.kernel[...], first)
     assert jnp.any(model.last.kernel[...] != last)

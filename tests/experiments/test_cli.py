@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from command_line import error_of
 
 from eigensam_jax.experiments import (
     cli,
@@ -88,17 +89,9 @@ def test_a_bad_option_ends_with_one_line(
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "make_run", None)  # training would fail
-    try:
-        code = cli.main(["compare", *options.split()])
-    except SystemExit as stop:  # how argparse leaves
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith("eigensam")
-    assert wrong in captured.err
-    assert right in captured.err
+    error = error_of(["compare", *options.split()], capsys)
+    assert wrong in error
+    assert right in error
 
 
 def test_a_file_that_is_cut_off_ends_with_one_line(tmp_path, capsys):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import error_of
 from jax.flatten_util import ravel_pytree
 
 from eigensam_jax import eigen, hessian
@@ -144,17 +145,9 @@ def test_a_bad_option_ends_with_one_line(
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(spectrum, "train", None)  # training would fail
-    try:
-        code = cli.main(["spectrum", *options.split()])
-    except SystemExit as stop:  # how argparse leaves
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith("eigensam")
-    assert wrong in captured.err
-    assert right in captured.err
+    error = error_of(["spectrum", *options.split()], capsys)
+    assert wrong in error
+    assert right in error
 
 
 def test_training_that_diverges_ends_with_what_to_do(tmp_path, capsys):

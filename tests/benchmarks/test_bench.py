@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from command_line import error_of
 from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
@@ -163,16 +164,9 @@ def test_a_bad_option_ends_with_one_line(
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(programs, "compile_program", None)  # work would fail
-    try:
-        code = cli.main(["bench", *options.split()])
-    except SystemExit as stop:  # how argparse leaves
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert wrong in captured.err
-    assert right in captured.err
+    error = error_of(["bench", *options.split()], capsys)
+    assert wrong in error
+    assert right in error
     assert [p.name for p in tmp_path.iterdir()] == ["pyproject.toml"]
 
 

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from command_line import error_of
 from rich.console import Console
 
 from eigensam_jax.benchmarks import following, track
@@ -176,16 +177,9 @@ def test_a_bad_option_ends_with_one_line(
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(following, "make_run", None)  # training would fail
-    try:
-        code = cli.main(["track", *options.split()])
-    except SystemExit as stop:  # how argparse leaves
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert wrong in captured.err
-    assert right in captured.err
+    error = error_of(["track", *options.split()], capsys)
+    assert wrong in error
+    assert right in error
 
 
 def test_a_run_that_diverges_ends_with_what_to_do(tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from eigensam_jax import devices
 from eigensam_jax.devices import Axes, AxisName
@@ -57,6 +58,19 @@ def check_fraction(name: str, value: Any) -> None:
     if not is_number or not 0 <= value < 1:
         raise ValueError(
             f"{name} must be a number of at least 0 and less than 1, got {value!r}."
+        )
+
+
+def check_floating(name: str, dtype: DTypeLike | None) -> None:
+    """Refuses a dtype that is given and is not a floating-point one."""
+    try:
+        is_floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
+        raise ValueError(
+            f"{name} must be a floating-point dtype, for example jnp.bfloat16, or None,"
+            f" got {dtype!r}."
         )
 
 

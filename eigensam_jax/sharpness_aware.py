@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from eigensam_jax import arguments, devices, hessian, masking, tree_math
+from eigensam_jax import arguments, devices, hessian, masking, rounding, tree_math
 from eigensam_jax.devices import Axes, AxisName
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.hessian import GradFn, HvpMode, Matvec, ValueFn
@@ -57,10 +58,12 @@ def sharpness_aware(
     axis_name: AxisName = None,
     per_device: bool = False,
     hvp_mode: HvpMode = "forward_over_reverse",
+    eigenvector_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """∇L(w) becomes ∇L(w + ε), ε = perturb(count, g, w, top eigenpair).
 
-    `perturb` sees the leaves that `mask` selects, as lists; `tracker` sees whole trees.
+    `perturb` sees the leaves that `mask` selects, as lists; `tracker` sees whole trees,
+    and its own state in the dtypes that its `init` gave it.
     """
     masking.check(mask)
     arguments.check_axis_name(axis_name, per_device)
@@ -79,7 +82,8 @@ def sharpness_aware(
             tracked = tracker.init(params)
             v = space.select(tracked.eigenvector)
             v = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v)), v)
-            tracked = tracked._replace(eigenvector=space.embed(v, params))
+            v = _cast(space.embed(v, params), eigenvector_dtype)
+            tracked = tracked._replace(eigenvector=v)
         return SharpnessAwareState(jnp.zeros((), jnp.int32), tracked, info)
 
     def update_fn(
@@ -121,15 +125,15 @@ def sharpness_aware(
         tracked, top = state.tracker, None
         if tracker is not None:
             matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
+            v = tree_math.widen(tracked.eigenvector)
+            tracked = tracked._replace(eigenvector=v)
             tracked = tracker.refresh(tracked, matvec, state.count, refresh)
             top = Eigenpair(
                 space.select(tracked.eigenvector), tracked.eigenvalue, tracked.residual
             )
 
         step = perturb(state.count, grads, weights, top)
-        perturbed = jax.tree.map(
-            lambda w, e: jnp.asarray(w + e, jnp.result_type(w)), weights, step.epsilon
-        )
+        perturbed = rounding.add(weights, step.epsilon, state.count)
         value, own_updates = own_value_and_grad(
             devices.as_own(space.merge(perturbed, params), axes)
         )
@@ -165,6 +169,8 @@ def sharpness_aware(
             elif refresh is None:
                 is_due = state.count % tracker.observe_interval == 0
                 tracked = jax.lax.cond(is_due, observed, lambda same: same, tracked)
+            v = _cast(tracked.eigenvector, eigenvector_dtype)
+            tracked = tracked._replace(eigenvector=v)
         dtype = tree_math.accumulation_dtype(params)
         info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)
         new_updates = jax.tree.map(
@@ -221,6 +227,10 @@ def _mean_pair(
     sign = jnp.where(along < 0, -1, 1)
     pair = (tree_math.scale(sign, epsilon), tree_math.scale(sign, change))
     return devices.mean((*pair, sign * along), axes)
+
+
+def _cast(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
+    return tree if dtype is None else jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 def _cast_like(weights: PyTree, tree: PyTree) -> PyTree:

@@ -34,7 +34,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from eigensam_jax import arguments, hessian, perturbation, trackers
 from eigensam_jax.devices import AxisName
@@ -62,9 +62,9 @@ def sam(
     Put it first in the chain: `updates` must be the gradient of `value_fn` at `params`.
     Last in the chain it would hand on the gradient itself, not a step downhill.
 
-    The perturbed parameters have the dtypes of `params`. In bfloat16 or float16 that
-    rounds away perturbations of weights below their last bit, about 1/256 and 1/2048 of
-    a weight: keep the parameters in float32 and cast inside the loss.
+    The perturbed parameters have the dtypes of `params`. In bfloat16 or float16, where
+    most of ε is below the last bit of a weight, they are rounded stochastically, so
+    that ε is not lost: see `rounding.add`.
 
     Args:
       rho: ρ, the radius of the perturbation, at least 0; or a schedule of the number of
@@ -180,6 +180,7 @@ def eigen_sam(
     axis_name: AxisName = None,
     per_device: bool = False,
     hvp_mode: HvpMode = "forward_over_reverse",
+    eigenvector_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Eigen-SAM: SAM, turned towards the top eigenvector v of the Hessian.
 
@@ -247,6 +248,9 @@ def eigen_sam(
         under it and passes under "reverse_over_reverse". A kernel with no second
         derivative at all needs "finite_difference", two gradients a product, which is
         good for smooth networks in float32 and not for ReLU: see `hessian.matvec`.
+      eigenvector_dtype: the dtype in which v is kept between steps; None is float32, or
+        that of the parameters where it is wider. `jnp.bfloat16` halves its memory; sums
+        with v are in float32 all the same.
 
     Returns:
       As `sam`. `update` takes two more keyword arguments: `curvature_fn`, params ->
@@ -258,7 +262,8 @@ def eigen_sam(
 
     Raises:
       ValueError: for a negative `rho` or `alpha`, for a `tracker` that is none, for an
-        `hvp_mode` that there is not, and as `sam`.
+        `hvp_mode` that there is not, for an `eigenvector_dtype` that is not a floating
+        one, and as `sam`.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
@@ -288,6 +293,7 @@ def eigen_sam(
         "tracker.observe_interval", tracker.observe_interval, "steps between calls"
     )
     arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
+    arguments.check_floating("eigenvector_dtype", eigenvector_dtype)
 
     def perturb(
         count: jax.Array, grads: PyTree, _: Any, top: Eigenpair
@@ -297,7 +303,15 @@ def eigen_sam(
             grads, top.eigenvector, _at("rho", rho, count), weight
         )
 
-    return sharpness_aware(perturb, tracker, mask, axis_name, per_device, hvp_mode)
+    return sharpness_aware(
+        perturb,
+        tracker,
+        mask,
+        axis_name,
+        per_device,
+        hvp_mode,
+        eigenvector_dtype,
+    )
 
 
 def _at(name: str, value: ScalarOrSchedule, count: jax.Array) -> ArrayLike:

@@ -15,7 +15,7 @@ LAYERS = [
     {"arguments"},
     {"krylov"},
     {"density", "thick_restart"},
-    {"eigen", "masking", "perturbation"},
+    {"eigen", "masking", "perturbation", "rounding"},
     {"trackers"},
     {"sharpness_aware"},
     {"transform"},

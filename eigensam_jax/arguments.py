@@ -170,7 +170,7 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
     """
 
     def checked(params: PyTree) -> jax.Array:
-        value = value_fn(params)
+        value = _called(name, value_fn, params)
         if [jnp.shape(x) for x in jax.tree.leaves(value)] != [()]:
             raise ValueError(
                 f"{name} must return a scalar, got {jax.tree.map(jnp.shape, value)} "
@@ -186,6 +186,21 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
         return value
 
     return checked
+
+
+def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any:
+    """`function(params)`; what it raises gets a note on how it was called."""
+    try:
+        return function(params)
+    except Exception as error:
+        error.add_note(
+            f"{name} was called with the parameters that update was given, and nothing "
+            f"else. The batch goes into a closure, {name}=lambda p: loss(p, batch). If "
+            "the parameters have another structure than yours, a wrapper that changes "
+            "it, such as optax.flatten, is around this transformation: put it around "
+            "what follows it in the chain."
+        )
+        raise
 
 
 def like_params(name: str, tree: PyTree, params: PyTree, remedy: str) -> PyTree:
@@ -216,7 +231,12 @@ def gradient_function(
     if grad_fn is not None:
         return lambda params: (
             jnp.array(jnp.nan),
-            like_params("grad_fn(params)", grad_fn(params), params, _GRAD_REMEDY),
+            like_params(
+                "grad_fn(params)",
+                _called("grad_fn", grad_fn, params),
+                params,
+                _GRAD_REMEDY,
+            ),
         )
     assert value_fn is not None  # check_update has seen to it
     return jax.value_and_grad(scalar_valued("value_fn", value_fn, axes))

@@ -1,7 +1,4 @@
-"""Perturbed weights in narrow dtypes: exact in the mean, and in what SAM makes of them.
-
-A sum rounded to the nearest, as `w + ε.astype(w.dtype)` is, is what all is held against.
-"""
+"""Perturbed weights in narrow dtypes: exact in the mean, and in SAM's gradient."""
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,445 @@
+"""The recipes of notebooks/composing.md, each against what it stands for."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import transformer
+from jax.flatten_util import ravel_pytree
+from meshes import AXIS, DEVICES
+from optax.microbatching import AccumulationType, microbatch
+from problems import network
+
+from eigensam_jax import eigen_sam, perturbation, sam, trackers, tree_math
+
+LINKS = {
+    "sam": lambda **options: sam(0.1, **options),
+    "secant": lambda **options: eigen_sam(0.1, 0.5, **options),
+    "power_iteration": lambda **options: eigen_sam(
+        0.1, 0.5, trackers.power_iteration(2, update_interval=2), **options
+    ),
+    "lanczos": lambda **options: eigen_sam(
+        0.1, 0.5, trackers.lanczos(2, update_interval=2), **options
+    ),
+    "ritz": lambda **options: eigen_sam(
+        0.1, 0.5, trackers.ritz(update_interval=2), **options
+    ),
+}
+each_link = pytest.mark.parametrize("name", LINKS)
+# Whose v does not depend on how the parameters are laid out in leaves.
+without_random_start = pytest.mark.parametrize("name", ["sam", "secant", "ritz"])
+EIGEN = [name for name in LINKS if name != "sam"]
+
+
+def train(tx, params, make_value_fn, steps=4, make_grad_fn=None):
+    """Jitted steps with `make_value_fn(step)` and, if given, `make_grad_fn(step)`."""
+
+    @jax.jit
+    def step(params, state, index):
+        value_fn = make_value_fn(index)
+        grad_fn = make_grad_fn(index) if make_grad_fn else None
+        grads = (grad_fn or jax.grad(value_fn))(params)
+        updates, state = tx.update(
+            grads, state, params, value_fn=value_fn, grad_fn=grad_fn
+        )
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for i in range(steps):
+        params, state = step(params, state, jnp.int32(i))
+    return params, state
+
+
+def assert_same_run(run, other):
+    """Parameters and eigenvectors to rounding."""
+    (params, state), (expected, expected_state) = run, other
+    chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=2e-6)
+    v = optax.tree.get(expected_state, "eigenvector")
+    if v is not None:
+        chex.assert_trees_all_close(
+            optax.tree.get(state, "eigenvector"), v, rtol=1e-4, atol=2e-4
+        )
+
+
+# --- gradient accumulation ------------------------------------------------------------
+
+
+def wide_network(examples, width=64):
+    keys = jax.random.split(jax.random.key(3), 4)
+    params = {
+        "in": jax.random.normal(keys[0], (16, width)) / 4,
+        "out": jax.random.normal(keys[1], (width, 4)) / 8,
+    }
+    inputs = jax.random.normal(keys[2], (examples, 16))
+    return params, (inputs, jax.random.randint(keys[3], (examples,), 0, 4))
+
+
+def wide_loss(params, batch):
+    logits = jnp.tanh(batch[0] @ params["in"]) @ params["out"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+
+def accumulated(batch, size):
+    """The recipe: a gradient that goes through the batch in parts of `size`."""
+    mean_grad = microbatch(jax.grad(wide_loss), 1, size, AccumulationType.RUNNING_MEAN)
+    return lambda params: mean_grad(params, batch)
+
+
+@each_link
+def test_accumulation_is_the_step_on_the_whole_batch(name):
+    params, batch = wide_network(96)
+    tx = optax.chain(LINKS[name](), optax.sgd(0.1))
+    whole = train(tx, params, lambda _: lambda p: wide_loss(p, batch))
+    parts = train(
+        tx, params, lambda _: None, make_grad_fn=lambda _: accumulated(batch, 16)
+    )
+    assert_same_run(parts, whole)
+
+
+@pytest.mark.parametrize("name", ["sam", "secant", "power_iteration"])
+def test_memory_does_not_grow_with_the_number_of_micro_batches(name):
+    def measured(num, in_parts):
+        """Bytes of temporary memory, and of the batch."""
+        params, batch = wide_network(64 * num, width=1024)
+        tx = LINKS[name]()
+
+        def step(params, state, batch):
+            grad_fn = lambda p: jax.grad(wide_loss)(p, batch)
+            if in_parts:
+                grad_fn = accumulated(batch, 64)
+            return tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+
+        compiled = jax.jit(step).lower(params, tx.init(params), batch).compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        return memory, sum(x.nbytes for x in batch)
+
+    few, few_examples = measured(4, True)
+    many, many_examples = measured(32, True)
+    # The batch in the order of its parts, for either gradient; and no activations.
+    assert many - few <= 2 * (many_examples - few_examples)
+    assert measured(32, False)[0] > 4 * many
+
+
+# --- low precision --------------------------------------------------------------------
+
+
+def test_float16_with_loss_scaling():
+    """Gradients of 1e-7 and less, which float16 would lose, and float32 weights."""
+    params, batch = wide_network(64)
+    small_loss = lambda p, batch: 1e-5 * wide_loss(p, batch)
+
+    def half_loss(params, scale):
+        half = jax.tree.map(lambda x: x.astype(jnp.float16), (params, batch[0]))
+        logits = jnp.tanh(half[1] @ half[0]["in"]) @ half[0]["out"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+        # What flows backward is float16 from here on.
+        return (jnp.float16(1e-5) * jnp.float16(scale) * losses).mean()
+
+    def unscaled_grad(scale):
+        return lambda p: tree_math.scale(1 / scale, jax.grad(half_loss)(p, scale))
+
+    tx = eigen_sam(0.1, 0.5)
+    exact = lambda p: jax.grad(small_loss)(p, batch)
+    after, _ = tx.update(exact(params), tx.init(params), params, grad_fn=exact)
+
+    def error(scale):
+        grad_fn = unscaled_grad(scale)
+        got, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+        chex.assert_trees_all_equal_dtypes(got, params)
+        difference = tree_math.add_scaled(got, -1, after)
+        return float(tree_math.norm(difference) / tree_math.norm(after))
+
+    assert error(2.0**14) < 0.01
+    assert error(1.0) > 0.3
+
+
+@pytest.mark.parametrize("name", EIGEN)
+def test_an_eigenvector_in_bfloat16_is_half_as_large_and_hardly_another(name):
+    params, loss = network()
+    make_value_fn = lambda i: lambda p: loss(p, i % 5)
+    narrow = optax.chain(LINKS[name](eigenvector_dtype=jnp.bfloat16), optax.sgd(0.1))
+    _, state = train(narrow, params, make_value_fn, steps=10)
+    _, wide_state = train(
+        optax.chain(LINKS[name](), optax.sgd(0.1)), params, make_value_fn, steps=10
+    )
+    v, wide = (optax.tree.get(s, "eigenvector") for s in (state, wide_state))
+    chex.assert_trees_all_equal_dtypes(
+        v, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    )
+    for field in ("eigenvalue", "residual", "alignment"):
+        assert optax.tree.get(state, field).dtype == jnp.float32
+    nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    assert nbytes(v) == nbytes(wide) / 2
+    cosine = tree_math.vdot(v, wide) / tree_math.norm(v) / tree_math.norm(wide)
+    assert abs(cosine) > 0.99
+
+
+@pytest.mark.parametrize("bad", ["int32", jnp.complex64, "narrow"])
+def test_an_eigenvector_dtype_that_is_none_is_refused(bad):
+    with pytest.raises(ValueError, match=r"eigenvector_dtype must be a floating-point"):
+        eigen_sam(eigenvector_dtype=bad)
+
+
+# --- masks ----------------------------------------------------------------------------
+
+
+def path_mask(is_chosen):
+    """A mask by the names on the way to a leaf."""
+
+    def mask(params):
+        return jax.tree.map_with_path(
+            lambda path, x: is_chosen([key.key for key in path], x), params
+        )
+
+    return mask
+
+
+is_norm = lambda path: any(key.startswith("norm") for key in path)
+MASKS = {
+    "norms only": path_mask(lambda path, _: is_norm(path)),
+    "no biases, no norms": path_mask(lambda path, x: x.ndim > 1 and not is_norm(path)),
+    "adapter only": path_mask(lambda path, _: "lora" in path),
+    "head only": path_mask(lambda path, _: path[0] == "norm"),
+}
+
+
+@pytest.mark.parametrize("masked", MASKS)
+def test_a_masked_perturbation_and_its_eigenvector(masked):
+    """ε and v are exactly 0 outside; inside v is the eigenvector of that block."""
+    params = transformer.parameters()
+    mask = MASKS[masked](params)
+    where, outside = perturbed_at(params, lambda p: transformer.loss(p, 0), mask, 300)
+    assert not outside
+    inside = [
+        x for x, on in zip(*map(jax.tree.leaves, (params, mask)), strict=True) if on
+    ]
+    flat, unravel = ravel_pytree(inside)
+
+    def block_loss(flat):
+        chosen = iter(unravel(flat))
+        whole = jax.tree.map(lambda x, on: next(chosen) if on else x, params, mask)
+        return transformer.loss(whole, 0)
+
+    values, vectors = np.linalg.eigh(jax.hessian(block_loss)(flat))
+    v, _ = ravel_pytree(
+        [x for x, on in zip(*map(jax.tree.leaves, (where, mask)), strict=True) if on]
+    )
+    assert abs(v @ vectors[:, np.argmax(np.abs(values))]) > 0.99
+
+
+def perturbed_at(params, value_fn, mask, num_iters):
+    """v after one step, and what of ε and v is not zero outside the mask."""
+    tx = eigen_sam(0.1, 0.5, trackers.power_iteration(num_iters), mask=mask)
+    seen = []
+    spied = lambda p: seen.append(p) or jax.grad(value_fn)(p)
+    _, state = tx.update(
+        jax.grad(value_fn)(params), tx.init(params), params, grad_fn=spied
+    )
+    v = state.tracker.eigenvector
+    outside = [
+        on
+        for w, x, e, on in zip(
+            *map(jax.tree.leaves, (params, v, seen[-1], mask)), strict=True
+        )
+        if not on and (jnp.any(x != 0) or jnp.any(w != e))
+    ]
+    return v, outside
+
+
+@pytest.mark.parametrize("name", EIGEN)
+def test_outside_the_mask_every_tracker_keeps_to_zero(name):
+    params, loss = network()
+    mask = path_mask(lambda path, _: "b" in path)(params)
+    tx = optax.chain(LINKS[name](mask=mask), optax.sgd(0.1))
+    _, state = train(tx, params, lambda i: lambda p: loss(p, i))
+    v = optax.tree.get(state, "eigenvector")
+    inside = jax.tree.map(lambda x, on: jnp.any(x != 0) == on, v, mask)
+    assert all(jax.tree.leaves(inside))
+
+
+def test_frozen_weights_are_constants():
+    """Masked and frozen, a run is one in which they are closed over."""
+    params = transformer.parameters()
+    trained = MASKS["adapter only"](params)
+    frozen = jax.tree.map(lambda on: not on, trained)
+    tx = optax.chain(
+        eigen_sam(0.1, 0.5, mask=trained), optax.freeze(frozen), optax.adam(1e-2)
+    )
+    run = train(tx, params, lambda i: lambda p: transformer.loss(p, i))
+
+    def value_fn(index):
+        return lambda lora: transformer.loss(
+            params | {"block": params["block"] | {"lora": lora}}, index
+        )
+
+    alone = train(
+        optax.chain(eigen_sam(0.1, 0.5), optax.adam(1e-2)),
+        params["block"]["lora"],
+        value_fn,
+    )
+    chex.assert_trees_all_close(run[0]["block"]["lora"], alone[0], atol=1e-6)
+    for w, start, on in zip(
+        *map(jax.tree.leaves, (run[0], params, trained)), strict=True
+    ):
+        assert on or jnp.all(w == start)
+
+
+# --- models of other libraries --------------------------------------------------------
+
+
+@without_random_start
+def test_tied_weights_and_dropout_of_plain_dicts(name):
+    """The mask of the second pass is that of the first: the loss is a function of w."""
+    params = transformer.parameters()
+    tx = optax.chain(LINKS[name](), optax.sgd(0.1))
+
+    def value_fn(index):
+        key = jax.random.fold_in(jax.random.key(0), index)
+        return lambda p: transformer.loss(p, index, key)
+
+    whole = train(tx, params, value_fn)
+    flat, unravel = ravel_pytree(params)
+    raveled = train(tx, flat, lambda i: lambda x: value_fn(i)(unravel(x)))
+    chex.assert_trees_all_close(ravel_pytree(whole[0])[0], raveled[0], atol=1e-5)
+    assert jnp.linalg.norm(raveled[0] - flat) > 0.01
+
+
+@without_random_start
+def test_equinox_is_its_arrays_in_a_dict(name):
+    eqx = pytest.importorskip("equinox")
+    params, loss = network()
+
+    class Model(eqx.Module):
+        hidden: eqx.nn.Linear
+        out: eqx.nn.Linear
+        activation: functools.partial = jnp.tanh
+
+        def weights(self):
+            hidden = {"w": self.hidden.weight.T, "b": self.hidden.bias}
+            return {"hidden": hidden, "out": {"w": self.out.weight.T}}
+
+    keys = jax.random.split(jax.random.key(0))
+    model = Model(
+        eqx.nn.Linear(4, 6, key=keys[0]), eqx.nn.Linear(6, 3, False, key=keys[1])
+    )
+    model = eqx.tree_at(
+        lambda m: (m.hidden.weight, m.hidden.bias, m.out.weight),
+        model,
+        (params["hidden"]["w"].T, params["hidden"]["b"], params["out"]["w"].T),
+    )
+    arrays, static = eqx.partition(model, eqx.is_inexact_array)
+    tx = optax.chain(LINKS[name](), optax.sgd(0.1))
+    arrays, _ = train(
+        tx,
+        arrays,
+        lambda i: lambda arrays: loss(eqx.combine(arrays, static).weights(), i),
+    )
+    expected, _ = train(tx, params, lambda i: lambda p: loss(p, i))
+    chex.assert_trees_all_close(
+        eqx.combine(arrays, static).weights(), expected, atol=1e-6
+    )
+
+
+# --- other recipes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["secant", "power_iteration"])
+def test_unequal_batches_per_device(name):
+    """Padded examples weigh nothing, and devices with fewer examples weigh less."""
+    params, loss_of_weights = padded_problem()
+    lengths = np.array([4, 4, 3, 1, 4, 2, 4, 4])
+    weights = jnp.asarray(np.arange(4) < lengths[:, None], jnp.float32)
+    tx = LINKS[name](axis_name=AXIS)
+
+    def device_step(params, state, device, weights):
+        def value_fn(p):
+            total = jax.lax.pmean(weights.sum(), AXIS)
+            return loss_of_weights(p, device, weights) / total
+
+        grads = jax.lax.pmean(jax.grad(value_fn)(params), AXIS)
+        updates, state = tx.update(grads, state, params, value_fn=value_fn)
+        return optax.apply_updates(params, tree_math.scale(-0.1, updates)), state
+
+    step = jax.pmap(
+        device_step, AXIS, in_axes=(None, None, 0, 0), out_axes=(None, None)
+    )
+    run = params, tx.init(params)
+    for _ in range(2):
+        run = step(*run, jnp.arange(DEVICES), weights)
+
+    def whole(p):
+        sums = [loss_of_weights(p, i, weights[i]) for i in range(DEVICES)]
+        return sum(sums) / lengths.sum()
+
+    link = LINKS[name]()
+    expected = train(optax.chain(link, optax.sgd(0.1)), params, lambda _: whole, 2)
+    assert_same_run(run, expected)
+
+
+def padded_problem():
+    params, (inputs, labels) = wide_network(4 * DEVICES)
+    inputs, labels = (x.reshape(DEVICES, 4, *x.shape[1:]) for x in (inputs, labels))
+
+    def weighted_sum(params, device, weights):
+        logits = jnp.tanh(inputs[device] @ params["in"]) @ params["out"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[device])
+        return jnp.sum(weights * losses)
+
+    return params, weighted_sum
+
+
+def test_has_aux_and_the_loss_at_the_perturbed_weights():
+    params, loss = network()
+    with_aux = lambda p: (loss(p, 0), {"norm": tree_math.norm(p)})
+    (value, aux), grads = jax.value_and_grad(with_aux, has_aux=True)(params)
+    tx = sam(0.1)
+    _, state = tx.update(
+        grads, tx.init(params), params, value_fn=lambda p: with_aux(p)[0]
+    )
+    epsilon = perturbation.sam(grads, 0.1).epsilon
+    expected = loss(tree_math.add_scaled(params, 1, epsilon), 0)
+    perturbed_value = optax.tree.get(state, "perturbed_value")
+    np.testing.assert_allclose(perturbed_value, expected, rtol=1e-6)
+    assert perturbed_value > value + 0.01  # and not the loss, nor what came beside it
+    np.testing.assert_allclose(aux["norm"], tree_math.norm(params))
+
+
+def test_two_groups_with_a_radius_each():
+    """The recipe: perturb each group by itself, and hand the gradient to the rest."""
+    params, loss = network()
+    radii = {"hidden": 0.2, "out": 0.05}
+    value_fn = lambda p: loss(p, 0)
+    grads = jax.grad(value_fn)(params)
+    epsilon = {
+        name: perturbation.sam(grads[name], rho).epsilon for name, rho in radii.items()
+    }
+    sharp = jax.grad(value_fn)(tree_math.add_scaled(params, 1, epsilon))
+
+    g = {name: ravel_pytree(tree)[0] for name, tree in grads.items()}
+    flat, unravel = ravel_pytree(params)
+    units = [radii[name] * g[name] / jnp.linalg.norm(g[name]) for name in g]
+    by_hand = jax.grad(lambda x: value_fn(unravel(x)))(flat + jnp.concatenate(units))
+    np.testing.assert_allclose(ravel_pytree(sharp)[0], by_hand, atol=1e-6)
+
+
+def test_the_average_of_the_weights():
+    params, loss = network()
+    tx = optax.chain(eigen_sam(0.1, 0.5), optax.sgd(0.1))
+    state, average, seen = tx.init(params), params, [params]
+    for i in range(4):
+        value_fn = lambda p, i=i: loss(p, i)
+        updates, state = tx.update(
+            jax.grad(value_fn)(params), state, params, value_fn=value_fn
+        )
+        params = optax.apply_updates(params, updates)
+        average = optax.incremental_update(params, average, 0.1)
+        seen.append(params)
+    weights = [0.9**4, *(0.1 * 0.9 ** (4 - i) for i in range(1, 5))]
+    expected = jax.tree.map(
+        lambda *xs: sum(w * x for w, x in zip(weights, xs, strict=True)), *seen
+    )
+    chex.assert_trees_all_close(average, expected, atol=1e-6)

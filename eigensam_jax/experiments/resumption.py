@@ -48,7 +48,8 @@ def carried_on(out: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str,
     """
     for key in ("config", "versions", "device"):
         _check_same(out, old[key], new[key])
-    kept = {key: old[key] for key in ("command", "wall_time_s", "runs") if key in new}
+    carried = ("command", "wall_time_s", "runs")
+    kept: dict[str, Any] = {key: old[key] for key in carried if key in new}
     if "commands" in new:
         kept["commands"] = list(dict.fromkeys([*old["commands"], *new["commands"]]))
     if "trackers" in new:

@@ -22,7 +22,6 @@ NUM_ITERS = 5
 UPDATE_INTERVAL = 100
 
 Measurement = TypeVar("Measurement")
-M = TypeVar("M", covariant=True)
 
 
 class Settings(NamedTuple):
@@ -95,12 +94,12 @@ class Point(NamedTuple, Generic[Measurement]):
     progress: Progress
 
 
-class Run(Protocol[M]):
+class Run(Protocol[Measurement]):
     """Trains from a seed."""
 
     def __call__(
         self, seed: int, saved: dict[str, Any] | None = None
-    ) -> Iterator[Point[M]]:
+    ) -> Iterator[Point[Measurement]]:
         """Yields the points of the run; of one that was `saved`, the points to come.
 
         `saved` is what `checkpoints.read` found of the `Progress` of a point.

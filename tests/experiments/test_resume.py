@@ -1,5 +1,6 @@
 """`eigensam compare` that is killed and goes on, and what it refuses to go on with."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -9,11 +10,22 @@ import sys
 import time
 from functools import cache
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from command_line import error_of
 
-from eigensam_jax.experiments import checkpoints, cli, results, training
+from eigensam_jax.experiments import (
+    checkpoints,
+    cli,
+    measures,
+    plots,
+    results,
+    training,
+)
 from eigensam_jax.experiments.compare import CHECKPOINT
+from eigensam_jax.experiments.errors import UserError
 
 SMALL = ["compare", "--smoke", "--optimizers", "eigen_sam", "sam_matched"]
 LOOKS = 3  # at a run
@@ -35,9 +47,22 @@ def figures(out):
     return found
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """Programs that one call of the command compiles are those of the next."""
+def make_measure(*_):
+    """A look that sees every bit of the training, and how often it looked before."""
+
+    def measure(params, opt_state, order, looks):
+        leaves = jax.tree.leaves((params, opt_state, order))
+        content = b"".join(np.asarray(x).tobytes() for x in leaves)
+        number = int.from_bytes(hashlib.sha256(content).digest()[:6])
+        looks = jnp.zeros(1) if looks is None else looks
+        return measures.Measurement(*4 * (number,), float(looks[0])), looks + 1
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Few compilations: what one call of the command compiles is there for the next."""
     make_run = training.make_run
     run = cache(lambda name, rho, settings: make_run(*shared, name, rho, settings))
     shared = []
@@ -48,37 +73,43 @@ def compiled_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_run", from_cache)
+        patch.setattr(training, "NUM_ITERS", 1)
+        patch.setattr(training, "UPDATE_INTERVAL", 4)
+        patch.setattr(measures, "make_measure", make_measure)
+        patch.setattr(plots, "compare", lambda runs, title, path: path.touch())
         yield
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(quick, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken")
     assert cli.main([*SMALL, "--out", str(out)]) == 0
+    for run in figures(out)["runs"]:
+        assert run["curves"]["alignment"] == [0, 1, 2]
+        assert len(set(run["curves"]["train_loss"])) == LOOKS
     return out
 
 
-def kill(monkeypatch, *, at, module=checkpoints, name="write", before=False):
-    """Ends the command in, or right after, the call of that number."""
-    original, calls = getattr(module, name), []
+def killed(arguments, *, at, by=Killed, module=checkpoints, before=False):
+    """Ends the command in, or right after, the `at`-th call of the module's `write`."""
+    write, calls = module.write, []
 
-    def write(path, content):
+    def killing(path, content):
         calls.append(path)
         if before and len(calls) == at:
             path.with_name(path.name + ".part").write_bytes(b"half of it")
-            raise Killed
-        original(path, content)
+            raise by
+        write(path, content)
         if len(calls) == at:
-            raise Killed
+            raise by
 
-    monkeypatch.setattr(module, name, write)
-
-
-def killed(arguments, **where):
     with pytest.MonkeyPatch.context() as patch:
-        kill(patch, **where)
-        with pytest.raises(Killed):
-            cli.main(arguments)
+        patch.setattr(module, "write", killing)
+        if by is Killed:
+            with pytest.raises(Killed):
+                cli.main(arguments)
+        else:
+            assert cli.main(arguments) == 130
 
 
 def test_killed_after_every_checkpoint_it_comes_to_the_same(unbroken, tmp_path):
@@ -95,7 +126,7 @@ def test_killed_after_every_checkpoint_it_comes_to_the_same(unbroken, tmp_path):
     [
         {"at": 2, "before": True},
         {"at": LOOKS, "before": True},  # the results file is ahead
-        {"at": 1, "module": results, "name": "write"},
+        {"at": 1, "module": results},
     ],
     ids=["in a checkpoint", "between two files", "after the results file"],
 )
@@ -111,7 +142,7 @@ def unfinished(unbroken, tmp_path_factory):
     """In the middle of a first run, where other results have been before."""
     out = tmp_path_factory.mktemp("unfinished")
     shutil.copytree(unbroken, out, dirs_exist_ok=True)
-    killed([*SMALL, "--alpha", "0.5", "--out", str(out)], at=2)
+    killed([*SMALL, "--seeds", "2", "--out", str(out)], at=2)
     return out
 
 
@@ -132,12 +163,12 @@ def untouched(out, arguments, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
-        ("--alpha 0.2", "(alpha 0.5, now 0.2)"),
-        ("--alpha 0.5 --seeds 2", "(seeds 1, now 2)"),
-        ("--alpha 0.5 --batch-size 64", "(batch_size 128, now 64)"),
-        ("--alpha 0.5 --model cnn", "(model mlp, now cnn)"),
+        ("--seeds 1", "(seeds 2, now 1)"),
+        ("--seeds 2 --alpha 0.5", "(alpha 0.2, now 0.5)"),
+        ("--seeds 2 --batch-size 64", "(batch_size 128, now 64)"),
+        ("--seeds 2 --model cnn", "(model mlp, now cnn)"),
         (
-            "--alpha 0.5 --optimizers sgd",
+            "--seeds 2 --optimizers sgd",
             "(optimizers ['eigen_sam', 'sam_matched'], now ['sgd'])",
         ),
     ],
@@ -194,11 +225,34 @@ def test_finished_runs_are_kept_where_the_checkpoint_is_lost(unbroken, tmp_path)
     assert figures(tmp_path) == figures(unbroken)
 
 
-def test_a_run_that_diverged_is_not_in_the_way(tmp_path, capsys):
-    diverging = [*SMALL, "--out", str(tmp_path), "--learning-rate", "1e30"]
-    assert cli.main(diverging) == 2
-    assert "lower --learning-rate" in capsys.readouterr().err
+def test_a_run_that_diverged_is_not_in_the_way(quick, tmp_path, capsys, monkeypatch):
+    make_run = training.make_run
+
+    def diverging(*args):
+        def run(*job):
+            yield next(make_run(*args)(*job))
+            raise UserError("lower --learning-rate")
+
+        return run
+
+    monkeypatch.setattr(training, "make_run", diverging)
+    assert cli.main([*SMALL, "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert "No run was finished.\n" in captured.out
+    assert "lower --learning-rate" in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_says_how_to_go_on(unbroken, tmp_path, capsys):
+    command = [*SMALL, "--resume", "--out", str(tmp_path)]
+    killed(command, at=2, by=KeyboardInterrupt)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "No run was finished; --resume goes on from there." in said
+    killed(command, at=2, by=KeyboardInterrupt)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "results.json; --resume goes on from there." in said
+    assert cli.main(command) == 0
+    assert figures(tmp_path) == figures(unbroken)
 
 
 @pytest.mark.slow

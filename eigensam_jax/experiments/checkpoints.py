@@ -36,13 +36,16 @@ def read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"--out {path.parent}: its {path.name} cannot be read ({error.strerror}); "
+            "name another folder"
+        ) from error
     size = _DIGEST().digest_size
     digest, content = found[:size], found[size:]
     if _DIGEST(content).digest() != digest:
         raise UserError(
-            f"{path} is damaged; delete it to do the run in progress again, without "
-            "those that are finished"
+            f"{path} is damaged; delete it, and the run in progress begins again: "
+            "finished ones are in results.json"
         )
     tree: dict[str, Any] = serialization.msgpack_restore(content)
     return tree

@@ -120,13 +120,15 @@ def run(
     try:
         for step in _training(config, dataset, runs, unfinished, console):
             document["wall_time_s"] = before + time.perf_counter() - start
-            if not isinstance(step, Unfinished):
+            in_progress = None
+            if isinstance(step, Unfinished):
+                in_progress = step._asdict()
+            else:
                 runs.append(step)
                 # Only now in place of an earlier comparison's.
                 results.write(path, document)
                 if len(runs) == 1:
                     (config.out / "compare.png").unlink(missing_ok=True)
-            in_progress = step._asdict() if isinstance(step, Unfinished) else None
             checkpoints.write(checkpoint, {"results": document, "run": in_progress})
     except (KeyboardInterrupt, UserError) as error:
         if isinstance(error, UserError):  # it would end there again

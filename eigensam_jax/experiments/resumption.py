@@ -69,7 +69,8 @@ def is_unfinished(path: Path) -> bool:
 
 def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     for key in {**before, **now}:
-        if before.get(key) != now.get(key):
+        # The folder may have been moved, or be named in another way.
+        if key != "out" and before.get(key) != now.get(key):
             raise UserError(
                 f"--out {out} holds results of another configuration "
                 f"({key} {before.get(key)}, now {now.get(key)}); name another folder"

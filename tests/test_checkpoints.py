@@ -34,6 +34,7 @@ LINKS = {
     "ritz": lambda: eigen_sam(0.1, 0.5, trackers.ritz(update_interval=2)),
 }
 BATCHES = meshes.batches(4)
+QUICKLY = {"xla_backend_optimization_level": 0}  # half as long to compile
 
 
 def chain(name):
@@ -45,7 +46,8 @@ def trained(name):
     """A chain, its compiled step, and parameters and state after three of them."""
     tx, params = chain(name), meshes.parameters()
     at, batch = (params, tx.init(params)), meshes.part(BATCHES, 0)
-    step = jax.jit(partial(meshes.step, tx)).lower(*at, batch).compile()
+    lowered = jax.jit(partial(meshes.step, tx)).lower(*at, batch)
+    step = lowered.compile(QUICKLY)
     for i in range(3):
         at = step(*at, meshes.part(BATCHES, i))
     return tx, step, at
@@ -149,8 +151,9 @@ def test_a_state_is_restored_onto_another_number_of_devices(before, after, tmp_p
     if (before, after) not in ((8, 4), (1, 8)):
         return  # restored as it should be: two compilations show that it goes on
     batch = meshes.part(BATCHES, 3)
+    onwards = jax.jit(partial(meshes.step, tx), compiler_options=QUICKLY)
     for x, y in zip(
-        jax.tree.leaves(jax.jit(partial(meshes.step, tx))(*restored, batch)),
+        jax.tree.leaves(onwards(*restored, batch)),
         jax.tree.leaves(step(*trained_on_one, batch)),
         strict=True,
     ):
@@ -220,7 +223,7 @@ def by_hand(tracker):
     """A step of a link alone, with the momentum that a loop keeps for itself."""
     link = LINKS[tracker]()
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICKLY)
     def step(params, state, momentum, batch):
         value_fn = lambda p: meshes.loss(p, batch)
         grads = jax.grad(value_fn)(params)

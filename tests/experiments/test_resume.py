@@ -10,6 +10,7 @@ import sys
 import time
 from functools import cache
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from eigensam_jax.experiments import (
     checkpoints,
     cli,
     measures,
+    models,
     plots,
     results,
     training,
@@ -60,6 +62,14 @@ def make_measure(*_):
     return measure
 
 
+class Tiny(nn.Module):
+    classes: int
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(self.classes)(images.reshape(len(images), -1))
+
+
 @pytest.fixture(scope="module")
 def quick():
     """Few compilations: what one call of the command compiles is there for the next."""
@@ -73,6 +83,7 @@ def quick():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_run", from_cache)
+        patch.setitem(models.MODELS, "mlp", Tiny)
         patch.setattr(training, "NUM_ITERS", 1)
         patch.setattr(training, "UPDATE_INTERVAL", 4)
         patch.setattr(measures, "make_measure", make_measure)
@@ -278,7 +289,7 @@ def test_sigkill_at_random_times(seed, tmp_path):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             while written() == before and process.poll() is None:
                 time.sleep(0.01)
-            time.sleep(rng.uniform(0, 4))
+            time.sleep(rng.uniform(0, 3))
             process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
     subprocess.run(command, check=True, capture_output=True)

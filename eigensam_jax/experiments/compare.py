@@ -109,8 +109,10 @@ def run(
         "runs": [],
     }
     path, checkpoint = config.out / "results.json", config.out / CHECKPOINT
-    document, unfinished = _begun(path, checkpoint, new) if resume else (new, None)
-    if not resume and (checkpoint.exists() or resumption.is_unfinished(path)):
+    document, unfinished = new, None
+    if resume:
+        document, unfinished = _begun(path, checkpoint, new)
+    elif checkpoint.exists() or resumption.is_unfinished(path):
         raise UserError(
             f"--out {config.out} holds an unfinished comparison; add --resume to go on "
             "with it, or delete it or name another folder to begin anew"

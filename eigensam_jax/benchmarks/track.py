@@ -10,9 +10,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from eigensam_jax.benchmarks import following, plots, resumption
+from eigensam_jax.benchmarks import following, plots
 from eigensam_jax.benchmarks.specs import TRACKERS
-from eigensam_jax.experiments import data, measures, results, tables, training
+from eigensam_jax.experiments import (
+    data,
+    measures,
+    results,
+    resumption,
+    tables,
+    training,
+)
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import MODELS
 
@@ -92,8 +99,18 @@ def run(config: Config, command: str, console: Console) -> None:
     dataset = _load(config)
     results.make_folder(config.out)
     path, start = config.out / "results.json", time.perf_counter()
-    calls = {name: TRACKERS[name].call for name in config.trackers}
-    document = resumption.document(path, command, _protocol(config, dataset), calls)
+    document = resumption.document(
+        path,
+        {
+            "commands": [command],
+            "config": _protocol(config, dataset),
+            "trackers": {name: TRACKERS[name].call for name in config.trackers},
+            **results.environment(),
+            "complete": False,
+            "wall_time_s": 0.0,
+            "runs": [],
+        },
+    )
     before = document["wall_time_s"]
     try:
         for record in _records(config, dataset, document["runs"], console):

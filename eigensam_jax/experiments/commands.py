@@ -19,7 +19,8 @@ def add_compare(commands: Any) -> None:
         help="train a network with SGD, SAM and Eigen-SAM, and show the difference",
         description="Train the same network from the same seeds with each optimizer. "
         "Prints a table and leaves results.json and compare.png in --out, in place of "
-        "those of an earlier run.",
+        "those of an earlier run; until it is done also checkpoint.msgpack, for "
+        "--resume.",
     )
     add = compare.add_argument
     options.add_problem(compare)
@@ -35,6 +36,12 @@ def add_compare(commands: Any) -> None:
     add("--seeds", **options.count(), help=f"how many [{_USUAL['seeds']}]")
     options.add_training(compare, _USUAL["epochs"])
     options.add_out(compare, "1 seed, 2 epochs: does it run at all?")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with what is unfinished in --out, if anything is: however it "
+        "ended, the results are those of a run without a break",
+    )
     compare.set_defaults(run=_compare)
 
 
@@ -103,7 +110,7 @@ def _compare(chosen: argparse.Namespace, command: str) -> None:
         evaluations=preset["evaluations"],
         out=chosen.out,
     )
-    compare.run(config, command, Console())
+    compare.run(config, command, Console(), resume=chosen.resume)
 
 
 def _spectrum(chosen: argparse.Namespace, command: str) -> None:

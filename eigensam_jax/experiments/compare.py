@@ -6,10 +6,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import serialization
 from rich.console import Console
 from rich.table import Table
 
-from eigensam_jax.experiments import data, measures, plots, results, tables, training
+from eigensam_jax.experiments import (
+    checkpoints,
+    data,
+    measures,
+    plots,
+    results,
+    resumption,
+    tables,
+    training,
+)
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import MODELS
 
@@ -20,6 +30,11 @@ _COLUMNS = {
     "alignment": ("alignment", 1, 3),
     "step_time_ms": ("ms a step", 1, 2),
 }
+
+CHECKPOINT = "checkpoint.msgpack"
+
+Record = dict[str, Any]
+Curves = dict[str, list[Any]]
 
 
 class Config(NamedTuple):
@@ -39,16 +54,33 @@ class Config(NamedTuple):
     out: Path
 
 
-def run(config: Config, command: str, console: Console) -> None:
+class Unfinished(NamedTuple):
+    """A run in progress, after an evaluation that is not its last.
+
+    Attributes:
+      curves: what was measured so far.
+      progress: a `training.Progress`, as the dict that a checkpoint holds.
+    """
+
+    curves: Curves
+    progress: dict[str, Any]
+
+
+def run(
+    config: Config, command: str, console: Console, *, resume: bool = False
+) -> None:
     """Runs the comparison and leaves `results.json` and `compare.png` in `config.out`.
 
-    The results are brought up to date after every run, so that an interruption loses at
-    most the run in progress.
+    The results are brought up to date after every run, and a checkpoint after every
+    evaluation, so that whatever ends the command loses what came after that. The
+    checkpoint alone says where an unfinished comparison is: it holds the results so far
+    and the run in progress.
 
     Args:
       config: what to compare.
       command: the command line, for the results file.
       console: where progress and the table go.
+      resume: whether to go on with what is unfinished in `config.out`, if anything is.
 
     Raises:
       UserError: for what can't be run, before any training; or when a run diverges.
@@ -59,11 +91,12 @@ def run(config: Config, command: str, console: Console) -> None:
     training.check_batch_size(config.batch_size, config.dataset, dataset)
     examples = len(dataset.train_images)
     results.make_folder(config.out)
-    document: dict[str, Any] = {
+    new = {
         "command": command,
         "config": {
             **config._asdict(),
             "data_dir": config.data_dir and str(config.data_dir),
+            "optimizers": list(config.optimizers),
             "out": str(config.out),
             **training.protocol(dataset),
             "curvature_examples": min(examples, measures.CURVATURE_EXAMPLES),
@@ -75,26 +108,40 @@ def run(config: Config, command: str, console: Console) -> None:
         "wall_time_s": 0.0,
         "runs": [],
     }
-    runs: list[dict[str, Any]] = document["runs"]
-    path, start = config.out / "results.json", time.perf_counter()
-    try:
-        for record in _records(config, dataset, console):
-            runs.append(record)
-            document["wall_time_s"] = time.perf_counter() - start
-            results.write(
-                path, document
-            )  # only now in place of an earlier comparison's
-            if len(runs) == 1:
-                (config.out / "compare.png").unlink(missing_ok=True)
-    except (KeyboardInterrupt, UserError):
-        console.print(
-            f"{len(runs)} finished runs are in {path}"
-            if runs
-            else "No run was finished."
+    path, checkpoint = config.out / "results.json", config.out / CHECKPOINT
+    document, unfinished = new, None
+    if resume:
+        document, unfinished = _begun(path, checkpoint, new)
+    elif checkpoint.exists() or resumption.is_unfinished(path):
+        raise UserError(
+            f"--out {config.out} holds an unfinished comparison; add --resume to go on "
+            "with it, or delete it or name another folder to begin anew"
         )
+    runs: list[Record] = document["runs"]
+    before, start = document["wall_time_s"], time.perf_counter()
+    try:
+        for step in _training(config, dataset, runs, unfinished, console):
+            document["wall_time_s"] = before + time.perf_counter() - start
+            in_progress = None
+            if isinstance(step, Unfinished):
+                in_progress = step._asdict()
+            else:
+                runs.append(step)
+                # Only now in place of an earlier comparison's.
+                results.write(path, document)
+                if len(runs) == 1:
+                    (config.out / "compare.png").unlink(missing_ok=True)
+            checkpoints.write(checkpoint, {"results": document, "run": in_progress})
+    except (KeyboardInterrupt, UserError) as error:
+        if isinstance(error, UserError):  # it would end there again
+            checkpoint.unlink(missing_ok=True)
+        done = f"{len(runs)} finished runs are in {path}"
+        more = "; --resume goes on from there" if checkpoint.exists() else ""
+        console.print((done if runs else "No run was finished") + more + ".")
         raise
     document["complete"] = True
     results.write(path, document)
+    checkpoint.unlink(missing_ok=True)
     title = f"{config.dataset}, {config.model}, {config.seeds} seeds"
     plots.compare(runs, title, config.out / "compare.png")
     console.print(table(runs, title))
@@ -152,10 +199,29 @@ def paired_difference(runs: list[dict[str, Any]]) -> str | None:
     return ", ".join(parts)
 
 
-def _records(
-    config: Config, dataset: data.Dataset, console: Console
-) -> Iterator[dict[str, Any]]:
-    """Trains every optimizer from every seed; yields the record of each run."""
+def _begun(
+    path: Path, checkpoint: Path, new: dict[str, Any]
+) -> tuple[dict[str, Any], Unfinished | None]:
+    """The results to go on with, and the run in progress, if there are."""
+    found = checkpoints.read(checkpoint)
+    if found is None:
+        return resumption.document(path, new), None
+    document = resumption.carried_on(path.parent, found["results"], new)
+    return document, found["run"] and Unfinished(**found["run"])
+
+
+def _training(
+    config: Config,
+    dataset: data.Dataset,
+    runs: list[Record],
+    unfinished: Unfinished | None,
+    console: Console,
+) -> Iterator[Unfinished | Record]:
+    """Does the runs that `runs` lacks, from every seed by every optimizer.
+
+    Yields after every evaluation: of the last one of a run, its record. `unfinished` is
+    where the first of them was.
+    """
     settings = training.Settings(
         config.epochs,
         config.batch_size,
@@ -167,27 +233,44 @@ def _records(
     measure = measures.make_measure(model, dataset, config.batch_size, config.alpha)
     # `sam_matched` takes its radius from `eigen_sam`, so it comes last.
     names = sorted(config.optimizers, key=lambda name: name == "sam_matched")
+    jobs = [(name, seed) for seed in range(config.seeds) for name in names]
+    done = {(run["optimizer"], run["seed"]): run for run in runs}
     total_steps = len(dataset.train_labels) // config.batch_size * config.epochs
     points_a_run = len(training.evaluation_steps(total_steps, config.evaluations))
     runners: dict[tuple[str, float], training.Run[measures.Measurement]] = {}
     with tables.progress_bar(console) as progress:
-        task = progress.add_task("", total=points_a_run * config.seeds * len(names))
-        for seed in range(config.seeds):
-            radius = config.rho
-            for name in names:
-                progress.update(task, description=f"{name}, seed {seed}")
-                rho = radius if name == "sam_matched" else config.rho
-                if (name, rho) not in runners:
-                    runners[name, rho] = training.make_run(
-                        model, dataset, measure, name, rho, settings
-                    )
-                points = []
-                for point in runners[name, rho](seed):
-                    points.append(point)
-                    progress.advance(task)
-                if name == "eigen_sam":
-                    radius = points[-1].radius
-                yield _record(config, name, seed, rho, points)
+        task = progress.add_task(
+            "", total=points_a_run * len(jobs), completed=points_a_run * len(done)
+        )
+        for name, seed in jobs:
+            if (name, seed) in done:
+                continue
+            progress.update(task, description=f"{name}, seed {seed}")
+            rho = config.rho
+            if name == "sam_matched":
+                rho = done["eigen_sam", seed]["curves"]["radius"][-1]
+            if (name, rho) not in runners:
+                runners[name, rho] = training.make_run(
+                    model, dataset, measure, name, rho, settings
+                )
+            curves: Curves = {
+                key: [] for key in ("step", "radius", *measures.Measurement._fields)
+            }
+            saved = None
+            if unfinished is not None:
+                curves, saved, unfinished = *unfinished, None
+                progress.advance(task, len(curves["step"]))
+            for point in runners[name, rho](seed, saved):
+                looked = {**point._asdict(), **point.measurement._asdict()}
+                for key, curve in curves.items():
+                    curve.append(looked[key])
+                progress.advance(task)
+                if point.step < total_steps:
+                    state = serialization.to_state_dict(point.progress)
+                    yield Unfinished(curves, state)
+            record = _record(config, name, seed, rho, curves, point.step_time_ms)
+            done[name, seed] = record
+            yield record
 
 
 def _record(
@@ -195,29 +278,22 @@ def _record(
     name: str,
     seed: int,
     rho: float,
-    points: list[training.Point[measures.Measurement]],
-) -> dict[str, Any]:
+    curves: Curves,
+    step_time_ms: float,
+) -> Record:
     """What `results.json` says of a run: figures of its end, and its curves.
 
     `alignment` is the mean over training, without the point before the first step.
     """
-    curves: dict[str, Any] = {
-        "step": [point.step for point in points],
-        "radius": [point.radius for point in points],
-        **{
-            key: [getattr(point.measurement, key) for point in points]
-            for key in measures.Measurement._fields
-        },
-    }
     return {
         "dataset": config.dataset,
         "model": config.model,
         "optimizer": name,
         "seed": seed,
         "rho": 0.0 if name == "sgd" else rho,
-        **points[-1].measurement._asdict(),
+        **{key: curves[key][-1] for key in measures.Measurement._fields},
         "alignment": float(np.mean(curves["alignment"][1:])),
-        "step_time_ms": points[-1].step_time_ms,
+        "step_time_ms": step_time_ms,
         "curves": curves,
     }
 

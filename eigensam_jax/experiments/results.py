@@ -50,9 +50,15 @@ def make_folder(out: Path) -> None:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """Writes `results` in one piece: a reader sees the old file or the new one."""
-    draft = path.with_suffix(".json.part")
-    draft.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    """Writes `results` as `replace` does."""
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    replace(path, text.encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file in one piece: a reader sees the old one or the new one."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_bytes(content)
     draft.replace(path)
 
 

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import serialization
 
 from eigensam_jax import eigen_sam, sam, trackers
 from eigensam_jax.experiments.data import Dataset
@@ -47,7 +48,7 @@ class TrainState(NamedTuple):
     Attributes:
       params: the network's parameters.
       opt_state: the optimizer's state.
-      key: for the order of the examples.
+      key: data of the key for the order of the examples.
       order: the examples of this epoch, in the order in which they are used.
       step: steps so far.
       radius_sum: the sum of ‖ε‖ over the steps so far.
@@ -61,6 +62,20 @@ class TrainState(NamedTuple):
     radius_sum: jax.Array
 
 
+class Progress(NamedTuple):
+    """All that the rest of a run depends on.
+
+    Attributes:
+      state: after the steps so far.
+      top: what `measure` returned second the last time.
+      seconds: wall time of the steps so far.
+    """
+
+    state: TrainState
+    top: Any
+    seconds: float
+
+
 class Point(NamedTuple, Generic[Measurement]):
     """Where a run is, between its first step and its last.
 
@@ -69,15 +84,28 @@ class Point(NamedTuple, Generic[Measurement]):
       radius: the mean of ‖ε‖ over them.
       step_time_ms: their mean wall time, refreshes included, compilation not.
       measurement: what `make_run` was given to measure, of the network as it is now.
+      progress: from where the run goes on; given away for the next point.
     """
 
     step: int
     radius: float
     step_time_ms: float
     measurement: Measurement
+    progress: Progress
 
 
-Run = Callable[[int], Iterator[Point[Measurement]]]
+class Run(Protocol[Measurement]):
+    """Trains from a seed."""
+
+    def __call__(
+        self, seed: int, saved: dict[str, Any] | None = None
+    ) -> Iterator[Point[Measurement]]:
+        """Yields the points of the run; of one that was `saved`, the points to come.
+
+        `saved` is what `checkpoints.read` found of the `Progress` of a point.
+        """
+
+
 Measure = Callable[[PyTree, optax.OptState, jax.Array, Any], tuple[Measurement, Any]]
 
 
@@ -139,14 +167,21 @@ def start(
     params = model.init(init_key, images[:1])["params"]
     order = jnp.arange(len(images))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, tx.init(params), key, order, zero, jnp.zeros(()))
+    return TrainState(
+        params,
+        tx.init(params),
+        jax.random.key_data(key),
+        order,
+        zero,
+        jnp.zeros(()),
+    )
 
 
 def start_epoch(state: TrainState) -> TrainState:
     """Shuffles the order of the examples."""
-    key, order_key = jax.random.split(state.key)
+    key, order_key = jax.random.split(jax.random.wrap_key_data(state.key))
     order = jax.random.permutation(order_key, state.order)
-    return state._replace(key=key, order=order)
+    return state._replace(key=jax.random.key_data(key), order=order)
 
 
 def next_batch(state: TrainState, batch_size: int) -> jax.Array:
@@ -177,6 +212,14 @@ def take_step(
         step=state.step + 1,
         radius_sum=state.radius_sum + radius,
     )
+
+
+def restored(example: TrainState, saved: dict[str, Any]) -> Progress:
+    """The `Progress` that was saved, with arrays that can be given away."""
+    progress: Progress = serialization.from_state_dict(
+        Progress(example, None, 0.0), saved
+    )
+    return progress._replace(state=jax.tree.map(jnp.array, progress.state))
 
 
 def compile_donating(function: Callable[..., TrainState], *args: Any) -> Any:
@@ -226,9 +269,17 @@ def make_run(
     if name == "eigen_sam":
         refreshing = compile_donating(partial(step, True), example, images, labels)
 
-    def run(seed: int) -> Iterator[Point[Measurement]]:
-        state, seconds, done, top = init(seed), 0.0, 0, None
-        for stop in evaluation_steps(total_steps, settings.evaluations):
+    def run(
+        seed: int, saved: dict[str, Any] | None = None
+    ) -> Iterator[Point[Measurement]]:
+        stops, done = evaluation_steps(total_steps, settings.evaluations), 0
+        if saved is None:
+            state, top, seconds = init(seed), None, 0.0
+        else:
+            state, top, seconds = restored(example, saved)
+            done = int(state.step)
+            stops = [stop for stop in stops if stop > done]
+        for stop in stops:
             began = time.perf_counter()
             with jax.transfer_guard("disallow"):
                 for i in range(done, stop):
@@ -250,6 +301,7 @@ def make_run(
                 ) from error
             steps = max(done, 1)
             radius = float(state.radius_sum) / steps
-            yield Point(done, radius, 1e3 * seconds / steps, measurement)
+            progress = Progress(state, top, seconds)
+            yield Point(done, radius, 1e3 * seconds / steps, measurement, progress)
 
     return run

@@ -110,8 +110,8 @@ def test_an_interruption_leaves_the_results_so_far(tmp_path, capsys, monkeypatch
     def interrupted(model, dataset, measure, name, rho, settings):
         run = make_run(model, dataset, measure, name, rho, settings)
 
-        def until_sam(seed):
-            for point in run(seed):
+        def until_sam(*args):
+            for point in run(*args):
                 yield point
                 if name == "sam":
                     raise KeyboardInterrupt

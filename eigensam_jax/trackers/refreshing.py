@@ -121,6 +121,8 @@ def _refreshing(
             finite = jnp.isfinite(new.eigenvalue) & jnp.isfinite(new.residual)
             return tree_math.where(finite, new, pair)
 
+        if not jax.tree.leaves(state.eigenvector):
+            return state
         if due is None:
             is_due = count % update_interval == 0
             state = jax.lax.cond(is_due, solved, lambda pair: pair, state)

@@ -5,6 +5,7 @@ row of the table in notebooks/composing.md stands on each of these.
 """
 
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import chex
@@ -347,6 +348,13 @@ def test_the_wrapped_run_is_the_loop_by_hand(wrapping, name):
     assert_same_run(run, by_hand(gradients(name)))
 
 
+def test_every_wrapping_is_a_row_of_the_page():
+    page = Path(__file__).parent.parent / "notebooks" / "composing.md"
+    rows = [row for row in page.read_text().splitlines() if row.startswith("| ")]
+    for wrapping in WORKS:
+        assert any(wrapping in row.split("|")[1] for row in rows), wrapping
+
+
 @each_link
 def test_apply_if_finite_leaves_out_the_step_of_a_bad_batch(name):
     bad_loss = lambda p, index: LOSS(p, index) * jnp.where(index == 2, jnp.nan, 1)
@@ -519,6 +527,24 @@ def test_flatten_around_it_is_said_to_be_the_cause(name):
     with pytest.raises(Exception, match=r".") as error:
         train(tx)
     assert "optax.flatten" in "".join(error.value.__notes__)
+
+
+@pytest.mark.parametrize("name", ["sam", "secant"])
+def test_multi_steps_around_it_sees_the_last_mini_batch_alone(name):
+    """As the page warns: ε of the mean gradient, the gradient of one mini-batch."""
+    wrapped = optax.MultiSteps(optax.chain(LINKS[name](), SGD), 2)
+    run = train(wrapped.gradient_transformation())
+    link, links = LINKS[name](), gradients(name)
+    w, state = PARAMS, link.init(PARAMS)
+    for i in range(0, STEPS, 2):
+        both = [links.value_and_clean(w, j % 5)[1] for j in (i, i + 1)]
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, *both)
+        last = lambda p, i=i: LOSS(p, (i + 1) % 5)
+        g, state = jax.jit(
+            lambda w, s, g, last=last: link.update(g, s, w, value_fn=last)
+        )(w, state, mean)
+        w = minus(w, 0.1, g)
+    assert_same_run(run, (w, state))
 
 
 def test_a_loss_that_wants_more_than_the_parameters_is_told_how():

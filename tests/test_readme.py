@@ -11,18 +11,20 @@ from eigensam_jax.experiments import compare, spectrum
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+COMPOSING = (ROOT / "notebooks" / "composing.md").read_text()
 RESULTS = ROOT / "eigensam_jax" / "experiments" / "results"
 TRACKING = ROOT / "eigensam_jax" / "benchmarks" / "results"
 TRACKING_PAGE = (TRACKING / "README.md").read_text()
 COST_PAGE = (TRACKING / "COST.md").read_text()
 
 
-def test_the_python_blocks_run():
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("page", [README, COMPOSING], ids=["front", "composing"])
+def test_the_python_blocks_run(page):
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert blocks
     namespace = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, "page", "exec"), namespace)
 
 
 def test_two_commands_set_everything_up():
@@ -122,8 +124,13 @@ def test_the_spectrum_is_that_of_the_results_file():
 
 @pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", TRACKING / "README.md", TRACKING / "COST.md"],
-    ids=["front", "trackers", "cost"],
+    [
+        ROOT / "README.md",
+        ROOT / "notebooks" / "composing.md",
+        TRACKING / "README.md",
+        TRACKING / "COST.md",
+    ],
+    ids=["front", "composing", "trackers", "cost"],
 )
 def test_links_to_files_lead_somewhere(page):
     links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())

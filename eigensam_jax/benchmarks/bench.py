@@ -11,7 +11,6 @@ from eigensam_jax.benchmarks import (
     bench_tables,
     contenders,
     placement,
-    resumption,
     steps,
     timing,
     torch_reference,
@@ -20,7 +19,7 @@ from eigensam_jax.benchmarks import (
 )
 from eigensam_jax.benchmarks.placement import Placement
 from eigensam_jax.benchmarks.specs import TRACKERS
-from eigensam_jax.experiments import results, tables
+from eigensam_jax.experiments import results, resumption, tables
 from eigensam_jax.experiments.errors import UserError
 
 BASELINES = ("sgd", "sam")
@@ -60,7 +59,7 @@ def run(config: Config, command: str, console: Console) -> None:
     results.make_folder(config.out)
     path = config.out / "results.json"
     calls = {name: spec.call for name, spec in TRACKERS.items() if not spec.is_ceiling}
-    document = resumption.document(path, command, protocol(config), calls)
+    document = resumption.of_trackers(path, command, protocol(config), calls)
     for model in config.models:
         start = time.perf_counter()
         record = measure(config, model, names[model], placed, console)

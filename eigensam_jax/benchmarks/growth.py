@@ -11,12 +11,11 @@ from eigensam_jax.benchmarks import (
     bench_tables,
     contenders,
     placement,
-    resumption,
     steps,
     workloads,
 )
 from eigensam_jax.benchmarks.specs import TRACKERS
-from eigensam_jax.experiments import results, tables
+from eigensam_jax.experiments import results, resumption, tables
 from eigensam_jax.experiments.errors import UserError
 
 OPTIMIZERS = ("sgd", "sam", "secant", "power_iteration")
@@ -61,7 +60,7 @@ def run(config: Config, command: str, console: Console) -> None:
     results.make_folder(config.out)
     path, start = config.out / "results.json", time.perf_counter()
     calls = {name: TRACKERS[name].call for name in OPTIMIZERS if name in TRACKERS}
-    document = resumption.document(path, command, protocol(config), calls)
+    document = resumption.of_trackers(path, command, protocol(config), calls)
     document["runs"] = records(config, console)
     document["wall_time_s"] = time.perf_counter() - start
     document["complete"] = True

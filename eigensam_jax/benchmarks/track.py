@@ -99,18 +99,8 @@ def run(config: Config, command: str, console: Console) -> None:
     dataset = _load(config)
     results.make_folder(config.out)
     path, start = config.out / "results.json", time.perf_counter()
-    document = resumption.document(
-        path,
-        {
-            "commands": [command],
-            "config": _protocol(config, dataset),
-            "trackers": {name: TRACKERS[name].call for name in config.trackers},
-            **results.environment(),
-            "complete": False,
-            "wall_time_s": 0.0,
-            "runs": [],
-        },
-    )
+    calls = {name: TRACKERS[name].call for name in config.trackers}
+    document = resumption.of_trackers(path, command, _protocol(config, dataset), calls)
     before = document["wall_time_s"]
     try:
         for record in _records(config, dataset, document["runs"], console):

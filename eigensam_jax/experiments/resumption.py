@@ -4,7 +4,36 @@ import json
 from pathlib import Path
 from typing import Any
 
+from eigensam_jax.experiments import results
 from eigensam_jax.experiments.errors import UserError
+
+
+def of_trackers(
+    path: Path, command: str, config: dict[str, Any], trackers: dict[str, str]
+) -> dict[str, Any]:
+    """The results file of runs with trackers: that at `path`, or one without runs.
+
+    Args:
+      path: of `results.json`, in the folder of `--out`.
+      command: the command line of this call, which is added to those before it.
+      config: all that the figures of every run depend on, in types that JSON knows.
+      trackers: how each tracker is made.
+
+    Raises:
+      UserError: as `document`.
+    """
+    return document(
+        path,
+        {
+            "commands": [command],
+            "config": config,
+            "trackers": trackers,
+            **results.environment(),
+            "complete": False,
+            "wall_time_s": 0.0,
+            "runs": [],
+        },
+    )
 
 
 def document(path: Path, new: dict[str, Any]) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
     """
 
     def checked(params: PyTree) -> jax.Array:
-        value = _called(name, value_fn, params)
+        value: jax.Array = _called(name, value_fn, params)
         if [jnp.shape(x) for x in jax.tree.leaves(value)] != [()]:
             raise ValueError(
                 f"{name} must return a scalar, got {jax.tree.map(jnp.shape, value)} "

@@ -64,7 +64,7 @@ def _rounded(x: jax.Array, dtype: jnp.dtype, count: jax.Array) -> jax.Array:
     uniform = uniform.astype(jnp.float32) / 2**_DITHER_BITS
     power = bits >> _MANTISSA_BITS << _MANTISSA_BITS  # ±2ⁿ with 2ⁿ ≤ |x| < 2ⁿ⁺¹
     power = jnp.abs(jax.lax.bitcast_convert_type(power, jnp.float32))
-    finfo = jnp.finfo(dtype)
+    finfo = jnp.finfo(dtype)  # type: ignore[no-untyped-call]
     smallest = max(
         float(finfo.smallest_subnormal), float(np.finfo(np.float32).smallest_normal)
     )

@@ -29,9 +29,15 @@ LINKS = {
         0.1, 0.5, trackers.ritz(update_interval=2), **options
     ),
 }
-each_link = pytest.mark.parametrize("name", LINKS)
+each_link = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=[pytest.mark.slow] if x in ("lanczos", "ritz") else [])
+        for x in LINKS
+    ],
+)
 # Whose v does not depend on how the parameters are laid out in leaves.
-without_random_start = pytest.mark.parametrize("name", ["sam", "secant", "ritz"])
+without_random_start = pytest.mark.parametrize("name", ["sam", "secant"])
 EIGEN = [name for name in LINKS if name != "sam"]
 
 
@@ -100,7 +106,7 @@ def test_accumulation_is_the_step_on_the_whole_batch(name):
     assert_same_run(parts, whole)
 
 
-@pytest.mark.parametrize("name", ["sam", "secant", "power_iteration"])
+@pytest.mark.parametrize("name", ["secant", "power_iteration"])
 def test_memory_does_not_grow_with_the_number_of_micro_batches(name):
     def measured(num, in_parts):
         """Bytes of temporary memory, and of the batch."""
@@ -157,7 +163,7 @@ def test_float16_with_loss_scaling():
     assert error(1.0) > 0.3
 
 
-@pytest.mark.parametrize("name", EIGEN)
+@pytest.mark.parametrize("name", ["secant", "power_iteration"])
 def test_an_eigenvector_in_bfloat16_is_half_as_large_and_hardly_another(name):
     params, loss = network()
     make_value_fn = lambda i: lambda p: loss(p, i % 5)
@@ -212,42 +218,38 @@ def test_a_masked_perturbation_and_its_eigenvector(masked):
     """ε and v are exactly 0 outside; inside v is the eigenvector of that block."""
     params = transformer.parameters()
     mask = MASKS[masked](params)
-    where, outside = perturbed_at(params, lambda p: transformer.loss(p, 0), mask, 300)
-    assert not outside
-    inside = [
-        x for x, on in zip(*map(jax.tree.leaves, (params, mask)), strict=True) if on
+    value_fn = lambda p: transformer.loss(p, 0)
+    chosen = lambda tree: [
+        x for x, on in zip(*map(jax.tree.leaves, (tree, mask)), strict=True) if on
     ]
-    flat, unravel = ravel_pytree(inside)
+    flat, unravel = ravel_pytree(chosen(params))
 
     def block_loss(flat):
-        chosen = iter(unravel(flat))
-        whole = jax.tree.map(lambda x, on: next(chosen) if on else x, params, mask)
-        return transformer.loss(whole, 0)
+        inside = iter(unravel(flat))
+        whole = jax.tree.map(lambda x, on: next(inside) if on else x, params, mask)
+        return value_fn(whole)
 
-    values, vectors = np.linalg.eigh(jax.hessian(block_loss)(flat))
-    v, _ = ravel_pytree(
-        [x for x, on in zip(*map(jax.tree.leaves, (where, mask)), strict=True) if on]
-    )
-    assert abs(v @ vectors[:, np.argmax(np.abs(values))]) > 0.99
-
-
-def perturbed_at(params, value_fn, mask, num_iters):
-    """v after one step, and what of ε and v is not zero outside the mask."""
-    tx = eigen_sam(0.1, 0.5, trackers.power_iteration(num_iters), mask=mask)
-    seen = []
-    spied = lambda p: seen.append(p) or jax.grad(value_fn)(p)
-    _, state = tx.update(
-        jax.grad(value_fn)(params), tx.init(params), params, grad_fn=spied
-    )
-    v = state.tracker.eigenvector
-    outside = [
-        on
-        for w, x, e, on in zip(
-            *map(jax.tree.leaves, (params, v, seen[-1], mask)), strict=True
+    @jax.jit
+    def step(params):
+        tx = eigen_sam(0.1, 0.5, trackers.power_iteration(300), mask=mask)
+        perturbed, state = tx.update(
+            jax.grad(value_fn)(params),
+            tx.init(params),
+            params,
+            grad_fn=lambda p: p,  # what comes out is the perturbed weights
+            curvature_fn=value_fn,
         )
-        if not on and (jnp.any(x != 0) or jnp.any(w != e))
-    ]
-    return v, outside
+        return perturbed, state.tracker.eigenvector, jax.hessian(block_loss)(flat)
+
+    perturbed, v, block = step(params)
+    for w, moved, x, on in zip(
+        *map(jax.tree.leaves, (params, perturbed, v, mask)), strict=True
+    ):
+        assert jnp.any(w != moved) == on
+        assert jnp.any(x != 0) == on
+    values, vectors = np.linalg.eigh(block)
+    top = vectors[:, np.argmax(np.abs(values))]
+    assert abs(ravel_pytree(chosen(v))[0] @ top) > 0.99
 
 
 @pytest.mark.parametrize("name", EIGEN)

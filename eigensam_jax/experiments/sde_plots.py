@@ -1,0 +1,117 @@
+"""The plots of `eigensam sde`, out of its results file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from eigensam_jax.experiments import sde_tables
+from eigensam_jax.experiments.plots import COLOURS
+
+_STYLES = {
+    "sam": (COLOURS["sam"], "-"),
+    "order_1": (COLOURS["sgd"], ":"),
+    "order_2": ("#2ca02c", "--"),
+    "order_3": ("#ff7f0e", "--"),
+}
+_PANELS = {
+    "train_loss": ("training loss", "log"),
+    "test_loss": ("test loss", "log"),
+    "test_accuracy": ("test accuracy", "linear"),
+    "parameter_norm": ("‖w‖", "linear"),
+    "gradient_norm": ("‖∇f(w)‖", "log"),
+    "lambda_max": ("λ_max", "log"),
+}
+_PARTS = {
+    "first": ("gradient", COLOURS["sgd"], "-"),
+    "second": ("second derivatives", "#2ca02c", "-"),
+    "third": ("third derivatives", "#ff7f0e", "-"),
+    "aligned": ("third, if ε were along v", "#ff7f0e", ":"),
+    "ito": ("Itô's term", "#9467bd", "-"),
+}
+
+Run = Mapping[str, Any]
+
+
+def paths(runs: Sequence[Run], rho: float, title: str, path: Path) -> None:
+    """Draws what is looked at along the paths at a ρ: mean ± standard deviation."""
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure.suptitle(title)
+    for axes, (key, (label, scale)) in zip(
+        figure.subplots(2, 3).flat, _PANELS.items(), strict=True
+    ):
+        first = int(key == "test_accuracy")  # the untrained one would squeeze the rest
+        for method, (colour, style) in _STYLES.items():
+            at = 0.0 if method == "order_1" else rho
+            chosen = sde_tables.paths(runs, method, at)
+            values = np.array([run["curves"][key][first:] for run in chosen])
+            steps = chosen[0]["curves"]["step"][first:]
+            _band(axes, steps, values, colour, style, sde_tables.LABELS[method])
+        axes.set(xlabel="time t/η, in steps", title=label, yscale=scale)
+        axes.grid(alpha=0.3, which="both" if scale == "log" else "major")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def rates(runs: Sequence[Run], title: str, path: Path) -> None:
+    """Draws the parts of the rate of λ_max along SAM's and Eigen-SAM's training.
+
+    And, of each look, how much of the aligned pull the third derivatives have, against
+    the alignment of the perturbation.
+    """
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure.suptitle(title)
+    left, middle, right = figure.subplots(1, 3)
+    for axes, method in ((left, "sam"), (middle, "eigen_sam")):
+        chosen = [run for run in sde_tables.paths(runs, method) if run["rates"]]
+        steps = chosen[0]["curves"]["step"][1:]
+        for part, (label, colour, style) in _PARTS.items():
+            values = np.array(
+                [sde_tables.relative_rate(run, part)[1:] for run in chosen]
+            )
+            _band(axes, steps, values, colour, style, label)
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.set(
+            xlabel="step",
+            ylabel="parts of (dλ/dt)/λ",
+            title=f"λ_max along {sde_tables.LABELS[method]}",
+        )
+        axes.set_yscale("symlog", linthresh=0.01)
+        axes.grid(alpha=0.3)
+        found = [run["rates"] for run in chosen]
+        right.plot(
+            np.ravel([x["perturbation_alignment"][1:] for x in found]),
+            np.ravel([np.divide(x["third"][1:], x["aligned"][1:]) for x in found]),
+            ".",
+            color=COLOURS[method],
+            label=sde_tables.LABELS[method],
+        )
+    left.legend(fontsize="small")
+    right.axhline(0, color="black", linewidth=0.6)
+    right.set(
+        xlabel="alignment |cos(ε, v)|",
+        ylabel="third derivatives' part / aligned",
+        title="share of the aligned pull on λ_max",
+    )
+    right.grid(alpha=0.3)
+    right.legend()
+    figure.savefig(path, dpi=110)
+
+
+def _band(
+    axes: Any,
+    steps: Sequence[int],
+    values: np.ndarray,
+    colour: str,
+    style: str,
+    label: str,
+) -> None:
+    mean = values.mean(0)
+    spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
+    axes.plot(steps, mean, style, color=colour, label=label)
+    low = mean - spread
+    if (values > 0).all():  # a logarithmic axis has no place for what is below zero
+        low = np.maximum(low, values.min(0))
+    axes.fill_between(steps, low, mean + spread, color=colour, alpha=0.15)

@@ -15,13 +15,15 @@ _SDE_SMOKE: dict[str, Any] = {
     "steps": 4,
     "evaluations": 2,
     "moment_paths": 2,
+    "checks": ("one_step",),
 }
 _SDE_USUAL: dict[str, Any] = {
-    "rho": [0.05, 0.1, 0.2],
-    "seeds": 5,
+    "rho": [0.025, 0.05, 0.1, 0.2],
+    "seeds": 8,
     "steps": 400,
     "evaluations": 8,
     "moment_paths": 1_000,
+    "checks": ("one_step", "many_steps", "moments", "costs"),
 }
 _EXAMPLES = 2_000
 
@@ -116,7 +118,7 @@ def add_sde(commands: Any) -> None:
         metavar="X",
         nargs="+",
         type=options.number(float, above=0),
-        help="ρ, one or several; plots and rates are of the middle one [0.05 0.1 0.2]",
+        help="ρ, one or several; the plots are of the middle one [0.025 0.05 0.1 0.2]",
     )
     add(
         "--alpha",
@@ -154,6 +156,7 @@ def _sde(chosen: argparse.Namespace, command: str) -> None:
         steps=chosen.steps or preset["steps"],
         evaluations=preset["evaluations"],
         moment_paths=preset["moment_paths"],
+        checks=preset["checks"],
         out=chosen.out,
     )
     sde.run(config, command, Console())

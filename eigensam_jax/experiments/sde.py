@@ -37,6 +37,7 @@ class Config(NamedTuple):
     steps: int
     evaluations: int
     moment_paths: int
+    checks: tuple[str, ...]
     out: Path
 
 
@@ -116,7 +117,7 @@ def in_order(runs: list[Record]) -> list[Record]:
 def checks(config: Config) -> dict[str, Callable[[Problem], Record]]:
     """What is measured beside the paths, by name."""
     rho, eta = min(config.rhos), config.learning_rate
-    return {
+    found: dict[str, Callable[[Problem], Record]] = {
         "one_step": lambda problem: sde_checks.one_step(problem, config.alpha),
         "many_steps": lambda problem: sde_checks.many_steps(problem, eta),
         "moments": lambda problem: sde_checks.moments(
@@ -124,6 +125,7 @@ def checks(config: Config) -> dict[str, Callable[[Problem], Record]]:
         ),
         "costs": lambda problem: sde_checks.costs(problem, rho),
     }
+    return {name: found[name] for name in config.checks}
 
 
 def _protocol(config: Config, problem: Problem) -> Record:

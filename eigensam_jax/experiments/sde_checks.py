@@ -11,7 +11,7 @@ import numpy as np
 from eigensam_jax import hessian, perturbation, sde, tree_math
 from eigensam_jax.benchmarks import programs
 from eigensam_jax.experiments.sde_paths import NUM_BATCHES, ORDERS, Problem
-from eigensam_jax.sde import equation, expansion
+from eigensam_jax.sde import expansion
 from eigensam_jax.tree_math import PyTree
 
 RADII = (0.0005, 0.001, 0.002, 0.004)
@@ -47,13 +47,10 @@ def one_step(problem: Problem, alpha: float) -> Record:
         ]
         return [tree_math.norm(tree_math.add_scaled(exact, 1, b)) for b in drifts]
 
+    v = _eigenvector(problem)
     with jax.enable_x64(True):
         params, batches = _in_float64((problem.init(0), problem.batches))
-        find = jax.jit(
-            lambda p, b: equation.top_eigenpair(problem.value_fn, p, b, 1e-9)
-        )
-        v = find(params, batches).eigenvector
-        found = {}
+        v, found = _in_float64(v), {}
         for name, weight in (("sam", 0.0), ("eigen_sam", alpha)):
             table = [
                 errors(params, batches, v, *map(jnp.asarray, (rho, weight)))
@@ -114,8 +111,7 @@ def moments(
     """
     params = problem.init(0)
     value_fn, batches = problem.value_fn, problem.batches
-    top = jax.jit(lambda p: equation.top_eigenpair(value_fn, p, batches, 1e-5))
-    v = top(params).eigenvector
+    v = _eigenvector(problem)
     whole = (problem.dataset.train_images, problem.dataset.train_labels)
     f = lambda p: value_fn(p, whole)
 
@@ -217,6 +213,12 @@ def costs(problem: Problem, rho: float) -> Record:
         }
         for name in functions
     }
+
+
+def _eigenvector(problem: Problem) -> PyTree:
+    """The top one before training, from seed 0."""
+    params = problem.init(0)
+    return problem.top_eigenpair(params, tree_math.zeros_like(params)).eigenvector
 
 
 def _with_slopes(table: list[list[jax.Array]]) -> Record:

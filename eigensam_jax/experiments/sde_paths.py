@@ -34,6 +34,7 @@ class Problem(NamedTuple):
       init: from a seed to parameters.
       value_fn: (params, batch) -> the batch's mean cross-entropy.
       batches: images and labels, the leading axis over `NUM_BATCHES` batches.
+      top_eigenpair: from parameters, and where to start, to that of all batches.
       means: (params, images, labels) -> loss and accuracy.
       dataset: with the training images of `batches` alone.
     """
@@ -41,6 +42,7 @@ class Problem(NamedTuple):
     init: Callable[[int], PyTree]
     value_fn: Callable[[PyTree, PyTree], jax.Array]
     batches: PyTree
+    top_eigenpair: Callable[[PyTree, PyTree], Eigenpair]
     means: measures.Means
     dataset: Dataset
 
@@ -121,10 +123,20 @@ def make_problem(dataset: Dataset) -> Problem:
     def init(seed: int) -> PyTree:
         return model.init(jax.random.key(seed), few.train_images[:1])["params"]
 
+    def value_fn(params: PyTree, batch: PyTree) -> jax.Array:
+        return loss(params, *batch)
+
+    @jax.jit
+    def top_eigenpair(params: PyTree, v0: PyTree) -> Eigenpair:
+        matvec = hessian.mean_matvec(value_fn, params, batches)
+        pairs = eigen.top_eigenpairs(matvec, params, 1, tol=TOLERANCE, v0=v0)
+        return Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
+
     return Problem(
         init,
-        lambda params, batch: loss(params, *batch),
+        value_fn,
         batches,
+        top_eigenpair,
         measures.make_means(model),
         few,
     )
@@ -143,8 +155,11 @@ def jobs(rhos: tuple[float, ...], alpha: float, seeds: int) -> list[Job]:
 
 
 def middle(rhos: tuple[float, ...]) -> float:
-    """The ρ whose paths are drawn, and whose rates of λ_max are measured."""
-    return sorted(rhos)[len(rhos) // 2]
+    """The ρ whose paths are drawn, and whose rates of λ_max are measured.
+
+    Of an even number, the lower one.
+    """
+    return sorted(rhos)[(len(rhos) - 1) // 2]
 
 
 def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[..., Any]:
@@ -165,12 +180,6 @@ def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[...,
         return tree_math.norm(params), tree_math.norm(gradient)
 
     @jax.jit
-    def top_eigenpair(params: PyTree, v0: PyTree) -> Eigenpair:
-        matvec = hessian.mean_matvec(value_fn, params, batches)
-        pairs = eigen.top_eigenpairs(matvec, params, 1, tol=TOLERANCE, v0=v0)
-        return Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
-
-    @jax.jit
     def rates(
         params: PyTree, top: Eigenpair, rho: jax.Array, alpha: jax.Array
     ) -> sde.SharpnessRates:
@@ -186,9 +195,8 @@ def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[...,
     @cache
     def advance(method: str, num_steps: int) -> Callable[..., Any]:
         if method in ORDERS:
-            return jax.jit(
-                partial(_simulate, problem, ORDERS[method], eta, num_steps),
-            )
+            order = ORDERS[method]
+            return jax.jit(partial(_simulate, problem, order, eta, num_steps))
         return jax.jit(partial(_descend, problem, method, eta, num_steps))
 
     def look(step: int, params: PyTree, v0: PyTree) -> tuple[Look, Eigenpair]:
@@ -196,7 +204,7 @@ def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[...,
         if not np.isfinite(train_loss):
             raise FloatingPointError(f"the training loss is {train_loss}")
         test = problem.dataset.test_images, problem.dataset.test_labels
-        top = top_eigenpair(params, v0)
+        top = problem.top_eigenpair(params, v0)
         values = (
             *(train_loss, *problem.means(params, *test), *norms(params)),
             *(top.eigenvalue, top.residual),
@@ -213,7 +221,8 @@ def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[...,
             if stop > done:
                 key, of_stretch = jax.random.split(key)
                 rho, alpha = jnp.float32(job.rho), jnp.float32(job.alpha)
-                program = advance(job.method, stop - done)
+                method = job.method.removesuffix("_again")
+                program = advance(method, stop - done)
                 state = program(of_stretch, state, rho, alpha)
                 params, done = (state if job.method in ORDERS else state[0]), stop
             seen, top = look(stop, params, v0)

@@ -80,10 +80,9 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
         )
         axes.set_yscale("symlog", linthresh=0.01)
         axes.grid(alpha=0.3)
-        found = [run["rates"] for run in chosen]
         right.plot(
-            np.ravel([x["perturbation_alignment"][1:] for x in found]),
-            np.ravel([np.divide(x["third"][1:], x["aligned"][1:]) for x in found]),
+            np.ravel([run["rates"]["perturbation_alignment"][1:] for run in chosen]),
+            np.ravel([sde_tables.share(run)[1:] for run in chosen]),
             ".",
             color=COLOURS[method],
             label=sde_tables.LABELS[method],

@@ -12,7 +12,7 @@ NOTES = (
     "Off: (path − SAM's)/SAM's from the same start, mean over the looks after the "
     "start, mean over seeds with 95% intervals; distance: the same of |path − SAM's|. "
     "sam_again is SAM on other batches. Rates: parts of (dλ/dt)/λ, mean over the looks "
-    "after the start, ± standard deviation over seeds."
+    "after the start, ± standard deviation over seeds; share: 3rd over aligned."
 )
 LABELS = {
     "sam": "SAM",
@@ -37,6 +37,21 @@ Record = Mapping[str, Any]
 def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
     """What the command prints."""
     of_paths = ("off: loss %", "λ_max %", "distance: loss %", "λ_max %")
+    orders = ("order 1", "order 2", "order 3")
+    of_checks = {
+        "one_step": ("slopes of errors in ρ", ("check", *orders), slopes),
+        "moments": (
+            "moments over paths: off SAM's, in standard errors",
+            ("moment", "SAM", *orders),
+            moments,
+        ),
+        "costs": (
+            "a drift, in gradients",
+            ("order", "operations", "time", "ms"),
+            costs,
+        ),
+    }
+    found = {run["method"] for run in runs}
     return [
         tables.table(title, ("path", "ρ", *of_paths), distances(runs)),
         tables.table(
@@ -46,19 +61,13 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
         ),
         tables.table(
             "parts of (dλ_max/dt)/λ_max, and |cos(ε, v)|",
-            ("method", "|cos|", *PARTS.values()),
+            ("method", "|cos|", *PARTS.values(), "share"),
             rates(runs),
         ),
-        tables.table(
-            "slopes in ρ", ("check", "order 1", "order 2", "order 3"), slopes(runs)
-        ),
-        tables.table(
-            "moments over paths: off SAM's, in standard errors",
-            ("moment", "SAM", "order 1", "order 2", "order 3"),
-            moments(runs),
-        ),
-        tables.table(
-            "a drift, in gradients", ("order", "operations", "time", "ms"), costs(runs)
+        *(
+            tables.table(title, headers, rows(runs))
+            for name, (title, headers, rows) in of_checks.items()
+            if name in found
         ),
     ]
 
@@ -97,33 +106,45 @@ def differences(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def rates(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a method: |cos(ε, v)| and the parts of (dλ/dt)/λ, over training."""
+    """A row a method: |cos(ε, v)|, the parts of (dλ/dt)/λ, and the share.
+
+    Means over training after its start.
+    """
     rows = []
     for method in ("sam", "eigen_sam"):
         chosen = [run for run in paths(runs, method) if run["rates"]]
-        cosine = [np.mean(run["rates"]["perturbation_alignment"]) for run in chosen]
+        cosine = [np.mean(run["rates"]["perturbation_alignment"][1:]) for run in chosen]
         row = [LABELS[method], tables.mean_and_deviation(cosine, 2)]
         for part in PARTS:
             means = [np.mean(relative_rate(run, part)[1:]) for run in chosen]
             row.append(tables.mean_and_deviation(means, 3))
-        rows.append(row)
+        shares = [np.mean(share(run)[1:]) for run in chosen]
+        rows.append([*row, tables.mean_and_deviation(shares, 2)])
     return rows
+
+
+def share(run: Record) -> np.ndarray:
+    """At each look, what part of the aligned pull the third derivatives have."""
+    ratio: np.ndarray = np.divide(run["rates"]["third"], run["rates"]["aligned"])
+    return ratio
 
 
 def relative_rate(run: Record, part: str) -> np.ndarray:
     """A part of (dλ/dt)/λ at each look."""
     found = run["rates"]
-    return np.divide(found[part], found["eigenvalue"])
+    rate: np.ndarray = np.divide(found[part], found["eigenvalue"])
+    return rate
 
 
 def slopes(runs: Sequence[Record]) -> list[list[str]]:
     """A row a check: the slopes of log error over log ρ, by order."""
-    one, many = check(runs, "one_step"), check(runs, "many_steps")
-    found = {
-        "SAM, one step": one["sam"],
-        "Eigen-SAM, one step": one["eigen_sam"],
-        f"SAM, {many['steps']} steps": many["sam"],
-    }
+    found = {}
+    for run in runs:
+        if run["method"] == "one_step":
+            found["SAM, one step"] = run["sam"]
+            found["Eigen-SAM, one step"] = run["eigen_sam"]
+        if run["method"] == "many_steps":
+            found[f"SAM, {run['steps']} steps"] = run["sam"]
     return [
         [name, *(f"{slope:.2f}" for slope in x["slopes"])] for name, x in found.items()
     ]

@@ -104,12 +104,12 @@ def show(document: Record, out: Path, console: Console) -> None:
 
 def in_order(runs: list[Record]) -> list[Record]:
     """Paths by seed and ρ, whenever they were run, and checks after them."""
-    order = {"order_1": 0, "sam": 1, "sam_again": 2, "order_2": 3, "order_3": 4}
+    order = list(sde_tables.LABELS)
 
     def place(run: Record) -> tuple[float, ...]:
         if "seed" not in run:
             return (np.inf,)
-        return (run["seed"], run["rho"], order.get(run["method"], 5), run["alpha"])
+        return (run["seed"], run["rho"], run["alpha"], order.index(run["method"]))
 
     return sorted(runs, key=place)
 

@@ -9,11 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from eigensam_jax import eigen, eigen_sam, hessian, sam, sde, trackers, tree_math
+from eigensam_jax import (
+    eigen,
+    eigen_sam,
+    hessian,
+    perturbation,
+    sam,
+    sde,
+    trackers,
+    tree_math,
+)
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.experiments import measures, training
 from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.models import MLP
+from eigensam_jax.sde import expansion
 from eigensam_jax.tree_math import PyTree
 
 NUM_BATCHES = 16
@@ -23,6 +33,8 @@ TOLERANCE = 1e-4  # of λ_max's residual, relative to it
 CURVATURE_TOLERANCE = 1e-2  # of each linear system in Itô's term
 EIGENVECTOR = "lanczos(num_matvecs=3, update_interval=1)"  # of all batches' Hessian
 ORDERS: dict[str, sde.Order] = {"order_1": 1, "order_2": 2, "order_3": 3}
+WITHOUT_NOISE = ("mean_sam", "mean_order_2", "mean_order_3")
+_WITH_NOISE = ("sam", "sam_again", "order_2", "order_3")
 
 Means = dict[str, float]
 
@@ -52,7 +64,8 @@ class Job(NamedTuple):
 
     Attributes:
       method: "sam" and "eigen_sam", which are discrete; "sam_again", SAM from the same
-        start on other batches; or a key of `ORDERS`, the equation of that order.
+        start on other batches; a key of `ORDERS`, the equation of that order; or one of
+        `WITHOUT_NOISE`, steps along the mean of SAM's gradient and the drifts alone.
       rho: ρ; 0 for "order_1", which has none.
       alpha: α of Eigen-SAM, else 0.
       seed: of the start, and of what is drawn.
@@ -148,7 +161,7 @@ def jobs(rhos: tuple[float, ...], alpha: float, seeds: int) -> list[Job]:
     for seed in range(seeds):
         result.append(Job("order_1", 0.0, 0.0, seed))
         for rho in rhos:
-            for method in ("sam", "sam_again", "order_2", "order_3"):
+            for method in (*_WITH_NOISE, *WITHOUT_NOISE):
                 result.append(Job(method, rho, 0.0, seed))
         result.append(Job("eigen_sam", middle(rhos), alpha, seed))
     return result
@@ -197,6 +210,9 @@ def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[...,
         if method in ORDERS:
             order = ORDERS[method]
             return jax.jit(partial(_simulate, problem, order, eta, num_steps))
+        if method in WITHOUT_NOISE:
+            expanded = ORDERS.get(method.removeprefix("mean_"))
+            return jax.jit(partial(_follow, problem, expanded, eta, num_steps))
         return jax.jit(partial(_descend, problem, method, eta, num_steps))
 
     def look(step: int, params: PyTree, v0: PyTree) -> tuple[Look, Eigenpair]:
@@ -215,7 +231,8 @@ def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[...,
         params = problem.init(job.seed)
         draw = 2 if job.method == "sam_again" else 1
         key = jax.random.fold_in(jax.random.key(job.seed), draw)
-        state = params if job.method in ORDERS else start(job, params)
+        bare = job.method in ORDERS or job.method in WITHOUT_NOISE
+        state = params if bare else start(job, params)
         v0, done = tree_math.zeros_like(params), 0
         for stop in stops:
             if stop > done:
@@ -224,7 +241,7 @@ def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[...,
                 method = job.method.removesuffix("_again")
                 program = advance(method, stop - done)
                 state = program(of_stretch, state, rho, alpha)
-                params, done = (state if job.method in ORDERS else state[0]), stop
+                params, done = (state if bare else state[0]), stop
             seen, top = look(stop, params, v0)
             v0, parts = top.eigenvector, None
             if job.method in ("sam", "eigen_sam") and job.rho == measured_rho:
@@ -306,3 +323,33 @@ def _simulate(
         order=order,
     )
     return state.params
+
+
+def _follow(
+    problem: Problem,
+    order: sde.Order | None,
+    eta: float,
+    num_steps: int,
+    key: jax.Array,
+    params: PyTree,
+    rho: jax.Array,
+    alpha: jax.Array,
+) -> PyTree:
+    """Steps along the drift, or without an order along the mean of SAM's gradient."""
+    del key, alpha
+    value_fn, batches = problem.value_fn, problem.batches
+
+    def perturbed_gradient(params: PyTree, batch: PyTree) -> PyTree:
+        gradient = jax.grad(lambda p: value_fn(p, batch))
+        epsilon = perturbation.sam(gradient(params), rho).epsilon
+        return gradient(tree_math.add_scaled(params, 1, epsilon))
+
+    def step(params: PyTree, _: None) -> tuple[PyTree, None]:
+        if order is None:
+            of_batch = lambda batch: perturbed_gradient(params, batch)
+            mean = expansion.batch_mean(of_batch, batches)
+            return tree_math.add_scaled(params, -eta, mean), None
+        drift = sde.drift(value_fn, params, batches, rho, order)
+        return tree_math.add_scaled(params, eta, drift), None
+
+    return jax.lax.scan(step, params, length=num_steps)[0]

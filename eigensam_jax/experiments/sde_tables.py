@@ -1,6 +1,7 @@
 """The tables of `eigensam sde`, out of its results file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,24 +12,28 @@ from eigensam_jax.experiments import tables
 NOTES = (
     "Off: (path − SAM's)/SAM's from the same start, mean over the looks after the "
     "start, mean over seeds with 95% intervals; distance: the same of |path − SAM's|. "
-    "sam_again is SAM on other batches. Rates: parts of (dλ/dt)/λ, mean over the looks "
-    "after the start, ± standard deviation over seeds; share: 3rd over aligned."
+    "SAM, other batches: what chance alone makes. No noise: the drift alone, against "
+    "the mean of SAM's gradient over all batches. Rates: mean over the looks after the "
+    "start, ± standard deviation over seeds."
 )
 LABELS = {
+    "order_1": "order 1 (SGD)",
     "sam": "SAM",
     "sam_again": "SAM, other batches",
-    "order_1": "order 1 (SGD)",
     "order_2": "order 2",
     "order_3": "order 3",
+    "mean_sam": "SAM, no noise",
+    "mean_order_2": "order 2, no noise",
+    "mean_order_3": "order 3, no noise",
     "eigen_sam": "Eigen-SAM",
 }
 QUANTITIES = {"train_loss": "train loss", "lambda_max": "λ_max"}
 PARTS = {
     "first": "gradient",
-    "second": "2nd deriv.",
-    "third": "3rd deriv.",
-    "ito": "Itô",
-    "aligned": "3rd if aligned",
+    "second": "second derivatives",
+    "third": "third derivatives",
+    "ito": "Itô's term",
+    "aligned": "third, if ε were along v",
 }
 
 Record = Mapping[str, Any]
@@ -55,14 +60,12 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
     return [
         tables.table(title, ("path", "ρ", *of_paths), distances(runs)),
         tables.table(
-            "order 3 − order 2: distance to SAM",
-            ("ρ", "loss %", "λ_max %"),
+            "distance to SAM, order 3 less order 2",
+            ("ρ", "loss %", "λ_max %", "no noise: loss %", "λ_max %"),
             differences(runs),
         ),
         tables.table(
-            "parts of (dλ_max/dt)/λ_max, and |cos(ε, v)|",
-            ("method", "|cos|", *PARTS.values(), "share"),
-            rates(runs),
+            "parts of (dλ_max/dt)/λ_max", ("", "SAM", "Eigen-SAM"), rates(runs)
         ),
         *(
             tables.table(title, headers, rows(runs))
@@ -74,9 +77,10 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
 
 def distances(runs: Sequence[Record]) -> list[list[str]]:
     """A row a ρ and kind of path: how far off SAM it is, in % of SAM's."""
+    methods = ("sam_again", "order_2", "order_3", "mean_order_2", "mean_order_3")
     rows = []
     for rho in rhos(runs):
-        for method in ("sam_again", "order_2", "order_3"):
+        for method in methods:
             off, distance = [], []
             for quantity in QUANTITIES:
                 relative = _relative(runs, method, rho, quantity)
@@ -90,37 +94,52 @@ def distances(runs: Sequence[Record]) -> list[list[str]]:
 def differences(runs: Sequence[Record]) -> list[list[str]]:
     """A row a ρ: the distance to SAM of order 3 less that of order 2, paired by seed.
 
-    In % of SAM's, with 95% intervals: negative where order 3 is nearer.
+    In % of SAM's, with 95% intervals: negative where order 3 is nearer. First with the
+    noise, then without.
     """
     rows = []
     for rho in rhos(runs):
         row = [f"{rho:g}"]
-        for quantity in QUANTITIES:
-            third, second = (
-                abs(_relative(runs, method, rho, quantity)).mean(1)
-                for method in ("order_3", "order_2")
-            )
-            row.append(tables.mean_and_interval((third - second).tolist(), 1, 100))
+        for kind in ("", "mean_"):
+            for quantity in QUANTITIES:
+                third, second = (
+                    abs(_relative(runs, kind + method, rho, quantity)).mean(1)
+                    for method in ("order_3", "order_2")
+                )
+                row.append(tables.mean_and_interval((third - second).tolist(), 1, 100))
         rows.append(row)
     return rows
 
 
 def rates(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a method: |cos(ε, v)|, the parts of (dλ/dt)/λ, and the share.
+    """|cos(ε, v)|, the parts of (dλ/dt)/λ and the share, of SAM and of Eigen-SAM.
 
     Means over training after its start.
     """
-    rows = []
-    for method in ("sam", "eigen_sam"):
-        chosen = [run for run in paths(runs, method) if run["rates"]]
-        cosine = [np.mean(run["rates"]["perturbation_alignment"][1:]) for run in chosen]
-        row = [LABELS[method], tables.mean_and_deviation(cosine, 2)]
-        for part in PARTS:
-            means = [np.mean(relative_rate(run, part)[1:]) for run in chosen]
-            row.append(tables.mean_and_deviation(means, 3))
-        shares = [np.mean(share(run)[1:]) for run in chosen]
-        rows.append([*row, tables.mean_and_deviation(shares, 2)])
-    return rows
+    columns = [
+        [run for run in paths(runs, method) if run["rates"]]
+        for method in ("sam", "eigen_sam")
+    ]
+    found: dict[str, tuple[Callable[[Record], Any], int]] = {
+        "|cos(ε, v)|": (lambda run: run["rates"]["perturbation_alignment"], 2),
+        **{
+            label: (partial(relative_rate, part=part), 3)
+            for part, label in PARTS.items()
+        },
+        "third / if along v": (share, 2),
+    }
+    return [
+        [
+            name,
+            *(
+                tables.mean_and_deviation(
+                    [float(np.mean(values(run)[1:])) for run in column], digits
+                )
+                for column in columns
+            ),
+        ]
+        for name, (values, digits) in found.items()
+    ]
 
 
 def share(run: Record) -> np.ndarray:
@@ -202,7 +221,8 @@ def _relative(
     runs: Sequence[Record], method: str, rho: float, quantity: str
 ) -> np.ndarray:
     """(path − SAM's)/SAM's, a row a seed, a column a look after the start."""
-    by_seed = {run["seed"]: run for run in paths(runs, "sam", rho)}
+    reference = "mean_sam" if method.startswith("mean_") else "sam"
+    by_seed = {run["seed"]: run for run in paths(runs, reference, rho)}
     rows = []
     for run in paths(runs, method, rho):
         ours, sam = (

@@ -30,7 +30,7 @@ def sam_step(params, index, rho, alpha, eta, v):
     return tree_math.add_scaled(params, -eta, gradient(moved))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("alpha", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_many_steps_are_off_by_the_power_of_rho_that_the_order_says(alpha):
     """Discrete SAM on one batch against Euler's path: slopes 1, 2 and 3 again.
 

@@ -107,9 +107,9 @@ def add_sde(commands: Any) -> None:
         description="Train a small tanh network by SAM, and follow the equations of "
         "SAM up to first, second and third derivatives from the same starts; measure "
         "what changes λ_max on the way. All on the first 1,024 training images, in 16 "
-        "fixed batches. Prints tables and leaves results.json, paths.png and rates.png "
-        "in --out. Paths that are there already are kept: the same command goes on "
-        "where it was interrupted.",
+        "fixed batches. Prints tables and leaves results.json, paths.png, off.png and "
+        "rates.png in --out. Paths that are there already are kept: the same command "
+        "goes on where it was interrupted.",
     )
     add, usual = sde.add_argument, _SDE_USUAL
     options.add_data(sde)

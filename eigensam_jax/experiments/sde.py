@@ -42,7 +42,7 @@ class Config(NamedTuple):
 
 
 def run(config: Config, command: str, console: Console) -> None:
-    """Runs paths and checks; leaves `results.json` and two plots in `config.out`.
+    """Runs paths and checks; leaves `results.json` and three plots in `config.out`.
 
     The results are brought up to date after every path. Those of the same configuration
     that are there already are kept, and not run again.
@@ -92,12 +92,13 @@ def show(document: Record, out: Path, console: Console) -> None:
     title = f"{config['dataset']}, tanh network, η {config['learning_rate']:g}"
     rho = sde_paths.middle(tuple(config["rhos"]))
     sde_plots.paths(runs, rho, f"{title}, ρ {rho:g}", out / "paths.png")
+    sde_plots.off(runs, title, out / "off.png")
     sde_plots.rates(runs, f"{title}, ρ {rho:g}", out / "rates.png")
     for table in sde_tables.all_tables(runs, title):
         console.print(table)
     console.print(sde_tables.NOTES)
     console.print(
-        f"Results: {out / 'results.json'}   Plots: paths.png, rates.png   "
+        f"Results: {out / 'results.json'}   Plots: paths.png, off.png, rates.png\n"
         f"Wall time: {document['wall_time_s']:.0f} s"
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 from eigensam_jax.experiments import sde_tables
 from eigensam_jax.experiments.plots import COLOURS
@@ -55,11 +56,39 @@ def paths(runs: Sequence[Run], rho: float, title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def off(runs: Sequence[Run], title: str, path: Path) -> None:
+    """Draws how far off SAM the equations are at each ρ, in % of SAM's.
+
+    Bands are 95% intervals of the mean over the seeds; dotted lines are the means of
+    the drifts without noise, against the mean of SAM's gradient without noise.
+    """
+    rhos = sde_tables.rhos(runs)
+    figure = Figure(figsize=(2 + 2.6 * len(rhos), 5.5), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(2, len(rhos), squeeze=False, sharex=True)
+    for rho, column in zip(rhos, grid.T, strict=True):
+        for axes, (quantity, label) in zip(
+            column, sde_tables.QUANTITIES.items(), strict=True
+        ):
+            for method in ("sam_again", "order_2", "order_3"):
+                _off(axes, runs, method, rho, quantity)
+            axes.axhline(0, color="black", linewidth=0.6)
+            axes.grid(alpha=0.3)
+            axes.set_ylabel(f"{label} − SAM's, % of SAM's")
+            axes.label_outer()
+            axes.tick_params(labelleft=True)
+        column[0].set_title(f"ρ = {rho:g}")
+        column[-1].set_xlabel("time t/η, in steps")
+    grid[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
 def rates(runs: Sequence[Run], title: str, path: Path) -> None:
     """Draws the parts of the rate of λ_max along SAM's and Eigen-SAM's training.
 
-    And, of each look, how much of the aligned pull the third derivatives have, against
-    the alignment of the perturbation.
+    Lines are medians over the seeds, bands from quartile to quartile. And, of each
+    look, how much of the aligned pull the third derivatives have, against the alignment
+    of the perturbation.
     """
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     figure.suptitle(title)
@@ -71,7 +100,9 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
             values = np.array(
                 [sde_tables.relative_rate(run, part)[1:] for run in chosen]
             )
-            _band(axes, steps, values, colour, style, label)
+            low, median, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+            axes.plot(steps, median, style, color=colour, label=label)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set(
             xlabel="step",
@@ -87,7 +118,7 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
             color=COLOURS[method],
             label=sde_tables.LABELS[method],
         )
-    left.legend(fontsize="small")
+    middle.legend(fontsize="small", loc="center right")
     right.axhline(0, color="black", linewidth=0.6)
     right.set(
         xlabel="alignment |cos(ε, v)|",
@@ -97,6 +128,24 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
     right.grid(alpha=0.3)
     right.legend()
     figure.savefig(path, dpi=110)
+
+
+def _off(axes: Any, runs: Sequence[Run], method: str, rho: float, key: str) -> None:
+    colour = _STYLES.get(method, (COLOURS["sgd"],))[0]
+    steps = sde_tables.paths(runs, "sam", rho)[0]["curves"]["step"][1:]
+    values = 100 * sde_tables.relative(runs, method, rho, key)
+    mean = values.mean(0)
+    half = 0 * mean
+    if len(values) > 1:
+        quantile = stats.t.ppf(0.975, len(values) - 1)
+        half = quantile * values.std(0, ddof=1) / np.sqrt(len(values))
+    axes.plot(steps, mean, "-", color=colour, label=sde_tables.LABELS[method])
+    axes.fill_between(
+        steps, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0
+    )
+    if method != "sam_again":
+        bare = 100 * sde_tables.relative(runs, f"mean_{method}", rho, key)
+        axes.plot(steps, bare.mean(0), ":", color=colour)
 
 
 def _band(

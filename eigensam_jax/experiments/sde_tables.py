@@ -83,9 +83,9 @@ def distances(runs: Sequence[Record]) -> list[list[str]]:
         for method in methods:
             off, distance = [], []
             for quantity in QUANTITIES:
-                relative = _relative(runs, method, rho, quantity)
-                off.append(tables.mean_and_interval(relative.mean(1).tolist(), 1, 100))
-                mean = abs(relative).mean(1).tolist()
+                found = relative(runs, method, rho, quantity)
+                off.append(tables.mean_and_interval(found.mean(1).tolist(), 1, 100))
+                mean = abs(found).mean(1).tolist()
                 distance.append(tables.mean_and_interval(mean, 1, 100).lstrip("+"))
             rows.append([LABELS[method], f"{rho:g}", *off, *distance])
     return rows
@@ -103,7 +103,7 @@ def differences(runs: Sequence[Record]) -> list[list[str]]:
         for kind in ("", "mean_"):
             for quantity in QUANTITIES:
                 third, second = (
-                    abs(_relative(runs, kind + method, rho, quantity)).mean(1)
+                    abs(relative(runs, kind + method, rho, quantity)).mean(1)
                     for method in ("order_3", "order_2")
                 )
                 row.append(tables.mean_and_interval((third - second).tolist(), 1, 100))
@@ -217,7 +217,7 @@ def rhos(runs: Sequence[Record]) -> list[float]:
     return sorted({run["rho"] for run in paths(runs, "sam")})
 
 
-def _relative(
+def relative(
     runs: Sequence[Record], method: str, rho: float, quantity: str
 ) -> np.ndarray:
     """(path − SAM's)/SAM's, a row a seed, a column a look after the start."""

@@ -80,7 +80,7 @@ def test_every_path_is_there_and_the_command_says_what_came_out(
     assert results["commands"] == [f"eigensam {SMALL} --seeds 2 --out {tmp_path}"]
     assert {"jax", "optax", "eigensam_jax"} < set(results["versions"])
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        *("paths.png", "rates.png", "results.json")
+        *("off.png", "paths.png", "rates.png", "results.json")
     ]
     *paths, one_step = results["runs"]
     assert one_step["method"] == "one_step"

@@ -144,6 +144,7 @@ def test_what_is_there_is_kept_and_the_rest_is_run(
     assert (part / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_look_sees_what_is_there():
     """Of SAM's start, and after two steps, against the formulas."""
     problem = sde_paths.make_problem(data.load("digits"))

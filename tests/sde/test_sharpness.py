@@ -108,6 +108,7 @@ def test_derivatives_of_the_eigenvalue_are_those_of_converged_eigenvalues(seed):
             np.testing.assert_allclose(quadratic, 4 * ours, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_parts_of_the_rate_are_derivatives_of_converged_eigenvalues(alpha, seed):
@@ -144,6 +145,7 @@ def test_the_parts_of_the_rate_are_derivatives_of_converged_eigenvalues(alpha, s
         assert (rates.perturbation_alignment > rates.alignment) == (alpha > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_the_parts_add_up_to_what_a_step_does(alpha):
     """The mean change of λ_max by a step on a random batch, exact over all batches.

@@ -15,12 +15,15 @@ from eigensam_jax.experiments import (
     sde_checks,
     sde_paths,
     sde_plots,
+    sde_problem,
+    sde_steps,
     sde_tables,
     tables,
     training,
 )
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.sde_paths import Job, Problem
+from eigensam_jax.experiments.sde_paths import Job
+from eigensam_jax.experiments.sde_problem import Problem
 
 Record = dict[str, Any]
 
@@ -57,14 +60,14 @@ def run(config: Config, command: str, console: Console) -> None:
       KeyboardInterrupt: passed on, with the finished paths on disk.
     """
     dataset = data.load(config.dataset, config.data_dir)
-    needed = sde_paths.NUM_BATCHES * sde_paths.BATCH_SIZE
+    needed = sde_problem.NUM_BATCHES * sde_problem.BATCH_SIZE
     if len(dataset.train_images) < needed:
         raise UserError(
             f"--dataset {config.dataset} has {len(dataset.train_images)} training "
             f"images, less than the {needed} that are used; name a larger one"
         )
     results.make_folder(config.out)
-    problem = sde_paths.make_problem(dataset)
+    problem = sde_problem.make_problem(dataset)
     path, start = config.out / "results.json", time.perf_counter()
     document = resumption.document(path, command, _protocol(config, problem), {})
     before = document["wall_time_s"]
@@ -140,14 +143,14 @@ def _protocol(config: Config, problem: Problem) -> Record:
         "steps": config.steps,
         "evaluations": training.evaluation_steps(config.steps, config.evaluations),
         "moment_paths": config.moment_paths,
-        "model": f"tanh, two hidden layers of {sde_paths.WIDTH}",
-        "num_batches": sde_paths.NUM_BATCHES,
-        "batch_size": sde_paths.BATCH_SIZE,
+        "model": f"tanh, two hidden layers of {sde_problem.WIDTH}",
+        "num_batches": sde_problem.NUM_BATCHES,
+        "batch_size": sde_problem.BATCH_SIZE,
         "substeps": 1,
         "test_examples": len(problem.dataset.test_images),
-        "eigenvalue_tolerance": sde_paths.TOLERANCE,
+        "eigenvalue_tolerance": sde_problem.TOLERANCE,
         "curvature_tolerance": sde_paths.CURVATURE_TOLERANCE,
-        "eigen_sam_tracker": sde_paths.EIGENVECTOR,
+        "eigen_sam_tracker": sde_steps.EIGENVECTOR,
     }
 
 

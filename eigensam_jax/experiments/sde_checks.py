@@ -10,7 +10,8 @@ import numpy as np
 
 from eigensam_jax import hessian, perturbation, sde, tree_math
 from eigensam_jax.benchmarks import programs
-from eigensam_jax.experiments.sde_paths import NUM_BATCHES, ORDERS, Problem
+from eigensam_jax.experiments.sde_problem import NUM_BATCHES, Problem
+from eigensam_jax.experiments.sde_steps import ORDERS
 from eigensam_jax.sde import expansion
 from eigensam_jax.tree_math import PyTree
 

@@ -8,11 +8,19 @@ import pytest
 from command_line import error_of
 
 from eigensam_jax import hessian, perturbation, sde, tree_math
-from eigensam_jax.experiments import cli, data, sde_checks, sde_paths, sde_tables
+from eigensam_jax.experiments import (
+    cli,
+    data,
+    sde_checks,
+    sde_paths,
+    sde_problem,
+    sde_steps,
+    sde_tables,
+)
 from eigensam_jax.experiments.sde_paths import Job
 
 SMALL = "sde --smoke --rho 0.02 0.05"
-METHODS = ("sam", "sam_again", "order_2", "order_3", *sde_paths.WITHOUT_NOISE)
+METHODS = ("sam", "sam_again", "order_2", "order_3", *sde_steps.WITHOUT_NOISE)
 
 
 def made_up_run(problem, plan, measured_rho):
@@ -147,7 +155,7 @@ def test_what_is_there_is_kept_and_the_rest_is_run(
 @pytest.mark.slow
 def test_a_look_sees_what_is_there():
     """Of SAM's start, and after two steps, against the formulas."""
-    problem = sde_paths.make_problem(data.load("digits"))
+    problem = sde_problem.make_problem(data.load("digits"))
     images, labels = problem.batches
     assert images.shape == (16, 64, 8, 8, 1)
     assert labels.shape == (16, 64)
@@ -180,19 +188,14 @@ def test_a_look_sees_what_is_there():
 
 @pytest.mark.slow
 def test_the_same_path_is_another_on_other_batches_and_eigen_sam_follows_v():
-    problem = sde_paths.make_problem(data.load("digits"))
+    problem = sde_problem.make_problem(data.load("digits"))
     images, labels = problem.batches
     assert images.shape == (16, 64, 8, 8, 1)
     assert labels.shape == (16, 64)
-    job = Job("eigen_sam", 0.1, 1.0, 0)
-    params, opt_state = state = sde_paths.start(job, problem.init(0))
-    program = jax.jit(
-        lambda key, state: sde_paths._descend(
-            *(problem, "eigen_sam", 0.1, 20, key, state),
-            *map(jnp.float32, (job.rho, job.alpha)),
-        )
-    )
-    (params, opt_state), other = (program(jax.random.key(i), state) for i in (0, 1))
+    state = sde_steps.start("eigen_sam", problem.init(0))
+    advance = jax.jit(sde_steps.make_advance(problem, "eigen_sam", 0.1, 20))
+    program = lambda key: advance(key, state, jnp.float32(0.1), jnp.float32(1))
+    (params, opt_state), other = (program(jax.random.key(i)) for i in (0, 1))
     assert not np.allclose(*(x["Dense_0"]["kernel"] for x in (params, other[0])))
     # v is that of the step before; it has an exact eigenvector's Rayleigh quotient.
     product = hessian.mean_matvec(problem.value_fn, params, problem.batches)
@@ -296,7 +299,7 @@ def test_the_plotted_radius_is_the_middle_one():
 
 @pytest.mark.slow
 def test_the_checks_say_what_they_should():
-    problem = sde_paths.make_problem(data.load("digits"))
+    problem = sde_problem.make_problem(data.load("digits"))
     for found in (
         sde_checks.one_step(problem, 1.0)["sam"],
         sde_checks.one_step(problem, 1.0)["eigen_sam"],

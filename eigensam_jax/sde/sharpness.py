@@ -206,11 +206,13 @@ def sharpness_rates(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from eigensam_jax import sde
+      >>> from eigensam_jax import eigen, sde
       >>> quartic = lambda w, x: x * jnp.sum(w**4)  # λ = 12·w₁² where w₁ is the largest
       >>> w, x = jnp.array([1.0, 0.0]), jnp.array([0.5, 1.5])
-      >>> rates = sde.sharpness_rates(quartic, w, x, rho=0.1, eta=0.01)
-      >>> # Here u = v, ∇λ = 24, and the gradients are 2 and 6.
+      >>> top = eigen.Eigenpair(w, jnp.array(12.0), jnp.array(0.0))
+      >>> rates = sde.sharpness_rates(
+      ...     quartic, w, x, rho=0.1, eta=0.01, eigenpair=top
+      ... )  # here u = v, ∇λ = 24, and the gradients are 2 and 6
       >>> [f"{part:.3f}" for part in (rates.first, rates.second, rates.third)]
       ['-96.000', '-28.800', '-2.880']
 

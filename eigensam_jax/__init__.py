@@ -11,6 +11,7 @@ from eigensam_jax import (
     eigen,
     hessian,
     perturbation,
+    sde,
     trackers,
     tree_math,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "hessian",
     "perturbation",
     "sam",
+    "sde",
     "sharpness",
     "trackers",
     "tree_math",

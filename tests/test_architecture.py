@@ -20,6 +20,7 @@ LAYERS = [
     {"sharpness_aware"},
     {"transform"},
     {"diagnostics", "linen", "nnx"},
+    {"sde"},
     {"__init__"},
     {"experiments", "benchmarks"},  # which may import each other
     {"__main__"},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eigensam_jax.benchmarks import bench_tables, track
-from eigensam_jax.experiments import compare, spectrum
+from eigensam_jax.experiments import compare, sde_tables, spectrum
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -16,6 +16,7 @@ RESULTS = ROOT / "eigensam_jax" / "experiments" / "results"
 TRACKING = ROOT / "eigensam_jax" / "benchmarks" / "results"
 TRACKING_PAGE = (TRACKING / "README.md").read_text()
 COST_PAGE = (TRACKING / "COST.md").read_text()
+SDE_PAGE = (RESULTS / "SDE.md").read_text()
 
 
 @pytest.mark.parametrize("page", [README, COMPOSING], ids=["front", "composing"])
@@ -122,15 +123,35 @@ def test_the_spectrum_is_that_of_the_results_file():
         assert f"| {' | '.join(row)} |" in README
 
 
+def test_what_is_said_of_the_equations_is_in_their_results_file():
+    results = read(RESULTS / "sde_mnist")
+    runs, config = results["runs"], results["config"]
+    rows = sde_tables.distances(runs) + sde_tables.slopes(runs)
+    for row in rows + sde_tables.moments(runs) + sde_tables.costs(runs):
+        assert f"| {' | '.join(row)} |" in SDE_PAGE
+    for row in sde_tables.differences(runs) + sde_tables.rates(runs):
+        assert f"| {' | '.join(row)} |" in README
+    assert results["device"]["processor"] in SDE_PAGE
+    seeds = {run["seed"] for run in runs if "seed" in run}
+    for page in (README, SDE_PAGE):
+        assert all(command in page for command in results["commands"])
+        assert f"{results['wall_time_s']:.0f} s on" in page.replace("\n", " ")
+        assert f"{config['num_batches']} fixed batches" in page
+        assert f"{len(seeds)} seeds" in page
+        assert f"{config['steps']} steps" in page
+        assert f"{config['num_batches'] * config['batch_size']:,}" in page
+
+
 @pytest.mark.parametrize(
     "page",
     [
         ROOT / "README.md",
         ROOT / "notebooks" / "composing.md",
+        RESULTS / "SDE.md",
         TRACKING / "README.md",
         TRACKING / "COST.md",
     ],
-    ids=["front", "composing", "trackers", "cost"],
+    ids=["front", "composing", "equations", "trackers", "cost"],
 )
 def test_links_to_files_lead_somewhere(page):
     links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from eigensam_jax.benchmarks.commands import add_bench, add_track
-from eigensam_jax.experiments.commands import add_compare, add_spectrum
+from eigensam_jax.experiments.commands import add_compare, add_sde, add_spectrum
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.options import Parser
 
@@ -56,5 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     add_compare(commands)
     add_track(commands)
     add_spectrum(commands)
+    add_sde(commands)
     add_bench(commands)
     return parser

@@ -7,22 +7,24 @@ import jax
 
 
 class MLP(nn.Module):
-    """Two hidden layers of rectified linear units.
+    """Two hidden layers, of rectified linear units where no others are named.
 
     Attributes:
       num_classes: the number of logits.
       width: units a layer.
+      activation: of the hidden units.
     """
 
     num_classes: int
     width: int = 128
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits of shape (batch, num_classes)."""
         x = images.reshape(len(images), -1)
         for _ in range(2):
-            x = nn.relu(nn.Dense(self.width)(x))
+            x = self.activation(nn.Dense(self.width)(x))
         return nn.Dense(self.num_classes)(x)
 
 

@@ -23,10 +23,17 @@ _DATA_DIR = (
 def add_problem(parser: argparse.ArgumentParser) -> None:
     """The options of what is learnt, by what."""
     add: Any = parser.add_argument
+    add_data(parser)
+    names = {"metavar": "NAME"}
+    add("--model", **names, choices=MODELS, default="mlp", help=any_of(MODELS))
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The options of what is learnt."""
+    add: Any = parser.add_argument
     names = {"metavar": "NAME"}
     add("--dataset", **names, choices=DATASETS, default="digits", help=any_of(DATASETS))
     add("--data-dir", metavar="DIR", type=Path, help=_DATA_DIR)
-    add("--model", **names, choices=MODELS, default="mlp", help=any_of(MODELS))
 
 
 def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:

@@ -1,0 +1,71 @@
+"""SAM's dynamics as a stochastic differential equation, up to third derivatives.
+
+Batches γ are drawn independently and uniformly from N. With the batch loss f_γ, its
+gradient ∇f_γ, Hessian H_γ and third derivatives ∇³f_γ, one step of SAM is
+
+    x ← x − η ∇f_γ(x + ε_γ),    ε_γ = ρ·u_γ,    u_γ = ∇f_γ(x)/‖∇f_γ(x)‖,
+
+and lasts a time of η. The equation is
+
+    dX = b(X) dt + √η Σ(X)^½ dW
+
+with Σ the covariance over batches of ∇f_γ(X + ε_γ) and, by `order`, the drift
+
+    1 (SGD)    b = −E[∇f_γ]                  and Σ the covariance of ∇f_γ
+    2          b = −E[∇f_γ + H_γ ε_γ]
+    3          b = −E[∇f_γ + H_γ ε_γ + ½ ∇³f_γ[ε_γ, ε_γ]]
+
+so that −b is off SAM's mean gradient by O(ρ), O(ρ²) and O(ρ³). That is within O(η), the
+error that replacing steps of η by an equation makes by itself, while ρ is O(η^½) at
+order 2 and O(η^⅓) at order 3. Eigen-SAM is the same with
+
+    ε_γ = ρ·(u_γ + α·sign⟨∇f_γ, v⟩·v⊥),    v⊥ = v − ⟨u_γ, v⟩u_γ,
+
+and v = v₁(X) the exact top eigenvector of the Hessian of E[f_γ], all batches, at X. A
+tracked v would carry a memory, and the process would not be one of X alone.
+
+What is assumed: f_γ has three continuous derivatives (tanh, GELU or softplus: the third
+derivative of a ReLU network is 0 wherever there is one, and not what its kinks do over
+a distance ρ); ∇f_γ ≠ 0, as u_γ jumps there (here u_γ = 0 for a zero gradient); and for
+Eigen-SAM that λ₁ is simple and ⟨∇f_γ, v⟩ ≠ 0. A path that crosses these places is still
+computed, but theorems on weak approximation ask for smooth coefficients.
+
+Whose it is: the equation of order 2 is that of Compagnoni et al., that of order 3 that
+of Luo et al. This project's own, and proved in neither, are Eigen-SAM's equation; Σ of
+the gradients where SAM takes them, not expanded in ρ, so that orders 2 and 3 differ in
+their drift alone; and Itô's term in `sharpness_rates`.
+
+References:
+  Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization Improves
+  Sharpness-Aware Minimization", NeurIPS 2024; Monzio Compagnoni, Biggio, Orvieto,
+  Proske, Kersting, Lucchi, "An SDE for Modeling SAM: Theory and Insights", ICML 2023;
+  Li, Tai, E, "Stochastic Modified Equations and Adaptive Stochastic Gradient
+  Algorithms", ICML 2017.
+"""
+
+from eigensam_jax.sde.equation import diffusion, drift
+from eigensam_jax.sde.expansion import Order, expanded_gradient, third_derivative
+from eigensam_jax.sde.sharpness import (
+    SharpnessRates,
+    eigenvalue_curvature,
+    eigenvalue_gradient,
+    sharpness_rates,
+)
+from eigensam_jax.sde.simulation import Info, State, make_step, simulate, start
+
+__all__ = [
+    "Info",
+    "Order",
+    "SharpnessRates",
+    "State",
+    "diffusion",
+    "drift",
+    "eigenvalue_curvature",
+    "eigenvalue_gradient",
+    "expanded_gradient",
+    "make_step",
+    "sharpness_rates",
+    "simulate",
+    "start",
+    "third_derivative",
+]

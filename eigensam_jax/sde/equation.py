@@ -1,0 +1,282 @@
+"""The two coefficients of the equation: its drift b, and what its noise is made of."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from eigensam_jax import arguments, eigen, hessian, perturbation, tree_math
+from eigensam_jax.eigen import Eigenpair
+from eigensam_jax.perturbation import Perturbation
+from eigensam_jax.sde import expansion
+from eigensam_jax.sde.expansion import BatchValueFn, Order
+from eigensam_jax.tree_math import PyTree
+
+TOLERANCE = 1e-5
+
+
+class Coefficients(NamedTuple):
+    """Both coefficients at a point, and the loss on the way.
+
+    Attributes:
+      value: E[f_γ].
+      drift: b, a tree like the parameters.
+      noise: Σ^½ times what was asked for, a tree like the parameters.
+    """
+
+    value: jax.Array
+    drift: PyTree
+    noise: PyTree
+
+
+def drift(
+    value_fn: BatchValueFn,
+    params: PyTree,
+    batches: PyTree,
+    rho: ArrayLike,
+    order: Order = 3,
+    *,
+    alpha: ArrayLike = 0.0,
+    eigenvector: PyTree | None = None,
+    tol: ArrayLike = TOLERANCE,
+) -> PyTree:
+    """Drift b of the equation, by the highest derivative of the loss that it has.
+
+        1: −E[∇f_γ]
+        2: −E[∇f_γ + H_γ ε_γ]
+        3: −E[∇f_γ + H_γ ε_γ + ½∇³f_γ[ε_γ, ε_γ]]
+
+    with ε_γ = ρ·u_γ of SAM or, for α > 0, Eigen-SAM's; the whole statement is in the
+    docstring of `eigensam_jax.sde`. Where ∇f_γ = 0, so is ε_γ. Of a quadratic loss, two
+    orders are exact, of a cubic one three.
+
+    One batch is at work at a time. On fully connected networks it costs the operations
+    of 1 gradient at order 1, of 2.5 to 3.6 at order 2 and of 2.6 to 6.2 at order 3, the
+    more the deeper they are.
+
+    Args:
+      value_fn: (params, batch) -> f_γ(w), a real scalar.
+      params: w, a tree of real arrays.
+      batches: a tree of arrays with a leading axis over the batches.
+      rho: ρ, the radius; without effect at order 1.
+      order: 1, 2 or 3.
+      alpha: α of Eigen-SAM; 0 for SAM.
+      eigenvector: v, a tree like `params` of norm 1; its sign does not matter. By
+        default the top eigenvector of the Hessian of E[f_γ] at w, by
+        `eigen.top_eigenpairs`, which costs some 20 Hessian-vector products of all
+        batches. Not looked at for α = 0.
+      tol: tolerance of that eigenvector's residual, relative to λ₁.
+
+    Returns:
+      b, a tree like `params`, in float32 or in the leaf's dtype where that is wider.
+
+    Raises:
+      ValueError: for an `order`, `rho`, `alpha` or `tol` that is none of the above, for
+        batches without a common leading axis, parameters that are not real, a
+        `value_fn` that returns no scalar, or an `eigenvector` unlike `params`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import sde
+      >>> cubic = lambda w, x: x * w**3
+      >>> w, x = jnp.array(1.0), jnp.array([0.5, 1.5])
+      >>> [f"{sde.drift(cubic, w, x, rho=0.1, order=k):.2f}" for k in (1, 2, 3)]
+      ['-3.00', '-3.60', '-3.63']
+
+    References:
+      Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization
+      Improves Sharpness-Aware Minimization", NeurIPS 2024.
+    """
+    check(params, batches, rho, order, alpha)
+    v = _eigenvector(value_fn, params, batches, order, alpha, eigenvector, tol)
+
+    def minus_drift(batch: PyTree) -> PyTree:
+        f, _, grads, step = at_batch(value_fn, params, batch, rho, alpha, v)
+        if order == 1:
+            return grads
+        return expansion.expanded_gradient(f, params, step.epsilon, order)
+
+    return tree_math.scale(-1, expansion.batch_mean(minus_drift, batches))
+
+
+def diffusion(
+    value_fn: BatchValueFn,
+    params: PyTree,
+    batches: PyTree,
+    rho: ArrayLike,
+    increments: ArrayLike,
+    order: Order = 3,
+    *,
+    alpha: ArrayLike = 0.0,
+    eigenvector: PyTree | None = None,
+    tol: ArrayLike = TOLERANCE,
+) -> PyTree:
+    """Product B·ξ with a root of the covariance, BBᵀ = Σ, of one column a batch.
+
+        B·ξ = N^(−½) Σ_γ ξ_γ (g_γ − E[g]),    g_γ = ∇f_γ(w + ε_γ), at order 1 ∇f_γ(w),
+
+    so that of independent standard normal ξ it is normal with the covariance Σ exactly,
+    and neither Σ nor a root of it as large as the parameters squared is formed. (B is
+    not Σ^½, but drives the same equation: its law depends on BBᵀ alone.)
+
+    Args:
+      value_fn: as in `drift`, as all that follows.
+      params: as in `drift`.
+      batches: as in `drift`.
+      rho: as in `drift`.
+      increments: ξ, shape (N,).
+      order: 1 for SGD's noise; 2 and 3 have the same, SAM's.
+      alpha: as in `drift`.
+      eigenvector: as in `drift`.
+      tol: as in `drift`.
+
+    Returns:
+      A tree like `params`, in float32 or in the leaf's dtype where that is wider.
+
+    Raises:
+      ValueError: as `drift`, and for `increments` of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import sde
+      >>> linear, w, x = (lambda w, x: x * w), jnp.array(1.0), jnp.array([0.0, 2.0])
+      >>> root = [
+      ...     float(sde.diffusion(linear, w, x, 0.1, xi)) for xi in jnp.eye(2)
+      ... ]  # of the variance 1 of the gradients 0 and 2
+      >>> f"{root[0] ** 2 + root[1] ** 2:.4f}"
+      '1.0000'
+    """
+    count = check(params, batches, rho, order, alpha)
+    if jnp.shape(increments) != (count,):
+        raise ValueError(
+            f"increments must have the shape {(count,)}, one for each batch, got "
+            f"{jnp.shape(increments)}: draw jax.random.normal(key, {(count,)})."
+        )
+    v = _eigenvector(value_fn, params, batches, order, alpha, eigenvector, tol)
+    xi = jnp.asarray(increments, tree_math.accumulation_dtype(params))
+
+    def weighted(pair: tuple[PyTree, jax.Array]) -> PyTree:
+        batch, weight = pair
+        f, _, grads, step = at_batch(value_fn, params, batch, rho, alpha, v)
+        noisy = grads if order == 1 else perturbed_gradient(f, params, step)
+        return tree_math.scale(weight, noisy)
+
+    # Σ ξ_γ (g_γ − E[g]) = Σ (ξ_γ − mean ξ) g_γ: one pass does.
+    mean = expansion.batch_mean(weighted, (batches, xi - xi.mean()))
+    return tree_math.scale(count**0.5, mean)
+
+
+def coefficients(
+    value_fn: BatchValueFn,
+    params: PyTree,
+    batches: PyTree,
+    rho: ArrayLike,
+    increments: jax.Array,
+    order: Order,
+    alpha: ArrayLike,
+    eigenvector: PyTree | None,
+) -> Coefficients:
+    """`drift` and `diffusion` in one pass over the batches, without their checks."""
+
+    def both(pair: tuple[PyTree, jax.Array]) -> Coefficients:
+        batch, weight = pair
+        f, value, grads, step = at_batch(
+            value_fn, params, batch, rho, alpha, eigenvector
+        )
+        if order == 1:
+            return Coefficients(value, grads, tree_math.scale(weight, grads))
+        return Coefficients(
+            value,
+            expansion.expanded_gradient(f, params, step.epsilon, order),
+            tree_math.scale(weight, perturbed_gradient(f, params, step)),
+        )
+
+    weights = increments - increments.mean()
+    mean = expansion.batch_mean(both, (batches, weights))
+    root = expansion.num_batches(batches) ** 0.5
+    return Coefficients(
+        mean.value,
+        tree_math.scale(-1, mean.drift),
+        tree_math.scale(root, mean.noise),
+    )
+
+
+def at_batch(
+    value_fn: BatchValueFn,
+    params: PyTree,
+    batch: PyTree,
+    rho: ArrayLike,
+    alpha: ArrayLike,
+    eigenvector: PyTree | None,
+) -> tuple[hessian.ValueFn, jax.Array, PyTree, Perturbation]:
+    """f_γ of a batch, its value and gradient, and ε_γ; SAM's without an eigenvector."""
+    f = arguments.scalar_valued("value_fn", lambda p: value_fn(p, batch))
+    value, grads = jax.value_and_grad(f)(params)
+    grads = tree_math.widen(grads)
+    if eigenvector is None:
+        return f, value, grads, perturbation.sam(grads, rho)
+    step = perturbation.eigen_sam(grads, eigenvector, rho, alpha)
+    return f, value, grads, step
+
+
+def perturbed_gradient(
+    value_fn: hessian.ValueFn, params: PyTree, step: Perturbation
+) -> PyTree:
+    """∇f(w + ε), what SAM descends on, in float32 or wider."""
+    perturbed = tree_math.add_scaled(params, 1, step.epsilon)
+    perturbed = expansion.cast_like(params, perturbed)
+    return tree_math.widen(jax.grad(value_fn)(perturbed))
+
+
+def top_eigenpair(
+    value_fn: BatchValueFn,
+    params: PyTree,
+    batches: PyTree,
+    tol: ArrayLike,
+    v0: PyTree | None = None,
+) -> Eigenpair:
+    """The top eigenpair of the Hessian of E[f_γ]."""
+    matvec = hessian.mean_matvec(value_fn, params, batches)
+    pairs = eigen.top_eigenpairs(matvec, params, 1, tol=tol, v0=v0)
+    return Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
+
+
+def is_sam(alpha: ArrayLike) -> bool:
+    """Whether α is known to be 0, so that there is no eigenvector to find."""
+    return not isinstance(alpha, jax.core.Tracer) and bool(np.asarray(alpha) == 0)
+
+
+def check(
+    params: PyTree, batches: PyTree, rho: ArrayLike, order: Order, alpha: ArrayLike
+) -> int:
+    """Refuses what can't be meant, and returns the number of batches."""
+    arguments.check_params(params)
+    arguments.check_scalar("rho", rho, schedule=False)
+    arguments.check_scalar("alpha", alpha, schedule=False)
+    if order not in (1, 2, 3):
+        raise ValueError(
+            f"order must be 1, 2 or 3, got {order!r}: the highest derivative of the "
+            "loss in the drift, where 1 is SGD."
+        )
+    return expansion.num_batches(batches)
+
+
+def _eigenvector(
+    value_fn: BatchValueFn,
+    params: PyTree,
+    batches: PyTree,
+    order: Order,
+    alpha: ArrayLike,
+    eigenvector: PyTree | None,
+    tol: ArrayLike,
+) -> PyTree | None:
+    """The v of Eigen-SAM, given or found; None where it makes no difference."""
+    if order == 1 or is_sam(alpha):
+        return None
+    if eigenvector is None:
+        return top_eigenpair(value_fn, params, batches, tol).eigenvector
+    return arguments.like_params(
+        "eigenvector", eigenvector, params, "Give a unit tree, such as sharpness's."
+    )

@@ -1,0 +1,141 @@
+"""Gradients expanded along a perturbation: contractions of higher derivatives.
+
+Each contraction is the gradient of a directional derivative, ∇(D_a D_b f): forward mode
+nested in reverse mode, so that no tensor is formed. Taylor mode
+(`jax.experimental.jet`) and forward over reverse give the same for more operations.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eigensam_jax import tree_math
+from eigensam_jax.hessian import ValueFn
+from eigensam_jax.tree_math import PyTree
+
+Order = Literal[1, 2, 3]
+BatchValueFn = Callable[[PyTree, PyTree], jax.Array]
+Result = TypeVar("Result")
+
+
+def expanded_gradient(
+    value_fn: ValueFn, params: PyTree, epsilon: PyTree, order: Order
+) -> PyTree:
+    """Taylor's polynomial of ∇f(w + ε) in ε, with derivatives of f up to `order`.
+
+        1: ∇f     2: ∇f + Hε     3: ∇f + Hε + ½∇³f[ε, ε]
+
+    It is the gradient of the same polynomial of f, f + D_ε f + ½D_ε² f with ε held
+    fixed, and made as such, in one backward pass. On fully connected networks that is
+    the operations of 1.5 to 2.6 gradients at order 2, and of 1.6 to 5.2 at order 3: few
+    where most parameters are in the first layer, whose inputs do not move, many where
+    layers are many.
+
+    Args:
+      value_fn: f, a function of the parameters alone that returns a real scalar.
+      params: w, a tree of real arrays.
+      epsilon: ε, a tree of the same structure and shapes; it is cast to the dtypes of
+        `params`, in which the derivatives are made.
+      order: 1, 2 or 3.
+
+    Returns:
+      A tree like `params`, in float32 or in the leaf's dtype where that is wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import sde
+      >>> f, w, step = (lambda w: w**3), jnp.array(1.0), jnp.array(0.5)
+      >>> [float(sde.expanded_gradient(f, w, step, order)) for order in (1, 2, 3)]
+      [3.0, 6.0, 6.75]
+    """
+    tangent = jax.lax.stop_gradient(cast_like(params, epsilon))
+
+    def first(p: PyTree) -> tuple[jax.Array, jax.Array]:
+        return jax.jvp(value_fn, (p,), (tangent,))
+
+    def polynomial(p: PyTree) -> jax.Array:
+        if order == 1:
+            return value_fn(p)
+        if order == 2:
+            return jnp.add(*first(p))
+        (value, slope), (_, curvature) = jax.jvp(first, (p,), (tangent,))
+        return jnp.add(value + slope, curvature / 2)
+
+    return tree_math.widen(jax.grad(polynomial)(params))
+
+
+def third_derivative(value_fn: ValueFn, params: PyTree, a: PyTree, b: PyTree) -> PyTree:
+    """Contraction ∇³f(w)[a, b], the tree with ⟨∇³f[a, b], c⟩ = D_a D_b D_c f.
+
+    Args:
+      value_fn: f, a function of the parameters alone that returns a real scalar.
+      params: w, a tree of real arrays.
+      a: a tree of the same structure and shapes, cast to the dtypes of `params`.
+      b: another; the order of the two does not matter.
+
+    Returns:
+      A tree like `params`, in float32 or in the leaf's dtype where that is wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import sde
+      >>> f = lambda w: w[0] ** 2 * w[1]
+      >>> x, y = jnp.eye(2)
+      >>> sde.third_derivative(f, jnp.array([1.0, 5.0]), x, y)
+      Array([2., 0.], dtype=float32)
+    """
+    along_both = directional(directional(value_fn, a), b)
+    return tree_math.widen(jax.grad(along_both)(params))
+
+
+def directional(value_fn: ValueFn, direction: PyTree) -> ValueFn:
+    """The function w ↦ D_a f(w), the derivative of f along a fixed direction a."""
+
+    def derivative(params: PyTree) -> jax.Array:
+        tangent = cast_like(params, direction)
+        slope: jax.Array = jax.jvp(value_fn, (params,), (tangent,))[1]
+        return slope
+
+    return derivative
+
+
+def batch_mean(function: Callable[[PyTree], Result], batches: PyTree) -> Result:
+    """Mean over the batches of what `function` makes of one, all its leaves in floats.
+
+    A scan that keeps the sum alone: memory does not grow with the number of batches.
+    """
+    first = jax.eval_shape(lambda b: function(jax.tree.map(lambda x: x[0], b)), batches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+
+    def add(total: Result, batch: PyTree) -> tuple[Result, None]:
+        return jax.tree.map(jnp.add, total, function(batch)), None
+
+    total, _ = jax.lax.scan(add, zeros, batches)
+    mean: Result = jax.tree.map(lambda x: x / num_batches(batches), total)
+    return mean
+
+
+def num_batches(batches: PyTree) -> int:
+    """N, the length of the leading axis that all leaves share.
+
+    Raises:
+      ValueError: where they share none.
+    """
+    leaves = jax.tree.leaves(batches, is_leaf=lambda x: isinstance(x, Iterator))
+    axes = {np.shape(x)[:1] for x in leaves}
+    if len(axes) != 1 or not axes.isdisjoint({(), (0,)}):
+        raise ValueError(
+            "batches must be a tree of arrays with one leading axis, over the batches, "
+            f"got leaves with the leading axes {sorted(axes)}: stack batches of one "
+            "size, as in jax.tree.map(lambda *x: jnp.stack(x), *batches)."
+        )
+    (count,) = axes.pop()
+    return int(count)
+
+
+def cast_like(params: PyTree, tree: PyTree) -> PyTree:
+    """`tree` with the dtypes of `params`."""
+    return jax.tree.map(lambda w, x: jnp.asarray(x, jnp.result_type(w)), params, tree)

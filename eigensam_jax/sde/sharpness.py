@@ -1,0 +1,275 @@
+"""How the equation changes λ_max: its derivatives, and the parts of dλ_max/dt."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.sparse.linalg import cg
+from jax.typing import ArrayLike
+
+from eigensam_jax import arguments, diagnostics, hessian, tree_math
+from eigensam_jax.eigen import Eigenpair
+from eigensam_jax.sde import equation, expansion
+from eigensam_jax.sde.expansion import BatchValueFn
+from eigensam_jax.tree_math import PyTree
+
+_MAX_ITERATIONS = 500  # of conjugate gradients, a product of all batches each
+
+
+class SharpnessRates(NamedTuple):
+    """The parts of dE[λ_max]/dt at a point, and what to hold them against. Scalars.
+
+    Attributes:
+      eigenvalue: λ_max of the Hessian H of E[f_γ].
+      residual: ‖Hv − λ_max v‖ of the v that was used.
+      alignment: E|⟨u_γ, v⟩|, of the batches' gradients.
+      perturbation_alignment: E[|⟨ε_γ, v⟩|/‖ε_γ‖].
+      gradient_norm: ‖∇λ_max‖.
+      first: −⟨∇λ_max, E[∇f_γ]⟩, what SGD does.
+      second: −⟨∇λ_max, E[H_γ ε_γ]⟩.
+      third: −½⟨∇λ_max, E[∇³f_γ[ε_γ, ε_γ]]⟩.
+      ito: (η/2)·tr(Σ∇²λ_max), what the noise does.
+      aligned: −½E[‖ε_γ‖²]·‖∇λ_max‖², what `third` would be if every ε_γ were along v
+        and the batches had the same third derivatives along it.
+    """
+
+    eigenvalue: jax.Array
+    residual: jax.Array
+    alignment: jax.Array
+    perturbation_alignment: jax.Array
+    gradient_norm: jax.Array
+    first: jax.Array
+    second: jax.Array
+    third: jax.Array
+    ito: jax.Array
+    aligned: jax.Array
+
+
+def eigenvalue_gradient(
+    value_fn: BatchValueFn, params: PyTree, batches: PyTree, eigenvector: PyTree
+) -> PyTree:
+    """Gradient ∇λ = ∇³f[v, v] of a simple eigenvalue of the Hessian of f = E[f_γ].
+
+    By first-order perturbation theory, ⟨∇λ, a⟩ = ⟨v, (D_a H) v⟩.
+
+    Args:
+      value_fn: (params, batch) -> f_γ(w), a real scalar.
+      params: w, a tree of real arrays.
+      batches: a tree of arrays with a leading axis over the batches.
+      eigenvector: v, a tree like `params` of norm 1, converged: the error of ∇λ is
+        linear in that of v. The sign does not matter.
+
+    Returns:
+      A tree like `params`, in float32 or in the leaf's dtype where that is wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import sde
+      >>> quartic = lambda w, x: x * jnp.sum(w**4)  # λ = 12·w₁² where w₁ is the largest
+      >>> w, x, v = jnp.array([1.0, 0.5]), jnp.ones(1), jnp.array([1.0, 0.0])
+      >>> sde.eigenvalue_gradient(quartic, w, x, v)
+      Array([24.,  0.], dtype=float32)
+
+    References:
+      Magnus, "On differentiating eigenvalues and eigenvectors", Econometric Theory
+      1985.
+    """
+    v = eigenvector
+    return expansion.batch_mean(
+        lambda batch: expansion.third_derivative(
+            lambda p: value_fn(p, batch), params, v, v
+        ),
+        batches,
+    )
+
+
+def eigenvalue_curvature(
+    value_fn: BatchValueFn,
+    params: PyTree,
+    batches: PyTree,
+    direction: PyTree,
+    eigenvector: PyTree,
+    eigenvalue: ArrayLike,
+    *,
+    tol: ArrayLike = 1e-3,
+) -> jax.Array:
+    """Second derivative ∇²λ[a, a] of the largest eigenvalue, which has to be simple.
+
+    By second-order perturbation theory, with f = E[f_γ] and z = ∇³f[v, a],
+
+        ∇²λ[a, a] = ∇⁴f[v, v, a, a] + 2 Σ_{i>1} ⟨vᵢ, z⟩²/(λ − λᵢ)
+                  = ∇⁴f[v, v, a, a] + 2 ⟨z, (λ − H)⁺ z⟩,
+
+    where (λ − H)⁺z, beside v, is found by conjugate gradients. So no second eigenpair
+    is needed. The nearer λ₂ is to λ, the larger the second term and the more the
+    products, about √((λ − λ_min)/(λ − λ₂)) times a few.
+
+    Args:
+      value_fn: as in `eigenvalue_gradient`.
+      params: as in `eigenvalue_gradient`.
+      batches: as in `eigenvalue_gradient`.
+      direction: a, a tree like `params` of any length.
+      eigenvector: v, the top one, a tree of norm 1, converged.
+      eigenvalue: λ, its eigenvalue.
+      tol: at which residual to stop, relative to z; the second term's error is about
+        its square.
+
+    Returns:
+      A scalar, in the dtype of sums over `params`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import sde
+      >>> quartic = lambda w, x: x * jnp.sum(w**4)  # λ = 12·w₁² where w₁ is the largest
+      >>> w, x, v = jnp.array([1.0, 0.5]), jnp.ones(1), jnp.array([1.0, 0.0])
+      >>> print(sde.eigenvalue_curvature(quartic, w, x, v, v, 12.0))
+      24.0
+
+    References:
+      Magnus, "On differentiating eigenvalues and eigenvectors", Econometric Theory
+      1985.
+    """
+    v, a = eigenvector, direction
+
+    def derivatives(batch: PyTree) -> tuple[jax.Array, PyTree]:
+        along = expansion.directional(lambda p: value_fn(p, batch), v)
+        fourth = along
+        for towards in (v, a, a):
+            fourth = expansion.directional(fourth, towards)
+        third = jax.grad(expansion.directional(along, a))(params)
+        return fourth(params), tree_math.widen(third)
+
+    fourth, third = expansion.batch_mean(derivatives, batches)
+    matvec = hessian.mean_matvec(value_fn, params, batches)
+
+    def beside(x: PyTree) -> PyTree:
+        return tree_math.add_scaled(x, -tree_math.vdot(x, v), v)
+
+    def shifted(x: PyTree) -> PyTree:
+        product = matvec(beside(x))
+        scaled = tree_math.scale(eigenvalue, x)
+        return beside(tree_math.add_scaled(scaled, -1, product))
+
+    third = beside(third)
+    solve: Callable[..., tuple[PyTree, None]] = cg
+    solution, _ = solve(shifted, third, tol=tol, maxiter=_MAX_ITERATIONS)
+    return fourth + 2 * tree_math.vdot(third, solution)
+
+
+def sharpness_rates(
+    value_fn: BatchValueFn,
+    params: PyTree,
+    batches: PyTree,
+    *,
+    rho: ArrayLike,
+    eta: ArrayLike,
+    alpha: ArrayLike = 0.0,
+    eigenpair: Eigenpair | None = None,
+    tol: ArrayLike = equation.TOLERANCE,
+    curvature_tol: ArrayLike = 1e-2,
+) -> SharpnessRates:
+    """The parts of dE[λ_max]/dt under the equation of order 3, by Itô's formula:
+
+        dE[λ]/dt = ⟨∇λ, b⟩ + (η/2)·tr(Σ∇²λ),    b = −E[∇f_γ + H_γ ε_γ + ½∇³f_γ[ε_γ,ε_γ]]
+
+    with ∇λ = ∇³f[v, v] for the top eigenvector v of the Hessian of f = E[f_γ]. With one
+    batch, the third derivatives' part is −(ρ²/2)⟨∇λ, ∇³f[u, u]⟩, which is
+    −(ρ²/2)‖∇λ‖², SAM's pull on λ_max, only where u = ±v: that is why alignment matters.
+
+    The trace is exact: Σ = N⁻¹ Σ_γ c_γ c_γᵀ of the centred gradients c_γ, so that
+    tr(Σ∇²λ) is the mean over γ of ∇²λ[c_γ, c_γ], a linear system each. (Of a step of
+    SAM's by η, λ's mean change divided by η has one more term of the same order in η,
+    (η/2)·∇²λ[b, b], which belongs to the step and not to the equation.)
+
+    The argument by ∇λ and alignment is Luo et al.'s; Itô's term, with batches, is this
+    project's own. Where λ₂ comes close to λ_max, λ_max has no second derivative, and
+    `ito` grows without bound.
+
+    Args:
+      value_fn: (params, batch) -> f_γ(w), a real scalar.
+      params: w, a tree of real arrays.
+      batches: a tree of arrays with a leading axis over the batches.
+      rho: ρ, the radius.
+      eta: η, the step size, which scales the noise.
+      alpha: α of Eigen-SAM; 0 for SAM.
+      eigenpair: the top one of the Hessian of E[f_γ] at w, converged; by default it is
+        found here.
+      tol: tolerance of its residual, relative to λ_max.
+      curvature_tol: as `tol` of `eigenvalue_curvature`.
+
+    Returns:
+      A `SharpnessRates`.
+
+    Raises:
+      ValueError: for arguments that are none of the above.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import eigen, sde
+      >>> quartic = lambda w, x: x * jnp.sum(w**4)  # λ = 12·w₁² where w₁ is the largest
+      >>> w, x = jnp.array([1.0, 0.0]), jnp.array([0.5, 1.5])
+      >>> top = eigen.Eigenpair(w, jnp.array(12.0), jnp.array(0.0))
+      >>> rates = sde.sharpness_rates(
+      ...     quartic, w, x, rho=0.1, eta=0.01, eigenpair=top
+      ... )  # here u = v, ∇λ = 24, and the gradients are 2 and 6
+      >>> [f"{part:.3f}" for part in (rates.first, rates.second, rates.third)]
+      ['-96.000', '-28.800', '-2.880']
+
+    References:
+      Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization
+      Improves Sharpness-Aware Minimization", NeurIPS 2024.
+    """
+    equation.check(params, batches, rho, 3, alpha)
+    arguments.check_scalar("eta", eta, schedule=False)
+    if eigenpair is None:
+        eigenpair = equation.top_eigenpair(value_fn, params, batches, tol)
+    v = eigenpair.eigenvector
+    slope = eigenvalue_gradient(value_fn, params, batches, v)
+    used = None if equation.is_sam(alpha) else v
+
+    def parts(batch: PyTree) -> tuple[PyTree, tuple[jax.Array, ...]]:
+        f, _, grads, step = equation.at_batch(value_fn, params, batch, rho, alpha, used)
+        epsilon = step.epsilon
+        along = expansion.directional(f, slope)
+        second = expansion.directional(along, epsilon)
+        third = expansion.directional(second, epsilon)
+        return equation.perturbed_gradient(f, params, step), (
+            tree_math.vdot(slope, grads),
+            second(params),
+            third(params) / 2,
+            step.norm**2 / 2,
+            diagnostics.alignment(grads, v),
+            diagnostics.alignment(epsilon, v),
+        )
+
+    mean_gradient, means = expansion.batch_mean(parts, batches)
+    first, second, third, half_square, alignment, perturbed_alignment = means
+
+    def curvature(batch: PyTree) -> jax.Array:
+        f, _, _, step = equation.at_batch(value_fn, params, batch, rho, alpha, used)
+        centred = tree_math.add_scaled(
+            equation.perturbed_gradient(f, params, step), -1, mean_gradient
+        )
+        return eigenvalue_curvature(
+            value_fn,
+            params,
+            batches,
+            centred,
+            v,
+            eigenpair.eigenvalue,
+            tol=curvature_tol,
+        )
+
+    return SharpnessRates(
+        eigenvalue=eigenpair.eigenvalue,
+        residual=eigenpair.residual,
+        alignment=alignment,
+        perturbation_alignment=perturbed_alignment,
+        gradient_norm=tree_math.norm(slope),
+        first=-first,
+        second=-second,
+        third=-third,
+        ito=jnp.multiply(eta / 2, expansion.batch_mean(curvature, batches)),
+        aligned=-half_square * tree_math.vdot(slope, slope),
+    )

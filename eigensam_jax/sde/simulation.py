@@ -1,0 +1,226 @@
+"""Paths of the equation, by Euler and Maruyama's method on trees.
+
+A general solver would not serve better: the noise is not commutative, and without its
+iterated integrals no method converges faster along a path; in law, the error of a step
+of η is that of the equation itself.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from eigensam_jax import arguments, tree_math
+from eigensam_jax.sde import equation, expansion
+from eigensam_jax.sde.expansion import BatchValueFn, Order
+from eigensam_jax.tree_math import PyTree
+
+
+class State(NamedTuple):
+    """Where a path is; all that its next step depends on.
+
+    Attributes:
+      params: X, a tree of real arrays.
+      time: t, a scalar; a step of SAM lasts a time of η.
+      eigenvector: for Eigen-SAM, v of the last step, from which the search for the next
+        one starts; None for SAM. Up to the tolerance of that search, the path does not
+        depend on it.
+    """
+
+    params: PyTree
+    time: jax.Array
+    eigenvector: PyTree | None
+
+
+class Info(NamedTuple):
+    """What a step saw at its start; nothing of it is carried on. Scalars.
+
+    Attributes:
+      value: E[f_γ], the mean loss.
+      drift_norm: ‖b‖.
+      noise_norm: ‖Bξ‖ of the noise drawn, whose square is tr Σ in the mean.
+      eigenvalue: λ₁ of the Hessian of the mean loss; None for SAM.
+      residual: ‖Hv − λ₁v‖ of the v that was used; None for SAM.
+    """
+
+    value: jax.Array
+    drift_norm: jax.Array
+    noise_norm: jax.Array
+    eigenvalue: jax.Array | None
+    residual: jax.Array | None
+
+
+Step = Callable[[jax.Array, State, ArrayLike], tuple[State, Info]]
+
+
+def start(params: PyTree, alpha: ArrayLike = 0.0) -> State:
+    """The state at t = 0; `alpha` is that of the steps to come."""
+    arguments.check_params(params)
+    eigenvector = None if equation.is_sam(alpha) else tree_math.zeros_like(params)
+    time = jnp.zeros((), tree_math.accumulation_dtype(params))
+    return State(params, time, eigenvector)
+
+
+def make_step(
+    value_fn: BatchValueFn,
+    batches: PyTree,
+    *,
+    rho: ArrayLike,
+    eta: ArrayLike,
+    order: Order = 3,
+    alpha: ArrayLike = 0.0,
+    tol: ArrayLike = equation.TOLERANCE,
+) -> Step:
+    """Builds one_step(key, state, dt) -> (state, info), Euler and Maruyama's:
+
+        X ← X + b(X)·dt + √(η·dt)·Bξ,    ξ ~ N(0, 1)^N,  BBᵀ = Σ(X).
+
+    With dt = η it is a step of SAM with the drift expanded and the noise Gaussian;
+    smaller dt come nearer to the equation. Pure, and not jitted here.
+
+    The operations are those of `drift` and one gradient a batch for the noise, the
+    memory that of one batch and three trees like the parameters.
+
+    Args:
+      value_fn: (params, batch) -> f_γ(w), a real scalar.
+      batches: a tree of arrays with a leading axis over the batches.
+      rho: ρ, the radius.
+      eta: η, the step size of the discrete method, which scales the noise.
+      order: 1 (SGD), 2 or 3, as in `drift`.
+      alpha: α of Eigen-SAM; 0 for SAM. Each step then searches for v₁(X), by some 20
+        Hessian-vector products of all batches.
+      tol: tolerance of v₁'s residual, relative to λ₁.
+
+    Returns:
+      The function `one_step`, from a typed key, a `State` of `start` and a number dt to
+      the next `State` and an `Info`.
+
+    Raises:
+      ValueError: for arguments that are none of the above; `one_step`, for a state that
+        was started for another α.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from eigensam_jax import sde
+      >>> square, x = (lambda w, x: x * w**2), jnp.ones(2)  # two equal batches: Σ = 0
+      >>> one_step = sde.make_step(square, x, rho=0.5, eta=0.1)
+      >>> state, info = one_step(jax.random.key(0), sde.start(jnp.array(1.0)), 0.1)
+      >>> f"{state.params:.3f}", float(info.drift_norm)
+      ('0.700', 3.0)
+    """
+    count = expansion.num_batches(batches)
+    arguments.check_scalar("eta", eta, schedule=False)
+
+    def one_step(key: jax.Array, state: State, dt: ArrayLike) -> tuple[State, Info]:
+        params = state.params
+        equation.check(params, batches, rho, order, alpha)
+        if (state.eigenvector is None) != equation.is_sam(alpha):
+            raise ValueError(
+                f"state was started for another method than alpha={alpha!r}: make it "
+                "by sde.start(params, alpha)."
+            )
+        eigenvector = eigenvalue = residual = None
+        if state.eigenvector is not None:
+            eigenvector, eigenvalue, residual = equation.top_eigenpair(
+                value_fn, params, batches, tol, state.eigenvector
+            )
+        dtype = tree_math.accumulation_dtype(params)
+        increments = jax.random.normal(key, (count,), dtype)
+        value, drift, noise = equation.coefficients(
+            value_fn, params, batches, rho, increments, order, alpha, eigenvector
+        )
+        dt = jnp.asarray(dt, dtype)
+        moved = tree_math.add_scaled(params, dt, drift)
+        moved = tree_math.add_scaled(moved, jnp.sqrt(eta * dt), noise)
+        info = Info(
+            value,
+            tree_math.norm(drift),
+            tree_math.norm(noise),
+            eigenvalue,
+            residual,
+        )
+        after = State(expansion.cast_like(params, moved), state.time + dt, eigenvector)
+        return after, info
+
+    return one_step
+
+
+def simulate(
+    key: jax.Array,
+    value_fn: BatchValueFn,
+    state: State,
+    batches: PyTree,
+    *,
+    rho: ArrayLike,
+    eta: ArrayLike,
+    num_steps: int,
+    order: Order = 3,
+    alpha: ArrayLike = 0.0,
+    substeps: int = 1,
+    tol: ArrayLike = equation.TOLERANCE,
+    observe: Callable[[State, Info], Any] = lambda _, info: info,
+) -> tuple[State, Any]:
+    """A path over the time of `num_steps` steps of SAM, under `jax.lax.scan`.
+
+    To go on where it ended, hand in the state that it returns, and another key. Paths
+    at once are a `jax.vmap` over keys.
+
+    Args:
+      key: a typed key; the path is a function of it.
+      value_fn: as in `make_step`, as all that is not said here.
+      state: where to start, `start(params, alpha)`.
+      batches: as in `make_step`.
+      rho: as in `make_step`.
+      eta: η; each of the `num_steps` lasts as long.
+      num_steps: how many, at least 1.
+      order: as in `make_step`.
+      alpha: as in `make_step`.
+      substeps: how many of Euler and Maruyama's steps, of η/`substeps`, to each.
+      tol: as in `make_step`.
+      observe: what to keep of each of the `num_steps`, of the state at its end and the
+        `Info` of its last substep; by default that.
+
+    Returns:
+      The state at the end, and what `observe` returned, with a leading axis of length
+      `num_steps`.
+
+    Raises:
+      ValueError: for arguments that are none of the above.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from eigensam_jax import sde
+      >>> loss = lambda w, x: 0.5 * jnp.sum((w - x) ** 2)
+      >>> batches, w = jnp.array([[-1.0], [1.0]]), jnp.ones(1)
+      >>> path = lambda key: sde.simulate(
+      ...     key, loss, sde.start(w), batches, rho=0.0, eta=0.1, num_steps=100
+      ... )[0].params
+      >>> ends = jax.vmap(path)(jax.random.split(jax.random.key(0), 1000))
+      >>> f"{ends.mean():.1f}, {ends.var():.2f}"  # of Euler's steps 0, η/(2 − η)
+      '0.0, 0.05'
+
+    References:
+      Kloeden and Platen, "Numerical Solution of Stochastic Differential Equations",
+      1992.
+    """
+    arguments.check_positive_int("num_steps", num_steps, "steps of SAM")
+    arguments.check_positive_int("substeps", substeps, "steps of Euler's to each")
+    one_step = make_step(
+        value_fn, batches, rho=rho, eta=eta, order=order, alpha=alpha, tol=tol
+    )
+    dtype = tree_math.accumulation_dtype(state.params)
+    dt = jnp.asarray(eta, dtype) / substeps
+    keys = jax.random.split(key, (num_steps, substeps))
+
+    def advance(state: State, keys: jax.Array) -> tuple[State, Any]:
+        state, info = one_step(keys[0], state, dt)
+        if substeps > 1:
+            state, infos = jax.lax.scan(
+                lambda s, k: one_step(k, s, dt), state, keys[1:]
+            )
+            info = jax.tree.map(lambda x: x[-1], infos)
+        return state, observe(state, info)
+
+    return jax.lax.scan(advance, state, keys)

@@ -112,7 +112,7 @@ def differences(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def rates(runs: Sequence[Record]) -> list[list[str]]:
-    """The alignment |cos(ε, v)|, the parts of (dλ/dt)/λ and the share, of SAM and of Eigen-SAM.
+    """Alignment, the parts of (dλ/dt)/λ and the share, of SAM and of Eigen-SAM.
 
     Means over training after its start.
     """

@@ -171,11 +171,12 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
 
     def checked(params: PyTree) -> jax.Array:
         value: jax.Array = _called(name, value_fn, params)
-        if [jnp.shape(x) for x in jax.tree.leaves(value)] != [()]:
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(value)]
+        if not jax.tree_util.all_leaves([value]) or shapes != [()]:
             raise ValueError(
-                f"{name} must return a scalar, got {jax.tree.map(jnp.shape, value)} "
-                f"(shapes): average the losses, and drop what comes beside them, as in "
-                f"{name}=lambda p: loss(p)[0]."
+                f"{name} must return a scalar, got a {type(value).__name__} with the "
+                f"shapes {shapes}: average the losses, and drop what comes beside them,"
+                f" as in {name}=lambda p: loss(p)[0]."
             )
         if where := devices.replicated(value, axes):
             raise ValueError(
@@ -198,7 +199,8 @@ def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any
             f"else. The batch goes into a closure, {name}=lambda p: loss(p, batch). If "
             "the parameters have another structure than yours, a wrapper that changes "
             "it, such as optax.flatten, is around this transformation: put it around "
-            "what follows it in the chain."
+            "what follows it in the chain. Of a Flax nnx model, make value_fn by "
+            "eigensam_jax.nnx.value_fn."
         )
         raise
 
@@ -211,7 +213,9 @@ def like_params(name: str, tree: PyTree, params: PyTree, remedy: str) -> PyTree:
 
     def shapes(x: PyTree) -> dict[str, tuple[int, ...]]:
         return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf)
+            jax.tree_util.keystr(path, simple=True, separator="/"): getattr(
+                leaf, "shape", ()
+            )
             for path, leaf in jax.tree.leaves_with_path(x)
         }
 

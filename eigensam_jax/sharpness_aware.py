@@ -124,6 +124,13 @@ def sharpness_aware(
         grads, weights = space.select(updates), space.select(params)
         tracked, top = state.tracker, None
         if tracker is not None:
+            tracked = arguments.like_params(
+                "the tracker's part of opt_state",
+                tracked,
+                jax.eval_shape(tracker.init, params),
+                "It is of another tracker or of other parameters: make it by "
+                "tx.init(params), and keep what the rest of the chain has.",
+            )
             matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
             v = tree_math.widen(tracked.eigenvector)
             tracked = tracked._replace(eigenvector=v)

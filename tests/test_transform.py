@@ -702,6 +702,8 @@ def test_functions_that_return_the_wrong_thing():
     with pytest.raises(ValueError, match="value_fn must return a scalar"):
         tx.update(params, state, params, value_fn=lambda p: (loss(p), 1.0))
     with pytest.raises(ValueError, match="value_fn must return a scalar"):
+        tx.update(params, state, params, value_fn=lambda p: (loss(p), None))
+    with pytest.raises(ValueError, match="value_fn must return a scalar"):
         tx.update(params, state, params, value_fn=lambda p: p["hidden"]["b"])
     with pytest.raises(ValueError, match="curvature_fn must return a scalar"):
         tx.update(
@@ -738,6 +740,23 @@ def test_a_state_of_another_transformation_is_refused():
     for state in states:
         with pytest.raises(ValueError, match=r"opt_state is not .* tx\.init\(params\)"):
             eigen_sam().update(params, state, params, value_fn=loss)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (trackers.secant(), trackers.power_iteration()),
+        (trackers.lanczos(), trackers.secant()),
+        (trackers.ritz(), trackers.secant()),
+    ],
+)
+def test_a_state_of_another_tracker_or_other_parameters_is_refused(ours, theirs):
+    params, loss = network()
+    other = {"hidden": params["hidden"], "out": {"w": jnp.ones((6, 4))}}
+    tx = eigen_sam(tracker=ours)
+    for state in (eigen_sam(tracker=theirs).init(params), tx.init(other)):
+        with pytest.raises(ValueError, match=r"another tracker or of other parameters"):
+            tx.update(params, state, params, value_fn=loss)
 
 
 @each_factory

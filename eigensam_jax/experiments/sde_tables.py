@@ -112,16 +112,19 @@ def differences(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def rates(runs: Sequence[Record]) -> list[list[str]]:
-    """Alignment, the parts of (dλ/dt)/λ and the share, of SAM and of Eigen-SAM.
+    """A row a figure, of SAM and of Eigen-SAM: means over training after its start.
 
-    Means over training after its start.
+    The alignment |cos(ε, v)|, the parts of (dλ/dt)/λ, and the share.
     """
     columns = [
         [run for run in paths(runs, method) if run["rates"]]
         for method in ("sam", "eigen_sam")
     ]
     found: dict[str, tuple[Callable[[Record], Any], int]] = {
-        "alignment": (lambda run: run["rates"]["perturbation_alignment"], 2),
+        "alignment of ε with v": (
+            lambda run: run["rates"]["perturbation_alignment"],
+            2,
+        ),
         **{
             label: (partial(relative_rate, part=part), 3)
             for part, label in PARTS.items()

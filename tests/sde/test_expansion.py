@@ -25,7 +25,7 @@ def test_contractions_are_those_of_the_dense_tensor():
     @jax.jit
     def contracted(params, a, b):
         loss = lambda p: network(0, jnp.float64)[1](p, 2)
-        pairs = ((a, a), (a, b), (b, a))
+        pairs = ((a, a), (a, b))
         third = [sde.third_derivative(loss, params, *pair) for pair in pairs]
         expanded = [
             sde.expanded_gradient(loss, params, a, order) for order in (1, 2, 3)
@@ -50,7 +50,7 @@ def test_contractions_are_those_of_the_dense_tensor():
             assert abs(tensor).max() > 0.01  # there is something to see
             x, y = flatten(a), flatten(b)
             third, expanded = contracted(params, a, b)
-            expected = [tensor @ x @ x, tensor @ x @ y, tensor @ x @ y]
+            expected = [tensor @ x @ x, tensor @ x @ y]
             for ours, theirs in zip(third, expected, strict=True):
                 np.testing.assert_allclose(flatten(ours), theirs, rtol=0, atol=1e-10)
                 chex.assert_trees_all_equal_shapes_and_dtypes(ours, params)

@@ -4,7 +4,9 @@
 >>> tx = optax.chain(eigensam_jax.eigen_sam(rho=0.05, alpha=0.2), optax.sgd(0.1))
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from types import ModuleType as _ModuleType
 
 from eigensam_jax import (
     diagnostics,
@@ -33,3 +35,10 @@ __all__ = [
     "trackers",
     "tree_math",
 ]
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """`eigensam_jax.linen` and `eigensam_jax.nnx`, imported when asked for: by Flax."""
+    if name in ("linen", "nnx"):
+        return _import_module(f"eigensam_jax.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

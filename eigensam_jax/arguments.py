@@ -128,7 +128,8 @@ def check_update(
         raise ValueError(
             "update needs value_fn or grad_fn, got neither: the gradient is taken "
             f"again at the perturbed parameters. Call {_CALL} (If you did, a wrapper "
-            "dropped it: flax's TrainState.apply_gradients does, so call tx.update.)"
+            "dropped it: flax's TrainState.apply_gradients does, and "
+            "eigensam_jax.linen.TrainState's does not.)"
         )
     functions = {"value_fn": value_fn, "grad_fn": grad_fn, "curvature_fn": curvature_fn}
     for name, function in functions.items():
@@ -200,7 +201,7 @@ def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any
             "the parameters have another structure than yours, a wrapper that changes "
             "it, such as optax.flatten, is around this transformation: put it around "
             "what follows it in the chain. Of a Flax nnx model, make value_fn by "
-            "eigensam_jax.nnx.value_fn."
+            "eigensam_jax.nnx.value_fn, with the wrt of the optimizer."
         )
         raise
 

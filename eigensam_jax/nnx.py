@@ -21,7 +21,12 @@ def value_fn(
     Make it before the clean pass: the copy then has the batch statistics and the counts
     of random numbers that this pass starts from, so that dropout draws the same masks
     in both. The live model is never touched: its statistics and counts move by the
-    clean pass alone. (A closure over the live model would move them again, in silence.)
+    clean pass alone. (A closure over the live model would move them again; inside a
+    gradient Flax refuses that.)
+
+    Where a `grad_fn` is wanted, it is `jax.grad` of this function, not `nnx.grad`. What
+    `optax.tree.get(optimizer.opt_state, "alignment")` finds is one of Flax's variables:
+    `float` makes a number of it.
 
     Args:
       model: the live model.

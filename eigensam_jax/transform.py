@@ -254,11 +254,12 @@ def eigen_sam(
 
     Returns:
       As `sam`. `update` takes two more keyword arguments: `curvature_fn`, params ->
-      scalar, the loss whose Hessian is tracked where it is another one (evaluation
-      mode, part of the batch); and `refresh`, a Python bool that fixes at trace time
-      whether the tracker does on this step what it does every `update_interval` steps,
-      where the caller knows better than that interval or wants no branch in the
-      program. Give `step % update_interval == 0`: always False is never.
+      scalar, for trackers that make products, the loss whose Hessian is tracked where
+      it is another one (evaluation mode, part of the batch); and `refresh`, a Python
+      bool that fixes at trace time whether the tracker does on this step what it does
+      every `update_interval` steps, where the caller knows better than that interval or
+      wants no branch in the program. Give `step % update_interval == 0`: always False
+      is never.
 
     Raises:
       ValueError: for a negative `rho` or `alpha`, for a `tracker` that is none, for an
@@ -286,8 +287,8 @@ def eigen_sam(
     arguments.check_scalar("alpha", alpha, schedule=True)
     if not isinstance(tracker, Tracker):
         raise ValueError(
-            "tracker must be a trackers.Tracker, for example "
-            f"trackers.power_iteration(num_iters=5), got {tracker!r}."
+            "tracker must be a trackers.Tracker, such as what trackers.secant() "
+            f"returns, got {tracker!r}."
         )
     arguments.check_positive_int(
         "tracker.observe_interval", tracker.observe_interval, "steps between calls"

@@ -141,8 +141,12 @@ def _reduce(
     arrays: tuple[jax.Array, ...], zeros: tuple[jax.Array, ...], axes: list[int]
 ) -> tuple[jax.Array, ...]:
     """The sums over `axes` of arrays of one shape and dtype, by one reduction."""
-    add = lambda x, y: tuple(map(jnp.add, x, y))
-    return tuple(jax.lax.reduce(arrays, zeros, add, axes))
+    return tuple(jax.lax.reduce(arrays, zeros, _add, axes))
+
+
+def _add(x: tuple[jax.Array, ...], y: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The same function at each call, or JAX would compile each reduction anew."""
+    return tuple(map(jnp.add, x, y))
 
 
 def norm(tree: PyTree) -> jax.Array:

@@ -5,6 +5,7 @@ import itertools
 import jax
 import optax
 import pytest
+from problems import network
 
 from eigensam_jax import eigen_sam, hessian, sam, trackers
 
@@ -130,3 +131,19 @@ def test_programs_grow_in_proportion_to_the_leaves():
     )
     shallow, middle, deep = (length(depth) for depth in (9, 17, 33))
     assert deep - middle <= 2.2 * (middle - shallow)
+
+
+@pytest.mark.parametrize("factory", [sam, eigen_sam])
+def test_outside_jit_only_the_first_steps_compile(factory, caplog):
+    """What has no branch, that is: `lax.cond` is compiled anew outside of `jit`."""
+    params, network_loss = network()
+    value_fn = lambda p: network_loss(p, 0)
+    tx = factory()
+    state = tx.init(params)
+    for i in range(3):
+        grads = jax.grad(value_fn)(params)
+        caplog.clear()
+        with jax.log_compiles():
+            _, state = tx.update(grads, state, params, value_fn=value_fn)
+        compiled = [x for x in caplog.messages if x.startswith("Compiling")]
+        assert bool(compiled) == (i == 0)

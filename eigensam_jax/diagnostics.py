@@ -208,12 +208,10 @@ def _likely_cause(
         return f"The gradient itself is not finite: look at {name} and params first."
     if not math.isfinite(size):
         return "The updates are not finite: loss scaling may have overflowed."
-    if expected == 0:
-        return f"The gradient is zero: does {name} use the parameters it is given?"
     if size == 0:
         return "They are zero: a link before this one, or a stop_gradient, drops them."
 
-    factor = float(tree_math.vdot(updates, gradient)) / expected**2
+    factor = float(tree_math.vdot(updates, gradient)) / expected**2 if expected else 0.0
     rest = tree_math.norm(tree_math.add_scaled(updates, -factor, gradient))
     if rest <= rtol * size and factor < 0:
         return (
@@ -247,6 +245,8 @@ def _likely_cause(
             f"They lack {-decay:.3g} times params: {name} has a penalty on the weights "
             "that the loss they come from has not."
         )
+    if expected == 0:
+        return f"That gradient is zero: does {name} use the parameters it is given?"
     return (
         "They are not parallel to it: they come from another batch, dropout mask or "
         f"params than {name} sees, or a link before this one changes their direction "

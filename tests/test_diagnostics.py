@@ -268,7 +268,7 @@ def test_gradients_that_are_zero_or_not_finite():
     w, zero = jnp.ones(3), jnp.zeros(3)
     flat = lambda w: 0 * jnp.sum(w)
     assert diagnostics.check_gradient(zero, w, value_fn=flat) == 0
-    with pytest.raises(ValueError, match="difference inf, cosine 0"):
+    with pytest.raises(ValueError, match=r"difference inf, cosine 0.*use the param"):
         diagnostics.check_gradient(jnp.arange(3.0), w, value_fn=flat)
     with pytest.raises(ValueError, match=r"plus 0\.1 times params"):
         diagnostics.check_gradient(0.1 * w, w, value_fn=flat)

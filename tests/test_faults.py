@@ -29,6 +29,7 @@ LINKS = {
     ),
     "ritz": functools.partial(eigen_sam, 0.1, 0.5, trackers.ritz(update_interval=2)),
 }
+SLOW = ("asam", "secant_2", "lanczos")
 FACTORS = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf, 0.0, 1e30, -1e30, 1e-40])
 RUNS, STEPS, FAULTS = 20, 60, 8  # 20 runs with 8 faults, of 7 links: 1,120 injections
 
@@ -92,7 +93,10 @@ def trained(tx):
     return run
 
 
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in LINKS],
+)
 def test_training_goes_on_after_faults_of_all_kinds(name):
     """The recipe: after the link, clip, and skip what is not finite."""
     tx = optax.chain(

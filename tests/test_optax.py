@@ -327,7 +327,7 @@ WORKS = {
 
 # What calls the link otherwise than a chain does is tried with all of them, the rest in
 # `pytest -m slow` only.
-AROUND = ("first in a chain", "every second step", "schedule_free around")
+AROUND = ("first in a chain", "every second step")
 CASES = [
     pytest.param(
         *(wrapping, name),
@@ -355,7 +355,7 @@ def test_every_wrapping_is_a_row_of_the_page():
         assert any(wrapping in row.split("|")[1] for row in rows), wrapping
 
 
-@each_link
+@each_link_or_slow
 def test_apply_if_finite_leaves_out_the_step_of_a_bad_batch(name):
     bad_loss = lambda p, index: LOSS(p, index) * jnp.where(index == 2, jnp.nan, 1)
     tx = optax.apply_if_finite(optax.chain(LINKS[name](), SGD), 3)
@@ -399,7 +399,7 @@ def one_step(tx):
     return step
 
 
-@each_link
+@each_link_or_slow
 def test_scan_and_donation_are_the_loop(name):
     tx = optax.chain(LINKS[name](), SGD)
     step = one_step(tx)
@@ -521,7 +521,7 @@ def test_what_stands_before_it_is_caught_by_check_gradient():
 # --- what is refused, and what to do instead ------------------------------------------
 
 
-@each_link
+@each_link_or_slow
 def test_flatten_around_it_is_said_to_be_the_cause(name):
     tx = optax.flatten(optax.chain(LINKS[name](), SGD))
     with pytest.raises(Exception, match=r".") as error:
@@ -554,7 +554,7 @@ def test_a_loss_that_wants_more_than_the_parameters_is_told_how():
     assert "lambda p: loss(p, batch)" in "".join(error.value.__notes__)
 
 
-@each_link
+@each_link_or_slow
 def test_lookahead_drops_the_extra_argument_and_goes_after_the_link(name):
     """The recipe: the link by itself on the fast weights, its gradient to lookahead."""
     link, fast = LINKS[name](), optax.sgd(0.1)

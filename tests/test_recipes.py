@@ -36,6 +36,9 @@ each_link = pytest.mark.parametrize(
         for x in LINKS
     ],
 )
+each_or_slow = pytest.mark.parametrize(
+    "name", ["secant", pytest.param("power_iteration", marks=[pytest.mark.slow])]
+)
 # Whose v does not depend on how the parameters are laid out in leaves.
 without_random_start = pytest.mark.parametrize("name", ["sam", "secant"])
 EIGEN = [name for name in LINKS if name != "sam"]
@@ -106,7 +109,7 @@ def test_accumulation_is_the_step_on_the_whole_batch(name):
     assert_same_run(parts, whole)
 
 
-@pytest.mark.parametrize("name", ["secant", "power_iteration"])
+@each_or_slow
 def test_memory_does_not_grow_with_the_number_of_micro_batches(name):
     def measured(num, in_parts):
         """Bytes of temporary memory, and of the batch."""
@@ -213,7 +216,13 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("masked", MASKS)
+@pytest.mark.parametrize(
+    "masked",
+    [
+        pytest.param(x, marks=[] if x == "norms only" else [pytest.mark.slow])
+        for x in MASKS
+    ],
+)
 def test_a_masked_perturbation_and_its_eigenvector(masked):
     """ε and v are exactly 0 outside; inside v is the eigenvector of that block."""
     params = transformer.parameters()
@@ -293,7 +302,7 @@ def test_frozen_weights_are_constants():
 # --- models of other libraries --------------------------------------------------------
 
 
-@without_random_start
+@pytest.mark.parametrize("name", ["secant"])
 def test_tied_weights_and_dropout_of_plain_dicts(name):
     """The mask of the second pass is that of the first: the loss is a function of w."""
     params = transformer.parameters()
@@ -349,7 +358,7 @@ def test_equinox_is_its_arrays_in_a_dict(name):
 # --- other recipes --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["secant", "power_iteration"])
+@each_or_slow
 def test_unequal_batches_per_device(name):
     """Padded examples weigh nothing, and devices with fewer examples weigh less."""
     params, loss_of_weights = padded_problem()

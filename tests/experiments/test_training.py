@@ -22,7 +22,9 @@ def digits():
     )
 
 
-@pytest.fixture(scope="module", params=["mlp", "cnn"])
+@pytest.fixture(
+    scope="module", params=["mlp", pytest.param("cnn", marks=pytest.mark.slow)]
+)
 def network(request, digits):
     """A network and what measures it, compiled once."""
     model = models.MODELS[request.param](digits.num_classes)

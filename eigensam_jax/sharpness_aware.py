@@ -124,15 +124,18 @@ def sharpness_aware(
         grads, weights = space.select(updates), space.select(params)
         tracked, top = state.tracker, None
         if tracker is not None:
+            like = jax.eval_shape(tracker.init, params)
             tracked = arguments.like_params(
                 "the tracker's part of opt_state",
                 tracked,
-                jax.eval_shape(tracker.init, params),
+                like,
                 "It is of another tracker or of other parameters: make it by "
                 "tx.init(params), and keep what the rest of the chain has.",
             )
             matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
-            v = tree_math.widen(tracked.eigenvector)
+            v = jax.tree.map(
+                lambda x, y: x.astype(y.dtype), tracked.eigenvector, like.eigenvector
+            )
             tracked = tracked._replace(eigenvector=v)
             tracked = tracker.refresh(tracked, matvec, state.count, refresh)
             top = Eigenpair(

@@ -187,6 +187,17 @@ def test_an_eigenvector_in_bfloat16_is_half_as_large_and_hardly_another(name):
     assert abs(cosine) > 0.99
 
 
+def test_an_eigenvector_may_be_narrower_than_float64_parameters():
+    with jax.enable_x64(True):
+        params, loss = network(dtype=jnp.float64)
+        tracker = trackers.power_iteration(2, update_interval=2)
+        tx = eigen_sam(0.1, 0.5, tracker, eigenvector_dtype=jnp.float32)
+        _, state = train(tx, params, lambda i: lambda p: loss(p, i % 5))
+        for leaf in jax.tree.leaves(optax.tree.get(state, "eigenvector")):
+            assert leaf.dtype == jnp.float32
+        assert optax.tree.get(state, "eigenvalue").dtype == jnp.float64
+
+
 @pytest.mark.parametrize("bad", ["int32", jnp.complex64, "narrow"])
 def test_an_eigenvector_dtype_that_is_none_is_refused(bad):
     with pytest.raises(ValueError, match=r"eigenvector_dtype must be a floating-point"):

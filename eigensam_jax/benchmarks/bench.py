@@ -59,7 +59,7 @@ def run(config: Config, command: str, console: Console) -> None:
     results.make_folder(config.out)
     path = config.out / "results.json"
     calls = {name: spec.call for name, spec in TRACKERS.items() if not spec.is_ceiling}
-    document = resumption.of_trackers(path, command, protocol(config), calls)
+    document = resumption.of_runs(path, command, protocol(config), calls)
     for model in config.models:
         start = time.perf_counter()
         record = measure(config, model, names[model], placed, console)

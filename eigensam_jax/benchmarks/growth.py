@@ -60,7 +60,7 @@ def run(config: Config, command: str, console: Console) -> None:
     results.make_folder(config.out)
     path, start = config.out / "results.json", time.perf_counter()
     calls = {name: TRACKERS[name].call for name in OPTIMIZERS if name in TRACKERS}
-    document = resumption.of_trackers(path, command, protocol(config), calls)
+    document = resumption.of_runs(path, command, protocol(config), calls)
     document["runs"] = records(config, console)
     document["wall_time_s"] = time.perf_counter() - start
     document["complete"] = True

@@ -98,25 +98,11 @@ def run(config: Config, command: str, console: Console) -> None:
     """
     dataset = _load(config)
     results.make_folder(config.out)
-    path, start = config.out / "results.json", time.perf_counter()
+    path = config.out / "results.json"
     calls = {name: TRACKERS[name].call for name in config.trackers}
-    document = resumption.of_trackers(path, command, _protocol(config, dataset), calls)
-    before = document["wall_time_s"]
-    try:
-        for record in _records(config, dataset, document["runs"], console):
-            document["runs"] = in_order([*document["runs"], record])
-            document["wall_time_s"] = before + time.perf_counter() - start
-            results.write(path, document)
-    except (KeyboardInterrupt, UserError):
-        done = len(document["runs"])
-        console.print(
-            f"{done} finished runs are in {path}; the same command goes on from there."
-            if done
-            else "No run was finished."
-        )
-        raise
-    document["complete"] = True
-    results.write(path, document)
+    document = resumption.of_runs(path, command, _protocol(config, dataset), calls)
+    missing = _records(config, dataset, document["runs"], console)
+    resumption.add_runs(path, document, missing, in_order, console)
     runs, title = document["runs"], f"{config.dataset}, {config.model}"
     plots.track(runs, title, config.out / "track.png")
     for alpha in alphas(runs):

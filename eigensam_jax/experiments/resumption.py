@@ -1,39 +1,80 @@
 """Results files that a later call of the same command carries on."""
 
 import json
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from eigensam_jax.experiments import results
 from eigensam_jax.experiments.errors import UserError
 
 
-def of_trackers(
-    path: Path, command: str, config: dict[str, Any], trackers: dict[str, str]
+def of_runs(
+    path: Path,
+    command: str,
+    config: dict[str, Any],
+    trackers: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The results file of runs with trackers: that at `path`, or one without runs.
+    """The results file of separate runs to go on with, or one that has none yet.
 
     Args:
       path: of `results.json`, in the folder of `--out`.
       command: the command line of this call, which is added to those before it.
       config: all that the figures of every run depend on, in types that JSON knows.
-      trackers: how each tracker is made.
+      trackers: how each tracker is made, where that is to be kept.
 
     Raises:
       UserError: as `document`.
     """
-    return document(
-        path,
-        {
-            "commands": [command],
-            "config": config,
-            "trackers": trackers,
-            **results.environment(),
-            "complete": False,
-            "wall_time_s": 0.0,
-            "runs": [],
-        },
-    )
+    new = {
+        "commands": [command],
+        "config": config,
+        **results.environment(),
+        "complete": False,
+        "wall_time_s": 0.0,
+        "runs": [],
+    }
+    return document(path, new if trackers is None else new | {"trackers": trackers})
+
+
+def add_runs(
+    path: Path,
+    document: dict[str, Any],
+    runs: Iterator[dict[str, Any]],
+    in_order: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    console: Console,
+) -> None:
+    """Adds `runs` to the results file one by one, as they end, and completes it.
+
+    Args:
+      path: of `results.json`.
+      document: what it holds; brought up to date.
+      runs: those that are missing.
+      in_order: how all of them are sorted.
+      console: where it is said what is kept, if something ends this early.
+
+    Raises:
+      KeyboardInterrupt: passed on, as is a UserError, with what is done on disk.
+    """
+    before, start = document["wall_time_s"], time.perf_counter()
+    try:
+        for run in runs:
+            document["runs"] = in_order([*document["runs"], run])
+            document["wall_time_s"] = before + time.perf_counter() - start
+            results.write(path, document)
+    except (KeyboardInterrupt, UserError):
+        done = len(document["runs"])
+        console.print(
+            f"{done} finished runs are in {path}; the same command goes on from there."
+            if done
+            else "No run was finished."
+        )
+        raise
+    document["complete"] = True
+    results.write(path, document)
 
 
 def document(path: Path, new: dict[str, Any]) -> dict[str, Any]:

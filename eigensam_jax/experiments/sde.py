@@ -68,24 +68,10 @@ def run(config: Config, command: str, console: Console) -> None:
         )
     results.make_folder(config.out)
     problem = sde_problem.make_problem(dataset)
-    path, start = config.out / "results.json", time.perf_counter()
-    document = resumption.of_trackers(path, command, _protocol(config, problem), {})
-    before = document["wall_time_s"]
-    try:
-        for record in _records(config, problem, document["runs"], console):
-            document["runs"] = in_order([*document["runs"], record])
-            document["wall_time_s"] = before + time.perf_counter() - start
-            results.write(path, document)
-    except (KeyboardInterrupt, UserError):
-        done = len(document["runs"])
-        console.print(
-            f"{done} finished runs are in {path}; the same command goes on from there."
-            if done
-            else "No run was finished."
-        )
-        raise
-    document["complete"] = True
-    results.write(path, document)
+    path = config.out / "results.json"
+    document = resumption.of_runs(path, command, _protocol(config, problem))
+    missing = _records(config, problem, document["runs"], console)
+    resumption.add_runs(path, document, missing, in_order, console)
     show(document, config.out, console)
 
 

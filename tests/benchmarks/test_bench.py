@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from command_line import error_of
+from command_line import assert_refused
 from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
@@ -161,12 +161,8 @@ def test_a_bad_option_ends_with_one_line(
     options, wrong, right, capsys, monkeypatch, tmp_path
 ):
     jax.devices()  # a CPU that is in use can't be divided any further
-    (tmp_path / "pyproject.toml").touch()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(programs, "compile_program", None)  # work would fail
-    error = error_of(["bench", *options.split()], capsys)
-    assert wrong in error
-    assert right in error
+    assert_refused("bench", options, wrong, right, capsys, monkeypatch, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["pyproject.toml"]
 
 

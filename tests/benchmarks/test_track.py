@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from command_line import error_of
+from command_line import assert_refused
 from rich.console import Console
 
 from eigensam_jax.benchmarks import following, track
@@ -174,12 +174,8 @@ def test_results_of_something_else_are_refused(
 def test_a_bad_option_ends_with_one_line(
     options, wrong, right, capsys, monkeypatch, tmp_path
 ):
-    (tmp_path / "pyproject.toml").touch()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(following, "make_run", None)  # training would fail
-    error = error_of(["track", *options.split()], capsys)
-    assert wrong in error
-    assert right in error
+    assert_refused("track", options, wrong, right, capsys, monkeypatch, tmp_path)
 
 
 def test_a_run_that_diverges_ends_with_what_to_do(tmp_path, capsys, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from command_line import error_of
+from command_line import assert_refused
 
 from eigensam_jax.experiments import (
     cli,
@@ -86,12 +86,8 @@ def test_compare_shows_the_difference(tmp_path, capsys):
 def test_a_bad_option_ends_with_one_line(
     options, wrong, right, capsys, monkeypatch, tmp_path
 ):
-    (tmp_path / "pyproject.toml").touch()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "make_run", None)  # training would fail
-    error = error_of(["compare", *options.split()], capsys)
-    assert wrong in error
-    assert right in error
+    assert_refused("compare", options, wrong, right, capsys, monkeypatch, tmp_path)
 
 
 def test_a_file_that_is_cut_off_ends_with_one_line(tmp_path, capsys):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import error_of
+from command_line import assert_refused, error_of
 
 from eigensam_jax import hessian, perturbation, sde, tree_math
 from eigensam_jax.experiments import (
@@ -221,12 +221,8 @@ def test_the_same_path_is_another_on_other_batches_and_eigen_sam_follows_v():
 def test_a_bad_option_ends_with_one_line(
     options, wrong, right, capsys, monkeypatch, tmp_path
 ):
-    (tmp_path / "pyproject.toml").touch()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sde_paths, "make_run", None)  # a path would fail
-    error = error_of(["sde", *options.split()], capsys)
-    assert wrong in error
-    assert right in error
+    assert_refused("sde", options, wrong, right, capsys, monkeypatch, tmp_path)
 
 
 def test_too_few_images_end_with_one_line(capsys, monkeypatch):

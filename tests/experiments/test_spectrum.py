@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import error_of
+from command_line import assert_refused
 from jax.flatten_util import ravel_pytree
 
 from eigensam_jax import eigen, hessian
@@ -142,12 +142,8 @@ def test_figures_of_the_whole_spectrum():
 def test_a_bad_option_ends_with_one_line(
     options, wrong, right, capsys, monkeypatch, tmp_path
 ):
-    (tmp_path / "pyproject.toml").touch()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(spectrum, "train", None)  # training would fail
-    error = error_of(["spectrum", *options.split()], capsys)
-    assert wrong in error
-    assert right in error
+    assert_refused("spectrum", options, wrong, right, capsys, monkeypatch, tmp_path)
 
 
 def test_training_that_diverges_ends_with_what_to_do(tmp_path, capsys):

@@ -52,9 +52,8 @@ def drift(
     docstring of `eigensam_jax.sde`. Where ∇f_γ = 0, so is ε_γ. Of a quadratic loss, two
     orders are exact, of a cubic one three.
 
-    One batch is at work at a time. On fully connected networks it costs the operations
-    of 1 gradient at order 1, of 2.5 to 3.6 at order 2 and of 2.6 to 6.2 at order 3, the
-    more the deeper they are.
+    One batch is at work at a time. It costs the operations of 1 gradient at order 1 and
+    of a few at the others, the more the deeper the network is.
 
     Args:
       value_fn: (params, batch) -> f_γ(w), a real scalar.

@@ -29,10 +29,9 @@ def expanded_gradient(
         1: ∇f     2: ∇f + Hε     3: ∇f + Hε + ½∇³f[ε, ε]
 
     It is the gradient of the same polynomial of f, f + D_ε f + ½D_ε² f with ε held
-    fixed, and made as such, in one backward pass. On fully connected networks that is
-    the operations of 1.5 to 2.6 gradients at order 2, and of 1.6 to 5.2 at order 3: few
-    where most parameters are in the first layer, whose inputs do not move, many where
-    layers are many.
+    fixed, and made as such, in one backward pass. That is the operations of a few
+    gradients: fewer where most parameters are in the first layer, whose inputs do not
+    move, more where layers are many.
 
     Args:
       value_fn: f, a function of the parameters alone that returns a real scalar.

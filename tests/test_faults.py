@@ -5,30 +5,16 @@ huge or denormal are thrown in: in the clean pass, in the perturbed pass and in 
 Hessian-vector product.
 """
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from links import LINKS
 
-from eigensam_jax import asam, eigen_sam, sam, trackers, tree_math
+from eigensam_jax import tree_math
 
-LINKS = {
-    "sam": functools.partial(sam, 0.1),
-    "asam": functools.partial(asam, 0.5),
-    "secant": functools.partial(eigen_sam, 0.1, 0.5),
-    "secant_2": functools.partial(eigen_sam, 0.1, 0.5, trackers.secant(0.9, 2)),
-    "power_iteration": functools.partial(
-        eigen_sam, 0.1, 0.5, trackers.power_iteration(2, update_interval=2)
-    ),
-    "lanczos": functools.partial(
-        eigen_sam, 0.1, 0.5, trackers.lanczos(2, update_interval=2)
-    ),
-    "ritz": functools.partial(eigen_sam, 0.1, 0.5, trackers.ritz(update_interval=2)),
-}
 SLOW = ("asam", "secant_2", "lanczos")
 FACTORS = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf, 0.0, 1e30, -1e30, 1e-40])
 RUNS, STEPS, FAULTS = 20, 60, 8  # 20 runs with 8 faults, of 7 links: 1,120 injections

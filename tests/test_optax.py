@@ -14,24 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from links import LINKS
 from problems import flatten, network, quadratic, symmetric
 
-from eigensam_jax import asam, diagnostics, eigen_sam, sam, trackers, tree_math
+from eigensam_jax import diagnostics, sam, tree_math
 
 PARAMS, LOSS = network()
-LINKS = {
-    "sam": functools.partial(sam, 0.1),
-    "asam": functools.partial(asam, 0.5),
-    "secant": functools.partial(eigen_sam, 0.1, 0.5, trackers.secant()),
-    "secant_2": functools.partial(eigen_sam, 0.1, 0.5, trackers.secant(0.9, 2)),
-    "power_iteration": functools.partial(
-        eigen_sam, 0.1, 0.5, trackers.power_iteration(2, update_interval=2)
-    ),
-    "lanczos": functools.partial(
-        eigen_sam, 0.1, 0.5, trackers.lanczos(2, update_interval=2)
-    ),
-    "ritz": functools.partial(eigen_sam, 0.1, 0.5, trackers.ritz(update_interval=2)),
-}
 each_link = pytest.mark.parametrize("name", LINKS)
 each_link_or_slow = pytest.mark.parametrize(
     "name",

@@ -10,30 +10,19 @@ import optax
 import pytest
 import transformer
 from jax.flatten_util import ravel_pytree
+from links import LINKS
 from meshes import AXIS, DEVICES
 from optax.microbatching import AccumulationType, microbatch
 from problems import network
 
 from eigensam_jax import eigen_sam, perturbation, sam, trackers, tree_math
 
-LINKS = {
-    "sam": lambda **options: sam(0.1, **options),
-    "secant": lambda **options: eigen_sam(0.1, 0.5, **options),
-    "power_iteration": lambda **options: eigen_sam(
-        0.1, 0.5, trackers.power_iteration(2, update_interval=2), **options
-    ),
-    "lanczos": lambda **options: eigen_sam(
-        0.1, 0.5, trackers.lanczos(2, update_interval=2), **options
-    ),
-    "ritz": lambda **options: eigen_sam(
-        0.1, 0.5, trackers.ritz(update_interval=2), **options
-    ),
-}
+NAMES = ("sam", "secant", "power_iteration", "lanczos", "ritz")
 each_link = pytest.mark.parametrize(
     "name",
     [
         pytest.param(x, marks=[pytest.mark.slow] if x in ("lanczos", "ritz") else [])
-        for x in LINKS
+        for x in NAMES
     ],
 )
 each_or_slow = pytest.mark.parametrize(
@@ -41,7 +30,7 @@ each_or_slow = pytest.mark.parametrize(
 )
 # Whose v does not depend on how the parameters are laid out in leaves.
 without_random_start = pytest.mark.parametrize("name", ["sam", "secant"])
-EIGEN = [name for name in LINKS if name != "sam"]
+EIGEN = [name for name in NAMES if name != "sam"]
 
 
 def train(tx, params, make_value_fn, steps=4, make_grad_fn=None):

@@ -1,5 +1,20 @@
-"""Every test may use eight devices, whatever the machine has."""
+"""What every test runs with: eight devices, whatever the machine has, and programs that
+compile fast, since the suite compiles far longer than it computes."""
+
+import os
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
+SETTINGS = {
+    "jax_num_cpu_devices": 8,
+    "jax_disable_most_optimizations": True,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+}
+
+
+def pytest_configure(config):
+    """Compiles a program once, for both workers and for the next run too."""
+    cache = {"jax_compilation_cache_dir": str(config.cache.mkdir("jax"))}
+    for name, value in (SETTINGS | cache).items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for the processes that tests start

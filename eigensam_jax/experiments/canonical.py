@@ -22,22 +22,35 @@ class Facts(NamedTuple):
       train_counts: images of each class in the training set.
       test_counts: images of each class in the test set.
       train_means: of each channel over the training set, from 0 to 255.
+      sheets: the `checksum` of every sheet with its labels, that of the test set last;
+        empty where there are no sheets.
     """
 
     name: str
     train_counts: tuple[int, ...]
     test_counts: tuple[int, ...]
     train_means: tuple[float, float, float]
+    sheets: tuple[int, ...] = ()
 
 
-CIFAR10 = Facts("CIFAR-10", (5_000,) * 10, (1_000,) * 10, (125.307, 122.950, 113.865))
-CIFAR100 = Facts("CIFAR-100", (500,) * 100, (100,) * 100, (129.304, 124.070, 112.434))
-SVHN = Facts(
-    "SVHN's cropped digits",
-    (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659),
-    (1744, 5099, 4149, 2882, 2523, 2384, 1977, 2019, 1660, 1595),
-    (111.609, 113.161, 120.565),
-)
+FACTS = {
+    "cifar10": Facts(
+        "CIFAR-10",
+        (5_000,) * 10,
+        (1_000,) * 10,
+        (125.307, 122.950, 113.865),
+        (0x9F99E422, 0x8D68A4C9, 0x0A0F8A91, 0xE7FCDFD6, 0xE50FBA54, 0x4F953B48),
+    ),
+    "cifar100": Facts(
+        "CIFAR-100", (500,) * 100, (100,) * 100, (129.304, 124.070, 112.434)
+    ),
+    "svhn": Facts(
+        "SVHN's cropped digits",
+        (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659),
+        (1744, 5099, 4149, 2882, 2523, 2384, 1977, 2019, 1660, 1595),
+        (111.609, 113.161, 120.565),
+    ),
+}
 
 
 def folder_of(name: str, data_dir: Path | None, content: str) -> Path:

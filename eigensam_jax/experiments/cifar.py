@@ -8,13 +8,12 @@ image in every row, its own rows one after the other, and the labels as JSON.
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from eigensam_jax.experiments import canonical
-from eigensam_jax.experiments.canonical import CIFAR10, CIFAR100, Arrays, Facts
+from eigensam_jax.experiments.canonical import FACTS, Arrays, Facts
 from eigensam_jax.experiments.errors import UserError
 
 _SIDE = 32
@@ -28,39 +27,19 @@ _CONTENT = {
 }
 
 
-class Sheets(NamedTuple):
-    """What the sheets are known by, where labels are in another file than images.
-
-    Attributes:
-      train: `canonical.checksum` of each training sheet.
-      test: that of the test sheet.
-    """
-
-    train: tuple[int, ...]
-    test: int
-
-
-SHEETS = Sheets(
-    (0x9F99E422, 0x8D68A4C9, 0x0A0F8A91, 0xE7FCDFD6, 0xE50FBA54), 0x4F953B48
-)
-
-
-def cifar10(
-    data_dir: Path | None, facts: Facts = CIFAR10, sheets: Sheets = SHEETS
-) -> Arrays:
+def cifar10(data_dir: Path | None, facts: Facts = FACTS["cifar10"]) -> Arrays:
     """50,000 and 10,000 images of shape (32, 32, 3) in ten classes.
 
     Args:
       data_dir: the folder of the binary version, or of the sheets.
       facts: what is expected of the images and labels.
-      sheets: what is expected of the sheets.
 
     Raises:
       UserError: if a file is missing, cut off or not what it should be.
     """
     folder = canonical.folder_of("cifar10", data_dir, _CONTENT["cifar10"])
     if (folder / f"{_TRAIN[0]}.png").is_file():
-        return _sheets(folder, facts, sheets)
+        return _sheets(folder, facts)
     paths = [folder / f"{name}.bin" for name in (*_TRAIN, _TEST)]
     _check_there(paths, "cifar10")
     each = sum(facts.train_counts) // len(_TRAIN)
@@ -74,7 +53,7 @@ def cifar10(
     return images, labels, test_images, test_labels
 
 
-def cifar100(data_dir: Path | None, facts: Facts = CIFAR100) -> Arrays:
+def cifar100(data_dir: Path | None, facts: Facts = FACTS["cifar100"]) -> Arrays:
     """50,000 and 10,000 images of shape (32, 32, 3) in a hundred (fine) classes.
 
     Args:
@@ -119,7 +98,8 @@ def _binary(
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels
 
 
-def _sheets(folder: Path, facts: Facts, sheets: Sheets) -> Arrays:
+def _sheets(folder: Path, facts: Facts) -> Arrays:
+    """Labels are in other files than images, so that only checksums tell mix-ups."""
     paths = [folder / f"{name}.png" for name in (*_TRAIN, _TEST)]
     names = ("train_lables.json", "test_lables.json")  # so it is spelt
     label_paths = [folder / name for name in names]
@@ -131,9 +111,9 @@ def _sheets(folder: Path, facts: Facts, sheets: Sheets) -> Arrays:
     for i, path in enumerate(paths[:-1]):
         batches.append(_sheet(path, each))
         own = labels[i * each : (i + 1) * each]
-        _check_sheet(path, label_paths[0], batches[-1], own, sheets.train[i])
+        _check_sheet(path, label_paths[0], batches[-1], own, facts.sheets[i])
     test_images = _sheet(paths[-1], len(test_labels))
-    _check_sheet(paths[-1], label_paths[1], test_images, test_labels, sheets.test)
+    _check_sheet(paths[-1], label_paths[1], test_images, test_labels, facts.sheets[-1])
     return np.concatenate(batches), labels, test_images, test_labels
 
 

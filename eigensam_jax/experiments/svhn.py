@@ -8,14 +8,14 @@ from scipy import io
 from scipy.io import matlab
 
 from eigensam_jax.experiments import canonical
-from eigensam_jax.experiments.canonical import SVHN, Arrays, Facts
+from eigensam_jax.experiments.canonical import FACTS, Arrays, Facts
 from eigensam_jax.experiments.errors import UserError
 
 _SHAPE = (32, 32, 3)
 _CONTENT = "train_32x32.mat and test_32x32.mat, SVHN's format 2"
 
 
-def svhn(data_dir: Path | None, facts: Facts = SVHN) -> Arrays:
+def svhn(data_dir: Path | None, facts: Facts = FACTS["svhn"]) -> Arrays:
     """73,257 and 26,032 images of shape (32, 32, 3) of the ten digits.
 
     Args:

@@ -55,7 +55,7 @@ def add_track(commands: Any) -> None:
         "it was interrupted, and a tracker, an α or a seed can be added.",
     )
     add = track.add_argument
-    options.add_problem(track)
+    options.add_problem(track, options.SMALL_MODELS)
     add(
         "--trackers",
         metavar="NAME",

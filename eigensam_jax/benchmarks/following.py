@@ -152,7 +152,7 @@ def make_run(
     in between is the v that the step perturbs by.
     """
     images, labels = dataset.train_images, dataset.train_labels
-    loss = measures.cross_entropy(model)
+    loss, step_loss = measures.cross_entropy(model), measures.training_loss(model)
     steps_per_epoch = len(images) // settings.batch_size
     stops = [] if spec is None else evaluation_steps(settings)
 
@@ -172,7 +172,9 @@ def make_run(
     ) -> TrainState:
         tx = make_optimizer(rest, rho, alpha, settings)
         batch = training.next_batch(state, settings.batch_size)
-        return training.take_step(tx, loss, state, images[batch], labels[batch], due)
+        return training.take_step(
+            tx, step_loss, state, images[batch], labels[batch], due
+        )
 
     example, scalar = jax.eval_shape(init, 0), jnp.zeros(())
     compiled = training.compile_donating

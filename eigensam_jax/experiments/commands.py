@@ -186,6 +186,7 @@ def _compare(chosen: argparse.Namespace, command: str) -> None:
         learning_rate=chosen.learning_rate,
         rho=chosen.rho,
         alpha=chosen.alpha,
+        augment=options.is_augmented(chosen),
         evaluations=preset["evaluations"],
         out=chosen.out,
     )
@@ -209,6 +210,7 @@ def _spectrum(chosen: argparse.Namespace, command: str) -> None:
         learning_rate=chosen.learning_rate,
         rho=chosen.rho,
         alpha=chosen.alpha,
+        augment=options.is_augmented(chosen),
         k=chosen.k or preset["k"],
         num_matvecs=chosen.num_matvecs or preset["num_matvecs"],
         num_samples=chosen.num_samples or preset["num_samples"],

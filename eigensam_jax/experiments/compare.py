@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eigensam_jax.experiments import (
+    augmentation,
     checkpoints,
     data,
     measures,
@@ -50,6 +51,7 @@ class Config(NamedTuple):
     learning_rate: float
     rho: float
     alpha: float
+    augment: bool
     evaluations: int
     out: Path
 
@@ -228,6 +230,7 @@ def _training(
         config.learning_rate,
         config.alpha,
         config.evaluations,
+        augmentation.of(config.dataset, config.augment),
     )
     model = MODELS[config.model](dataset.num_classes)
     measure = measures.make_measure(model, dataset, config.batch_size, config.alpha)

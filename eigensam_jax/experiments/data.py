@@ -1,7 +1,8 @@
 """Image data sets as arrays on the device, read from where they already are.
 
 Nothing is downloaded. `digits` comes with scikit-learn; `mnist` and `fashion_mnist` are
-read from a folder of idx files, plain or gzipped, in the format of the MNIST database.
+read from a folder of idx files, plain or gzipped, in the format of the MNIST database;
+`cifar10`, `cifar100` and `svhn` from a folder in the format of their authors.
 """
 
 import gzip
@@ -16,18 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn import datasets, model_selection
 
+from eigensam_jax.experiments import cifar, svhn
+from eigensam_jax.experiments.canonical import Arrays
 from eigensam_jax.experiments.errors import UserError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _UNSIGNED_BYTE = 0x08
+_CHUNK = 1_000  # images: more at once would be copied as wider numbers
 
 
 class Dataset(NamedTuple):
     """Images and labels, split into a training and a test set.
 
     Attributes:
-      train_images: float32, shape (examples, height, width, channels), standardised by
-        mean and standard deviation of all training pixels.
+      train_images: float32, shape (examples, height, width, channels), each channel
+        standardised by its mean and standard deviation over all training pixels.
       train_labels: int32, shape (examples,).
       test_images: as `train_images`, standardised by the training set's figures.
       test_labels: as `train_labels`.
@@ -49,28 +53,45 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
 
     Args:
       name: a key of `LOADERS`.
-      data_dir: the folder with its files; needed for `mnist`, for `fashion_mnist` only
+      data_dir: the folder with its files; `digits` needs none, `fashion_mnist` only
         where Debian's package dataset-fashion-mnist is not installed.
 
     Raises:
       UserError: if the folder or a file is missing, cut off or not in its format.
     """
     images, labels, test_images, test_labels = LOADERS[name](data_dir)
-    mean, deviation = images.mean(), images.std()
+    table = jnp.asarray(standardised_values(images))
+    look_up = jax.jit(jax.vmap(lambda values, x: values[x], (1, -1), -1))
     return Dataset(
-        *(
-            jnp.asarray(array)
-            for array in (
-                ((images - mean) / deviation).astype(np.float32),
-                labels.astype(np.int32),
-                ((test_images - mean) / deviation).astype(np.float32),
-                test_labels.astype(np.int32),
-            )
-        )
+        look_up(table, images),
+        jnp.asarray(labels.astype(np.int32)),
+        look_up(table, test_images),
+        jnp.asarray(test_labels.astype(np.int32)),
     )
 
 
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+def standardised_values(images: np.ndarray) -> np.ndarray:
+    """What each value of a pixel is after standardisation, for each channel.
+
+    Images stay bytes until they are on the device, where they are looked up in this.
+
+    Args:
+      images: the training set, uint8, shape (examples, height, width, channels).
+
+    Returns:
+      (value − mean) / standard deviation, float32, shape (256, channels).
+    """
+    values = np.arange(256.0)[:, None]
+    counts = np.zeros((256, images.shape[-1]))
+    for i in range(0, len(images), _CHUNK):
+        for channel in range(images.shape[-1]):
+            pixels = images[i : i + _CHUNK, ..., channel].ravel()
+            counts[:, channel] += np.bincount(pixels, minlength=256)
+    weights = counts / counts.sum(0)
+    mean = (weights * values).sum(0)
+    deviation = np.sqrt((weights * (values - mean) ** 2).sum(0))
+    table: np.ndarray = ((values - mean) / deviation).astype(np.float32)
+    return table
 
 
 def _digits(data_dir: Path | None) -> Arrays:
@@ -82,7 +103,7 @@ def _digits(data_dir: Path | None) -> Arrays:
         )
     bunch = datasets.load_digits()
     images, test_images, labels, test_labels = model_selection.train_test_split(
-        bunch.images[..., None],
+        bunch.images[..., None].astype(np.uint8),
         bunch.target,
         test_size=0.2,
         random_state=0,
@@ -181,4 +202,7 @@ LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
     "digits": _digits,
     "fashion_mnist": _fashion_mnist,
     "mnist": _mnist,
+    "cifar10": cifar.cifar10,
+    "cifar100": cifar.cifar100,
+    "svhn": svhn.svhn,
 }

@@ -22,10 +22,14 @@ ALIGNMENT_BATCHES = 8
 _CHUNK = 2_000  # examples per call when a whole set is evaluated
 _CURVATURE_CHUNK = 250  # and when it is differentiated twice
 
-Loss = Callable[[PyTree, jax.Array, jax.Array], jax.Array]
-Means = Callable[[PyTree, jax.Array, jax.Array], tuple[float, float]]
-Product = Callable[[PyTree, jax.Array, jax.Array, jax.Array], jax.Array]
-TopEigenpair = Callable[[PyTree, jax.Array, jax.Array, jax.Array | None], Eigenpair]
+# All take the running statistics of batch normalisation last, where there are any.
+Loss = Callable[..., jax.Array]
+Means = Callable[..., tuple[float, float]]
+Product = Callable[..., jax.Array]
+TopEigenpair = Callable[..., Eigenpair]
+TrainingLoss = Callable[
+    [PyTree, PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]
+]
 
 
 class Measurement(NamedTuple):
@@ -48,40 +52,83 @@ class Measurement(NamedTuple):
     alignment: float
 
 
-Measure = Callable[
-    [PyTree, optax.OptState, jax.Array, jax.Array | None],
-    tuple[Measurement, jax.Array],
-]
+Measure = Callable[..., tuple[Measurement, jax.Array]]
 
 
 def cross_entropy(model: nn.Module) -> Loss:
-    """(params, images, labels) -> the mean cross-entropy of the batch."""
+    """(params, images, labels, batch_stats) -> the mean cross-entropy of the batch.
 
-    def loss(params: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
-        logits: Any = model.apply({"params": params}, images)
+    In evaluation: batch normalisation, where there is any, is by `batch_stats`.
+    """
+
+    def loss(
+        params: PyTree, images: jax.Array, labels: jax.Array, batch_stats: PyTree = None
+    ) -> jax.Array:
+        logits: Any = model.apply(_variables(params, batch_stats), images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.mean(losses)
 
     return loss
 
 
-def make_product(loss: Loss) -> Product:
-    """Builds (params, images, labels, v) -> ∇²loss·v, both flat, a chunk at a time.
+def training_loss(model: nn.Module) -> TrainingLoss:
+    """(params, batch_stats, images, labels) -> the mean cross-entropy, new statistics.
 
-    On a CPU, convolutions of a few hundred images take half as long for each as those
-    of a few thousand.
+    In training: batch normalisation is by the batch. Only of a pass at the weights of
+    the network, not at perturbed ones, should the new running statistics be kept. A
+    network without any has an empty `batch_stats`, and takes no argument `train`.
+    """
+
+    def loss(
+        params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
+        logits: Any
+        if batch_stats:
+            logits, moved = model.apply(
+                _variables(params, batch_stats),
+                images,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            batch_stats = moved["batch_stats"]
+        else:
+            logits = model.apply({"params": params}, images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.mean(losses), batch_stats
+
+    return loss
+
+
+def _variables(params: PyTree, batch_stats: PyTree) -> dict[str, PyTree]:
+    statistics = {"batch_stats": batch_stats} if batch_stats else {}
+    return {"params": params, **statistics}
+
+
+def make_product(loss: Loss) -> Product:
+    """Builds (params, images, labels, v, batch_stats) -> ∇²loss·v, flat as v is.
+
+    A chunk at a time: on a CPU, convolutions of a few hundred images take half as long
+    for each as those of a few thousand.
     """
 
     @jax.jit
     def chunk_product(
-        params: PyTree, images: jax.Array, labels: jax.Array, vector: jax.Array
+        params: PyTree,
+        images: jax.Array,
+        labels: jax.Array,
+        vector: jax.Array,
+        *batch_stats: PyTree,
     ) -> jax.Array:
         unravel = ravel_pytree(params)[1]
-        value_fn = lambda p: len(images) * loss(p, images, labels)
+        value_fn = lambda p: len(images) * loss(p, images, labels, *batch_stats)
         return ravel_pytree(hessian.hvp(value_fn, params, unravel(vector)))[0]
 
     def product(
-        params: PyTree, images: jax.Array, labels: jax.Array, vector: jax.Array
+        params: PyTree,
+        images: jax.Array,
+        labels: jax.Array,
+        vector: jax.Array,
+        *batch_stats: PyTree,
     ) -> jax.Array:
         chunks = [
             chunk_product(
@@ -89,6 +136,7 @@ def make_product(loss: Loss) -> Product:
                 images[i : i + _CURVATURE_CHUNK],
                 labels[i : i + _CURVATURE_CHUNK],
                 vector,
+                *batch_stats,
             )
             for i in range(0, len(images), _CURVATURE_CHUNK)
         ]
@@ -98,7 +146,7 @@ def make_product(loss: Loss) -> Product:
 
 
 def make_top_eigenpair(loss: Loss, num_vectors: int = 20) -> TopEigenpair:
-    """Builds (params, images, labels, start) -> the top `Eigenpair` of ∇²loss.
+    """Builds (params, images, labels, start, batch_stats) -> ∇²loss's top `Eigenpair`.
 
     ARPACK's restarted Lanczos iteration runs on the host and asks the device for one
     Hessian-vector product at a time: on a CPU, convolutions inside a compiled loop
@@ -115,6 +163,7 @@ def make_top_eigenpair(loss: Loss, num_vectors: int = 20) -> TopEigenpair:
         images: jax.Array,
         labels: jax.Array,
         start: jax.Array | None = None,
+        *batch_stats: PyTree,
     ) -> Eigenpair:
         size = sum(x.size for x in jax.tree.leaves(params))
         v0 = np.random.default_rng(0).normal(size=size)
@@ -123,7 +172,8 @@ def make_top_eigenpair(loss: Loss, num_vectors: int = 20) -> TopEigenpair:
 
         def matvec(vector: np.ndarray) -> np.ndarray:
             flat = jnp.asarray(vector.reshape(size), jnp.float32)
-            return np.asarray(product(params, images, labels, flat), np.float64)
+            found = product(params, images, labels, flat, *batch_stats)
+            return np.asarray(found, np.float64)
 
         operator = linalg.LinearOperator((size, size), matvec, dtype=np.float64)
         try:
@@ -145,20 +195,22 @@ def make_top_eigenpair(loss: Loss, num_vectors: int = 20) -> TopEigenpair:
 
 
 def make_means(model: nn.Module) -> Means:
-    """Builds (params, images, labels) -> the mean loss and the accuracy."""
+    """Builds (params, images, labels, batch_stats) -> mean loss and accuracy."""
 
     @jax.jit
     def totals(
-        params: PyTree, images: jax.Array, labels: jax.Array
+        params: PyTree, images: jax.Array, labels: jax.Array, batch_stats: PyTree
     ) -> tuple[jax.Array, jax.Array]:
         """The summed loss and the number of correct answers."""
-        logits: Any = model.apply({"params": params}, images)
+        logits: Any = model.apply(_variables(params, batch_stats), images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.sum(), (logits.argmax(-1) == labels).sum()
 
-    def means(params: PyTree, x: jax.Array, y: jax.Array) -> tuple[float, float]:
+    def means(
+        params: PyTree, x: jax.Array, y: jax.Array, batch_stats: PyTree = None
+    ) -> tuple[float, float]:
         chunks = [
-            totals(params, x[i : i + _CHUNK], y[i : i + _CHUNK])
+            totals(params, x[i : i + _CHUNK], y[i : i + _CHUNK], batch_stats)
             for i in range(0, len(x), _CHUNK)
         ]
         value, correct = np.sum(jax.device_get(chunks), axis=0)
@@ -170,15 +222,19 @@ def make_means(model: nn.Module) -> Means:
 def make_measure(
     model: nn.Module, dataset: Dataset, batch_size: int, alpha: float
 ) -> Measure:
-    """Builds (params, opt_state, order, start) -> (`Measurement`, top eigenvector).
+    """Builds what looks at a network: -> (`Measurement`, top eigenvector).
+
+    Its arguments are (params, opt_state, order, start, batch_stats).
 
     `order` is the order of the training examples whose first batches measure the
     alignment; `start` is where the search for the top eigenvector begins. `alpha` is
-    that of Eigen-SAM, whose eigenvector is looked up in `opt_state`. A training loss
-    that is not finite raises FloatingPointError.
+    that of Eigen-SAM, whose eigenvector is looked up in `opt_state`. Loss, accuracy and
+    Hessian are those of evaluation, by the running statistics `batch_stats` where the
+    network has any; the perturbation is that of training. A training loss that is not
+    finite raises FloatingPointError.
     """
-    loss = cross_entropy(model)
-    means, top_eigenpair = make_means(model), make_top_eigenpair(loss)
+    loss, means = training_loss(model), make_means(model)
+    top_eigenpair = make_top_eigenpair(cross_entropy(model))
     images, labels = dataset.train_images, dataset.train_labels
 
     @jax.jit
@@ -188,9 +244,10 @@ def make_measure(
         images: jax.Array,
         labels: jax.Array,
         top: jax.Array,
+        batch_stats: PyTree,
     ) -> jax.Array:
         """|cos| between `top` and the perturbation by the eigenvector in the state."""
-        direction = jax.grad(loss)(params, images, labels)
+        direction, _ = jax.grad(loss, has_aux=True)(params, batch_stats, images, labels)
         eigenvector = optax.tree.get(opt_state, "eigenvector")
         if eigenvector is not None:
             added = alpha * (optax.tree.get(opt_state, "eigenvalue") >= 0)
@@ -205,20 +262,27 @@ def make_measure(
         opt_state: optax.OptState,
         order: jax.Array,
         start: jax.Array | None,
+        batch_stats: PyTree = None,
     ) -> tuple[Measurement, jax.Array]:
-        train_loss, _ = means(params, images, labels)
+        train_loss, _ = means(params, images, labels, batch_stats)
         if not np.isfinite(train_loss):
             raise FloatingPointError(f"the training loss is {train_loss}")
         few = slice(CURVATURE_EXAMPLES)
-        top = top_eigenpair(params, images[few], labels[few], start)
+        statistics = (batch_stats,) if batch_stats else ()
+        top = top_eigenpair(params, images[few], labels[few], start, *statistics)
         batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
         cosines = [
             float(
-                cosine(params, opt_state, images[batch], labels[batch], top.eigenvector)
+                cosine(
+                    *(params, opt_state, images[batch], labels[batch]),
+                    *(top.eigenvector, batch_stats),
+                )
             )
             for batch in batches[:ALIGNMENT_BATCHES]
         ]
-        _, accuracy = means(params, dataset.test_images, dataset.test_labels)
+        _, accuracy = means(
+            params, dataset.test_images, dataset.test_labels, batch_stats
+        )
         return Measurement(
             train_loss,
             accuracy,

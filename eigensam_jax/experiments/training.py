@@ -12,14 +12,16 @@ import optax
 from flax import serialization
 
 from eigensam_jax import eigen_sam, sam, trackers
+from eigensam_jax.experiments.augmentation import Augment
 from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.measures import Loss, cross_entropy
+from eigensam_jax.experiments.measures import TrainingLoss, training_loss
 from eigensam_jax.tree_math import PyTree
 
 MOMENTUM = 0.9
 NUM_ITERS = 5
 UPDATE_INTERVAL = 100
+_STEP_KEYS = 2  # what `step_key` folds into the key; `split` makes 0 and 1
 
 Measurement = TypeVar("Measurement")
 
@@ -33,6 +35,8 @@ class Settings(NamedTuple):
       learning_rate: of SGD with momentum 0.9, decayed to zero by a cosine.
       alpha: α of Eigen-SAM.
       evaluations: how often to measure, evenly spread over the steps, the end included.
+      augment: what is done to the images of each step, before both gradients; None for
+        nothing.
     """
 
     epochs: int
@@ -40,6 +44,7 @@ class Settings(NamedTuple):
     learning_rate: float
     alpha: float
     evaluations: int
+    augment: Augment | None = None
 
 
 class TrainState(NamedTuple):
@@ -48,10 +53,11 @@ class TrainState(NamedTuple):
     Attributes:
       params: the network's parameters.
       opt_state: the optimizer's state.
-      key: data of the key for the order of the examples.
+      key: data of the key for the order of the examples, and what is drawn in a step.
       order: the examples of this epoch, in the order in which they are used.
       step: steps so far.
       radius_sum: the sum of ‖ε‖ over the steps so far.
+      batch_stats: running statistics of batch normalisation; empty where there is none.
     """
 
     params: PyTree
@@ -60,6 +66,7 @@ class TrainState(NamedTuple):
     order: jax.Array
     step: jax.Array
     radius_sum: jax.Array
+    batch_stats: PyTree
 
 
 class Progress(NamedTuple):
@@ -106,7 +113,9 @@ class Run(Protocol[Measurement]):
         """
 
 
-Measure = Callable[[PyTree, optax.OptState, jax.Array, Any], tuple[Measurement, Any]]
+Measure = Callable[
+    [PyTree, optax.OptState, jax.Array, Any, PyTree], tuple[Measurement, Any]
+]
 
 
 def check_batch_size(batch_size: int, name: str, dataset: Dataset) -> None:
@@ -164,7 +173,8 @@ def start(
 ) -> TrainState:
     """The state before the first step; of `images`, the training set, only shapes."""
     init_key, key = jax.random.split(jax.random.key(seed))
-    params = model.init(init_key, images[:1])["params"]
+    variables = model.init(init_key, images[:1])
+    params = variables["params"]
     order = jnp.arange(len(images))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
@@ -174,6 +184,7 @@ def start(
         order,
         zero,
         jnp.zeros(()),
+        variables.get("batch_stats", {}),
     )
 
 
@@ -191,17 +202,31 @@ def next_batch(state: TrainState, batch_size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(state.order, first, batch_size)
 
 
+def step_key(state: TrainState) -> jax.Array:
+    """The key of what is drawn in the next step, none of those that `start_epoch` has.
+
+    It depends on the state alone, so that a run that goes on draws the same.
+    """
+    epoch_key = jax.random.wrap_key_data(state.key)
+    return jax.random.fold_in(jax.random.fold_in(epoch_key, _STEP_KEYS), state.step)
+
+
 def take_step(
     tx: optax.GradientTransformationExtraArgs,
-    loss: Loss,
+    loss: TrainingLoss,
     state: TrainState,
     images: jax.Array,
     labels: jax.Array,
     refresh: bool,
 ) -> TrainState:
-    """One step of `tx` on a batch; `refresh` fixes what a tracker does on it."""
-    value_fn = lambda params: loss(params, images, labels)
-    grads = jax.grad(value_fn)(state.params)
+    """One step of `tx` on a batch; `refresh` fixes what a tracker does on it.
+
+    Running statistics are those of the pass at the weights w; the ones of a pass at
+    w + ε are dropped.
+    """
+    batch = state.batch_stats, images, labels
+    value_fn = lambda params: loss(params, *batch)[0]
+    grads, batch_stats = jax.grad(loss, has_aux=True)(state.params, *batch)
     updates, opt_state = tx.update(
         grads, state.opt_state, state.params, value_fn=value_fn, refresh=refresh
     )
@@ -211,6 +236,7 @@ def take_step(
         opt_state=opt_state,
         step=state.step + 1,
         radius_sum=state.radius_sum + radius,
+        batch_stats=batch_stats,
     )
 
 
@@ -238,8 +264,8 @@ def make_run(
     """Compiles the training of one optimizer; the result trains it from a seed.
 
     `measure` is called at every evaluation, with the parameters, the optimizer's state,
-    the order of the examples, and what it returned second the last time, at first None.
-    The parameters are given away afterwards: it must copy what it keeps.
+    the order of the examples, what it returned second the last time, at first None, and
+    the running statistics. All are given away afterwards: it must copy what it keeps.
 
     The steps are dispatched one by one, without waiting for any: between evaluations
     nothing is pulled to the host and nothing is sent to the device. Whether a step
@@ -251,7 +277,7 @@ def make_run(
     steps_per_epoch = len(images) // settings.batch_size
     total_steps = steps_per_epoch * settings.epochs
     tx = make_optimizer(name, rho, total_steps, settings)
-    loss = cross_entropy(model)
+    loss, augment = training_loss(model), settings.augment
 
     def init(seed: int) -> TrainState:
         return start(model, tx, images, seed)
@@ -260,7 +286,10 @@ def make_run(
         refresh: bool, state: TrainState, images: jax.Array, labels: jax.Array
     ) -> TrainState:
         batch = next_batch(state, settings.batch_size)
-        return take_step(tx, loss, state, images[batch], labels[batch], refresh)
+        examples = images[batch]
+        if augment is not None:
+            examples = augment(step_key(state), examples)
+        return take_step(tx, loss, state, examples, labels[batch], refresh)
 
     example = jax.eval_shape(init, 0)
     shuffle = compile_donating(start_epoch, example)
@@ -291,7 +320,8 @@ def make_run(
             seconds, done = seconds + time.perf_counter() - began, stop
             try:
                 measurement, top = measure(
-                    state.params, state.opt_state, state.order, top
+                    *(state.params, state.opt_state, state.order, top),
+                    state.batch_stats,
                 )
             except FloatingPointError as error:
                 raise UserError(

@@ -30,6 +30,7 @@ SMOKE = spectrum.Config(
     learning_rate=0.05,
     rho=0.1,
     alpha=0.2,
+    augment=False,
     k=3,
     num_matvecs=8,
     num_samples=2,

@@ -1,0 +1,108 @@
+"""What the real data sets are known by: classes, channel means, checksums."""
+
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from eigensam_jax.experiments.errors import UserError
+
+_TOLERANCE = 0.05  # of a channel's mean, from 0 to 255
+_CHUNK = 1_000  # images: sums over more at once would copy them as wider numbers
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+class Facts(NamedTuple):
+    """What a data set of 32×32×3 images is known by.
+
+    Attributes:
+      name: of the data set.
+      train_counts: images of each class in the training set.
+      test_counts: images of each class in the test set.
+      train_means: of each channel over the training set, from 0 to 255.
+      sheets: the `checksum` of every sheet with its labels, that of the test set last;
+        empty where there are no sheets.
+    """
+
+    name: str
+    train_counts: tuple[int, ...]
+    test_counts: tuple[int, ...]
+    train_means: tuple[float, float, float]
+    sheets: tuple[int, ...] = ()
+
+
+FACTS = {
+    "cifar10": Facts(
+        "CIFAR-10",
+        (5_000,) * 10,
+        (1_000,) * 10,
+        (125.307, 122.950, 113.865),
+        (0x9F99E422, 0x8D68A4C9, 0x0A0F8A91, 0xE7FCDFD6, 0xE50FBA54, 0x4F953B48),
+    ),
+    "cifar100": Facts(
+        "CIFAR-100", (500,) * 100, (100,) * 100, (129.304, 124.070, 112.434)
+    ),
+    "svhn": Facts(
+        "SVHN's cropped digits",
+        (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659),
+        (1744, 5099, 4149, 2882, 2523, 2384, 1977, 2019, 1660, 1595),
+        (111.609, 113.161, 120.565),
+    ),
+}
+
+
+def folder_of(name: str, data_dir: Path | None, content: str) -> Path:
+    """The folder of `--data-dir`, which the data set needs.
+
+    Raises:
+      UserError: if it is not given, or no folder; it says what `content` should be.
+    """
+    if data_dir is None:
+        raise UserError(f"--dataset {name} needs --data-dir, the folder with {content}")
+    if not data_dir.is_dir():
+        raise UserError(
+            f"--data-dir {data_dir} is not a folder; it should hold {content}"
+        )
+    return data_dir
+
+
+def check_counts(labels: np.ndarray, counts: tuple[int, ...], source: str) -> None:
+    """Raises UserError where the classes have other numbers of images."""
+    found = np.bincount(labels, minlength=len(counts))
+    if len(found) > len(counts):
+        raise UserError(
+            f"{source}: a label is {labels.max()}, of classes 0 to {len(counts) - 1}; "
+            "it is damaged or another file, fetch it anew"
+        )
+    wrong = np.flatnonzero(found != counts)
+    if len(wrong):
+        i = wrong[0]
+        raise UserError(
+            f"{source}: {found[i]} images of class {i} should be {counts[i]}; files "
+            "are mixed up or damaged, fetch them anew"
+        )
+
+
+def check_means(images: np.ndarray, means: tuple[float, ...], source: str) -> None:
+    """Raises UserError where a channel has another mean."""
+    sums = [
+        images[i : i + _CHUNK].sum((0, 1, 2), np.int64)
+        for i in range(0, len(images), _CHUNK)
+    ]
+    found = np.sum(sums, axis=0) / (images.size // images.shape[-1])
+    if not np.allclose(found, means, rtol=0, atol=_TOLERANCE):
+        raise UserError(
+            f"{source}: the channels' means {_three(found)} should be "
+            f"{_three(np.array(means))}; files are mixed up or damaged, fetch them anew"
+        )
+
+
+def checksum(images: np.ndarray, labels: np.ndarray) -> int:
+    """CRC-32 of the pixels, then of the labels, all uint8."""
+    return zlib.crc32(labels.tobytes(), zlib.crc32(images.tobytes()))
+
+
+def _three(means: np.ndarray) -> str:
+    return " ".join(f"{mean:.3f}" for mean in means)

@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 
 from eigensam_jax import eigen_sam, hessian, sam
 from eigensam_jax.benchmarks.specs import Spec
-from eigensam_jax.experiments import measures, training
+from eigensam_jax.experiments import measures, training, training_steps
 from eigensam_jax.experiments.data import Dataset
-from eigensam_jax.experiments.training import TrainState
+from eigensam_jax.experiments.training_steps import TrainState
 from eigensam_jax.trackers import Tracker
 
 _UNSEEN = 0.15  # of the steps, at the start, before the first evaluation
@@ -160,7 +160,7 @@ def make_run(
 
     def init(seed: int) -> TrainState:
         tx = make_optimizer(spec, 0.0, 0.0, settings)
-        return training.start(model, tx, images, seed)
+        return training_steps.start(model, tx, images, seed)
 
     def step(
         due: bool,
@@ -171,14 +171,14 @@ def make_run(
         alpha: jax.Array,
     ) -> TrainState:
         tx = make_optimizer(rest, rho, alpha, settings)
-        batch = training.next_batch(state, settings.batch_size)
-        return training.take_step(
+        batch = training_steps.next_batch(state, settings.batch_size)
+        return training_steps.take_step(
             tx, step_loss, state, images[batch], labels[batch], due
         )
 
     example, scalar = jax.eval_shape(init, 0), jnp.zeros(())
-    compiled = training.compile_donating
-    shuffle = compiled(training.start_epoch, example)
+    compiled = training_steps.compile_donating
+    shuffle = compiled(training_steps.start_epoch, example)
     plain = compiled(partial(step, False), example, images, labels, scalar, scalar)
     due_step, refresh = plain, None
     if spec is not None and spec.tracker.observe_interval > 1:
@@ -227,7 +227,7 @@ def refreshed(
 
     The Hessian is that of the next step's batch.
     """
-    batch = training.next_batch(state, batch_size)
+    batch = training_steps.next_batch(state, batch_size)
     value_fn = lambda params: loss(params, images[batch], labels[batch])
     matvec = hessian.matvec(jax.grad(value_fn), state.params)
     ascent, *rest = state.opt_state

@@ -1,0 +1,116 @@
+"""The steps of training, pure functions of a state on the device."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from eigensam_jax.experiments.measures import TrainingLoss
+from eigensam_jax.tree_math import PyTree
+
+_STEP_KEYS = 2  # what `step_key` folds into the key; `split` makes 0 and 1
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step carries, on the device and donated.
+
+    Attributes:
+      params: the network's parameters.
+      opt_state: the optimizer's state.
+      key: data of the key for the order of the examples, and what is drawn in a step.
+      order: the examples of this epoch, in the order in which they are used.
+      step: steps so far.
+      radius_sum: the sum of ‖ε‖ over the steps so far.
+      batch_stats: running statistics of batch normalisation; empty where there is none.
+    """
+
+    params: PyTree
+    opt_state: optax.OptState
+    key: jax.Array
+    order: jax.Array
+    step: jax.Array
+    radius_sum: jax.Array
+    batch_stats: PyTree
+
+
+def start(
+    model: nn.Module,
+    tx: optax.GradientTransformationExtraArgs,
+    images: jax.Array,
+    seed: int,
+) -> TrainState:
+    """The state before the first step; of `images`, the training set, only shapes."""
+    init_key, key = jax.random.split(jax.random.key(seed))
+    variables = model.init(init_key, images[:1])
+    params = variables["params"]
+    order = jnp.arange(len(images))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        params,
+        tx.init(params),
+        jax.random.key_data(key),
+        order,
+        zero,
+        jnp.zeros(()),
+        variables.get("batch_stats", {}),
+    )
+
+
+def start_epoch(state: TrainState) -> TrainState:
+    """Shuffles the order of the examples."""
+    key, order_key = jax.random.split(jax.random.wrap_key_data(state.key))
+    order = jax.random.permutation(order_key, state.order)
+    return state._replace(key=jax.random.key_data(key), order=order)
+
+
+def next_batch(state: TrainState, batch_size: int) -> jax.Array:
+    """The examples of the next step: indices of shape (batch_size,)."""
+    steps_per_epoch = len(state.order) // batch_size
+    first = state.step % steps_per_epoch * batch_size
+    return jax.lax.dynamic_slice_in_dim(state.order, first, batch_size)
+
+
+def step_key(state: TrainState) -> jax.Array:
+    """The key of what is drawn in the next step, none of those that `start_epoch` has.
+
+    It depends on the state alone, so that a run that goes on draws the same.
+    """
+    epoch_key = jax.random.wrap_key_data(state.key)
+    return jax.random.fold_in(jax.random.fold_in(epoch_key, _STEP_KEYS), state.step)
+
+
+def take_step(
+    tx: optax.GradientTransformationExtraArgs,
+    loss: TrainingLoss,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    refresh: bool,
+) -> TrainState:
+    """One step of `tx` on a batch; `refresh` fixes what a tracker does on it.
+
+    Running statistics are those of the pass at the weights w; the ones of a pass at
+    w + ε are dropped.
+    """
+    batch = state.batch_stats, images, labels
+    value_fn = lambda params: loss(params, *batch)[0]
+    grads, batch_stats = jax.grad(loss, has_aux=True)(state.params, *batch)
+    updates, opt_state = tx.update(
+        grads, state.opt_state, state.params, value_fn=value_fn, refresh=refresh
+    )
+    radius = optax.tree.get(opt_state, "perturbation_norm", 0.0)
+    return state._replace(
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        step=state.step + 1,
+        radius_sum=state.radius_sum + radius,
+        batch_stats=batch_stats,
+    )
+
+
+def compile_donating(function: Callable[..., TrainState], *args: Any) -> Any:
+    """The compiled program of `function`, which gives its first argument away."""
+    return jax.jit(function, donate_argnums=0).lower(*args).compile()

@@ -173,11 +173,16 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
     def checked(params: PyTree) -> jax.Array:
         value: jax.Array = _called(name, value_fn, params)
         shapes = [jnp.shape(x) for x in jax.tree.leaves(value)]
-        if not jax.tree_util.all_leaves([value]) or shapes != [()]:
+        if not jax.tree_util.all_leaves([value]):
             raise ValueError(
                 f"{name} must return a scalar, got a {type(value).__name__} with the "
-                f"shapes {shapes}: average the losses, and drop what comes beside them,"
-                f" as in {name}=lambda p: loss(p)[0]."
+                f"shapes {shapes}: return the loss alone. Of a loss with auxiliary "
+                f"output it is the first part, {name}=lambda p: loss(p, batch)[0]."
+            )
+        if shapes != [()]:
+            raise ValueError(
+                f"{name} must return a scalar, got an array of the shape {shapes[0]}: "
+                f"average the losses, {name}=lambda p: loss(p, batch).mean()."
             )
         if where := devices.replicated(value, axes):
             raise ValueError(
@@ -195,9 +200,10 @@ def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any
     try:
         return function(params)
     except Exception as error:
+        example = "jax.grad(loss)(p, batch)" if name == "grad_fn" else "loss(p, batch)"
         error.add_note(
-            f"{name} was called with the parameters that update was given, and nothing "
-            f"else. The batch goes into a closure, {name}=lambda p: loss(p, batch). If "
+            f"{name} was called with the parameters alone. What else it needs, such as "
+            f"the batch, goes into a closure, {name}=lambda p: {example}. If "
             "the parameters have another structure than yours, a wrapper that changes "
             "it, such as optax.flatten, is around this transformation: put it around "
             "what follows it in the chain. Of a Flax nnx model, make value_fn by "

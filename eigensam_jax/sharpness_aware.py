@@ -106,9 +106,13 @@ def sharpness_aware(
         if not isinstance(state, SharpnessAwareState) or (
             (state.tracker is None) != (tracker is None)
         ):
+            got = type(state).__name__
+            if isinstance(state, SharpnessAwareState):
+                got += f" {'without' if state.tracker is None else 'with'} a tracker"
             raise ValueError(
-                f"opt_state is not of this transformation, got {type(state).__name__}: "
-                "make it by tx.init(params) of the same chain."
+                f"opt_state is not of this transformation, got {got}: make it by "
+                "tx.init(params) of the same chain. From a checkpoint of another one, "
+                "keep what the rest of the chain has."
             )
         devices.check_bound(axes)
         space = masking.subspace(mask, params)

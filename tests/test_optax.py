@@ -539,7 +539,12 @@ def test_a_loss_that_wants_more_than_the_parameters_is_told_how():
     tx = sam()
     with pytest.raises(TypeError, match="missing 1 required") as error:
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, value_fn=lambda p, batch: 0.0)
-    assert "lambda p: loss(p, batch)" in "".join(error.value.__notes__)
+    assert "value_fn=lambda p: loss(p, batch)" in "".join(error.value.__notes__)
+    with pytest.raises(TypeError, match="missing 1 required") as error:
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, grad_fn=lambda p, _: p)
+    assert "grad_fn=lambda p: jax.grad(loss)(p, batch)" in "".join(
+        error.value.__notes__
+    )
 
 
 @each_link_or_slow

@@ -699,11 +699,18 @@ def test_functions_that_return_the_wrong_thing():
     params, loss = network()
     tx = eigen_sam(tracker=trackers.power_iteration())
     state = tx.init(params)
-    with pytest.raises(ValueError, match="value_fn must return a scalar"):
+    with pytest.raises(
+        ValueError, match=r"value_fn must return a scalar, got a tuple .*\)\[0\]"
+    ):
         tx.update(params, state, params, value_fn=lambda p: (loss(p), 1.0))
     with pytest.raises(ValueError, match="value_fn must return a scalar"):
         tx.update(params, state, params, value_fn=lambda p: (loss(p), None))
-    with pytest.raises(ValueError, match="value_fn must return a scalar"):
+    b = params["hidden"]["b"]  # as losses of single examples are: [0] would take one
+    message = (
+        f"value_fn must return a scalar, got an array of the shape {b.shape}: average "
+        "the losses, value_fn=lambda p: loss(p, batch).mean()."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
         tx.update(params, state, params, value_fn=lambda p: p["hidden"]["b"])
     with pytest.raises(ValueError, match="curvature_fn must return a scalar"):
         tx.update(
@@ -740,6 +747,10 @@ def test_a_state_of_another_transformation_is_refused():
     for state in states:
         with pytest.raises(ValueError, match=r"opt_state is not .* tx\.init\(params\)"):
             eigen_sam().update(params, state, params, value_fn=loss)
+    with pytest.raises(ValueError, match="got SharpnessAwareState without a tracker"):
+        eigen_sam().update(params, states[0], params, value_fn=loss)
+    with pytest.raises(ValueError, match="got SharpnessAwareState with a tracker"):
+        sam().update(params, eigen_sam().init(params), params, value_fn=loss)
 
 
 @pytest.mark.parametrize(

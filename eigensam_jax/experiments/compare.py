@@ -144,7 +144,8 @@ def run(
     document["complete"] = True
     results.write(path, document)
     checkpoint.unlink(missing_ok=True)
-    title = f"{config.dataset}, {config.model}, {config.seeds} seeds"
+    seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
+    title = f"{config.dataset}, {config.model}, {seeds}"
     plots.compare(runs, title, config.out / "compare.png")
     console.print(table(runs, title))
     console.print(

@@ -96,8 +96,8 @@ def document(path: Path, new: dict[str, Any]) -> dict[str, Any]:
         return new
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--out {path.parent}: its results.json cannot be read ({error!r}); name "
-            "another folder"
+            f"--out {path.parent}: its results.json cannot be read as one of this "
+            f"command ({error!r}); name another folder"
         ) from error
     return carried_on(path.parent, old, new)
 

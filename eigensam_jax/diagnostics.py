@@ -71,6 +71,11 @@ def sharpness(
       Cohen, Kaur, Li, Kolter, Talwalkar, "Gradient Descent on Neural Networks Typically
       Occurs at the Edge of Stability", ICLR 2021.
     """
+    if not callable(value_fn):
+        raise ValueError(
+            f"value_fn must be a function of the parameters, got {value_fn!r}. Call "
+            "sharpness(value_fn, params)."
+        )
     arguments.check_params(params)
     arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
     gradient = jax.grad(arguments.scalar_valued("value_fn", value_fn))

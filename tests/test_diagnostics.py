@@ -119,6 +119,8 @@ def test_sharpness_refuses_what_it_cannot_use():
         sharpness(loss, {"w": jnp.ones(2, jnp.int32)})
     with pytest.raises(ValueError, match="v0 must be a tree like params"):
         sharpness(loss, params, v0=params["out"])
+    with pytest.raises(ValueError, match="value_fn must be a function of the param"):
+        sharpness(params, loss)
 
 
 # --- alignment ------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from rich.console import Console
 
 from eigensam_jax.benchmarks import following, track
 from eigensam_jax.benchmarks.specs import TRACKERS, Spec
-from eigensam_jax.experiments import cli
-from eigensam_jax.experiments.models import MODELS
+from eigensam_jax.experiments import cli, options
 
 SMALL = ["track", "--smoke", "--steps", "6"]
 TIMES = ("wall_time_s", "commands")
@@ -205,7 +204,7 @@ def test_help_fits_a_screen():
 
 
 def test_every_model_has_its_learning_rate():
-    assert set(track.LEARNING_RATES) == set(MODELS)
+    assert set(track.LEARNING_RATES) == set(options.SMALL_MODELS)
 
 
 def made_up(optimizer, name, alpha, seed, value):

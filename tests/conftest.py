@@ -1,5 +1,7 @@
-"""What every test runs with: eight devices, whatever the machine has, and programs that
-compile fast, since the suite compiles far longer than it computes."""
+"""What every test runs with: eight devices, and programs that compile fast.
+
+The suite compiles far longer than it computes.
+"""
 
 import os
 

@@ -32,7 +32,7 @@ def crop(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """As `crop`, and every other image is turned left to right, by chance."""
+    """As `crop`; then each image is flipped left to right with probability ½."""
     crop_key, flip_key = jax.random.split(key)
     images = crop(crop_key, images)
     flipped = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))

@@ -67,7 +67,7 @@ def start(params: PyTree, alpha: ArrayLike = 0.0) -> State:
       A `State`.
 
     Raises:
-      ValueError: for `params` that are none of the above.
+      ValueError: if `params` are not such a tree.
 
     Example:
       >>> import jax.numpy as jnp

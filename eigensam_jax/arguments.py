@@ -172,6 +172,10 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
 
     def checked(params: PyTree) -> jax.Array:
         value: jax.Array = _called(name, value_fn, params)
+        if value is None:
+            raise ValueError(
+                f"{name} must return a scalar, got None: let it return the loss."
+            )
         shapes = [jnp.shape(x) for x in jax.tree.leaves(value)]
         if not jax.tree_util.all_leaves([value]):
             raise ValueError(

@@ -111,8 +111,8 @@ def sharpness_aware(
                 got += f" {'without' if state.tracker is None else 'with'} a tracker"
             raise ValueError(
                 f"opt_state is not of this transformation, got {got}: make it by "
-                "tx.init(params) of the same chain. From a checkpoint of another one, "
-                "keep what the rest of the chain has."
+                "tx.init(params) of the same chain. Of a checkpoint of another one, "
+                "keep the rest: (tx.init(params)[0], *old_state[1:])."
             )
         devices.check_bound(axes)
         space = masking.subspace(mask, params)

@@ -15,8 +15,12 @@ SETTINGS = {
 
 
 def pytest_configure(config):
-    """Compiles a program once, for both workers and for the next run too."""
+    """Compiles a program once, for both workers and for the next run too.
+
+    What the environment sets stays: it is in force already.
+    """
     cache = {"jax_compilation_cache_dir": str(config.cache.mkdir("jax"))}
     for name, value in (SETTINGS | cache).items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)  # for the processes that tests start
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+            os.environ[name.upper()] = str(value)  # for the processes that tests start

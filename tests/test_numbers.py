@@ -1,6 +1,7 @@
 """The numbers in the pages are those of the results files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,10 @@ def test_the_page_on_the_comparison_says_what_the_results_files_say(folder):
     for page in pages:
         assert results["command"] in page
         assert results["device"]["processor"] in page
-        assert f"{results['wall_time_s']:.0f} s" in page
+        assert re.search(rf"\b{results['wall_time_s']:.0f} s\b", page)
         for row in compare.summary(results["runs"]):
-            assert f"| {' | '.join(row[:5])} |" in page  # the last column is a time
+            shown = row if folder.name == "compare_digits" else row[:5]  # without times
+            assert f"| {' | '.join(shown)} |" in page
     assert compare.paired_difference(results["runs"]) in COMPARE_PAGE
 
 

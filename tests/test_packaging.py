@@ -38,7 +38,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 
 def test_the_program_for_the_type_checker_runs():
-    assert 0 <= typed.main() <= 1
+    assert typed.main() > 1 - 1e-4  # Hv is along the top eigenvector
 
 
 PROGRAM = """

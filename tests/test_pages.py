@@ -97,7 +97,7 @@ def find(name):
 def check_names(span):
     """Looks up dotted names, and keywords of our functions; returns how many."""
     try:
-        nodes = list(ast.walk(ast.parse(span, mode="eval")))
+        nodes = list(ast.walk(ast.parse(f"_({span})", mode="eval")))  # keywords too
     except SyntaxError:  # a formula or a command
         return 0
     for node in nodes:

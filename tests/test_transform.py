@@ -703,6 +703,8 @@ def test_functions_that_return_the_wrong_thing():
         ValueError, match=r"value_fn must return a scalar, got a tuple .*\)\[0\]"
     ):
         tx.update(params, state, params, value_fn=lambda p: (loss(p), 1.0))
+    with pytest.raises(ValueError, match="value_fn must return a scalar, got None"):
+        tx.update(params, state, params, value_fn=lambda p: None)
     with pytest.raises(ValueError, match="value_fn must return a scalar"):
         tx.update(params, state, params, value_fn=lambda p: (loss(p), None))
     b = params["hidden"]["b"]  # as losses of single examples are: [0] would take one

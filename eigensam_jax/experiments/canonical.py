@@ -68,14 +68,23 @@ def folder_of(name: str, data_dir: Path | None, content: str) -> Path:
     return data_dir
 
 
+def read(path: Path) -> bytes:
+    """What is in a file.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); let it be readable"
+        ) from error
+
+
 def check_counts(labels: np.ndarray, counts: tuple[int, ...], source: str) -> None:
     """Raises UserError where the classes have other numbers of images."""
     found = np.bincount(labels, minlength=len(counts))
-    if len(found) > len(counts):
-        raise UserError(
-            f"{source}: a label is {labels.max()}, of classes 0 to {len(counts) - 1}; "
-            "it is damaged or another file, fetch it anew"
-        )
     wrong = np.flatnonzero(found != counts)
     if len(wrong):
         i = wrong[0]

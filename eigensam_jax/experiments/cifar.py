@@ -79,7 +79,7 @@ def _binary(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images of a binary file, and the last label of each."""
     record = num_labels + 3 * _PIXELS
-    content = _read(path)
+    content = canonical.read(path)
     if len(content) != count * record:
         raise UserError(
             f"{path} should hold {count} records of {record} bytes, {count * record} "
@@ -137,7 +137,7 @@ def _sheet(path: Path, count: int) -> np.ndarray:
 def _labels(path: Path, counts: tuple[int, ...]) -> np.ndarray:
     expected = f"a list of {sum(counts)} whole numbers from 0 to {len(counts) - 1}"
     try:
-        found = json.loads(_read(path))
+        found = json.loads(canonical.read(path))
     except ValueError as error:
         raise UserError(
             f"{path} is not JSON ({error}); it should be {expected}: fetch it anew"
@@ -174,12 +174,3 @@ def _check_there(paths: list[Path], name: str) -> None:
                 f"{_CONTENT[name]}"
                 + (" (not the Python version, as here)" if is_pickled else "")
             )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); let it be readable"
-        ) from error

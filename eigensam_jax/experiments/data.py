@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn import datasets, model_selection
 
-from eigensam_jax.experiments import cifar, svhn
+from eigensam_jax.experiments import canonical, cifar, svhn
 from eigensam_jax.experiments.canonical import Arrays
 from eigensam_jax.experiments.errors import UserError
 
@@ -119,24 +119,16 @@ def _fashion_mnist(data_dir: Path | None) -> Arrays:
             f"{DEBIAN_FASHION_MNIST} does not exist; install Debian's package "
             "dataset-fashion-mnist, or name a folder with its four idx files"
         )
-    return _idx_folder(data_dir or DEBIAN_FASHION_MNIST)
+    return _idx_folder("fashion_mnist", data_dir or DEBIAN_FASHION_MNIST)
 
 
 def _mnist(data_dir: Path | None) -> Arrays:
-    if data_dir is None:
-        raise UserError(
-            "--dataset mnist needs --data-dir, the folder with its four idx files "
-            "(train-images-idx3-ubyte and so on, plain or gzipped)"
-        )
-    return _idx_folder(data_dir)
+    return _idx_folder("mnist", data_dir)
 
 
-def _idx_folder(folder: Path) -> Arrays:
-    if not folder.is_dir():
-        raise UserError(
-            f"--data-dir {folder} is not a folder; it should hold four idx files, "
-            "train-images-idx3-ubyte[.gz] and so on"
-        )
+def _idx_folder(name: str, data_dir: Path | None) -> Arrays:
+    content = "its four idx files, train-images-idx3-ubyte[.gz] and so on"
+    folder = canonical.folder_of(name, data_dir, content)
     images, labels = _idx_pair(folder, "train")
     test_images, test_labels = _idx_pair(folder, "t10k")
     if images.shape[1:] != test_images.shape[1:]:
@@ -174,8 +166,8 @@ def _find(folder: Path, stem: str, ndim: int) -> Path:
 
 def _read_idx(path: Path, ndim: int) -> np.ndarray:
     """Reads an idx file: 0, 0, type, rank, each length as 4 big-endian bytes, data."""
+    content = canonical.read(path)
     try:
-        content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:

@@ -230,7 +230,8 @@ def make_measure(
     alignment; `start` is where the search for the top eigenvector begins. `alpha` is
     that of Eigen-SAM, whose eigenvector is looked up in `opt_state`. Loss, accuracy and
     Hessian are those of evaluation, by the running statistics `batch_stats` where the
-    network has any; the perturbation is that of training. A training loss that is not
+    network has any; the perturbation is that of training, but on images that are not
+    augmented. A training loss that is not
     finite raises FloatingPointError.
     """
     loss, means = training_loss(model), make_means(model)

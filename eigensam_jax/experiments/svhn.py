@@ -1,6 +1,7 @@
 """The street view house numbers: SVHN's cropped digits, from its two .mat files."""
 
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,9 @@ def svhn(data_dir: Path | None, facts: Facts = FACTS["svhn"]) -> Arrays:
 
 def _read(path: Path, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Images X of shape (32, 32, 3, n) and labels y (n, 1), in which 0 is 10."""
+    content = canonical.read(path)
     try:
-        found = io.loadmat(path, variable_names=("X", "y"))
+        found = io.loadmat(BytesIO(content), variable_names=("X", "y"))
     except (
         *(OSError, EOFError, ValueError, TypeError, KeyError),
         *(NotImplementedError, zlib.error, matlab.MatReadError),
@@ -70,6 +72,6 @@ def _array(
         what = f"{array.shape} of {array.dtype}" if name in found else "none"
         raise UserError(
             f"{path} should hold an array {name} of shape {shape} of uint8, got "
-            f"{what}; it is another file or damaged, fetch it anew"
+            f"{what}; it is damaged, another file or one saved anew: fetch the original"
         )
     return array

@@ -22,7 +22,8 @@ ALIGNMENT_BATCHES = 8
 _CHUNK = 2_000  # examples per call when a whole set is evaluated
 _CURVATURE_CHUNK = 250  # and when it is differentiated twice
 
-# All take the running statistics of batch normalisation last, where there are any.
+# The last argument of each, which may be left out: running statistics of batch
+# normalisation, None or empty where there are none.
 Loss = Callable[..., jax.Array]
 Means = Callable[..., tuple[float, float]]
 Product = Callable[..., jax.Array]
@@ -52,7 +53,7 @@ class Measurement(NamedTuple):
     alignment: float
 
 
-Measure = Callable[..., tuple[Measurement, jax.Array]]
+Measure = Callable[..., tuple[Measurement, jax.Array]]  # the same
 
 
 def cross_entropy(model: nn.Module) -> Loss:
@@ -117,10 +118,10 @@ def make_product(loss: Loss) -> Product:
         images: jax.Array,
         labels: jax.Array,
         vector: jax.Array,
-        *batch_stats: PyTree,
+        batch_stats: PyTree = None,
     ) -> jax.Array:
         unravel = ravel_pytree(params)[1]
-        value_fn = lambda p: len(images) * loss(p, images, labels, *batch_stats)
+        value_fn = lambda p: len(images) * loss(p, images, labels, batch_stats)
         return ravel_pytree(hessian.hvp(value_fn, params, unravel(vector)))[0]
 
     def product(
@@ -128,7 +129,7 @@ def make_product(loss: Loss) -> Product:
         images: jax.Array,
         labels: jax.Array,
         vector: jax.Array,
-        *batch_stats: PyTree,
+        batch_stats: PyTree = None,
     ) -> jax.Array:
         chunks = [
             chunk_product(
@@ -136,7 +137,7 @@ def make_product(loss: Loss) -> Product:
                 images[i : i + _CURVATURE_CHUNK],
                 labels[i : i + _CURVATURE_CHUNK],
                 vector,
-                *batch_stats,
+                batch_stats,
             )
             for i in range(0, len(images), _CURVATURE_CHUNK)
         ]
@@ -163,7 +164,7 @@ def make_top_eigenpair(loss: Loss, num_vectors: int = 20) -> TopEigenpair:
         images: jax.Array,
         labels: jax.Array,
         start: jax.Array | None = None,
-        *batch_stats: PyTree,
+        batch_stats: PyTree = None,
     ) -> Eigenpair:
         size = sum(x.size for x in jax.tree.leaves(params))
         v0 = np.random.default_rng(0).normal(size=size)
@@ -172,7 +173,7 @@ def make_top_eigenpair(loss: Loss, num_vectors: int = 20) -> TopEigenpair:
 
         def matvec(vector: np.ndarray) -> np.ndarray:
             flat = jnp.asarray(vector.reshape(size), jnp.float32)
-            found = product(params, images, labels, flat, *batch_stats)
+            found = product(params, images, labels, flat, batch_stats)
             return np.asarray(found, np.float64)
 
         operator = linalg.LinearOperator((size, size), matvec, dtype=np.float64)
@@ -245,7 +246,7 @@ def make_measure(
         images: jax.Array,
         labels: jax.Array,
         top: jax.Array,
-        batch_stats: PyTree,
+        batch_stats: PyTree = None,
     ) -> jax.Array:
         """|cos| between `top` and the perturbation by the eigenvector in the state."""
         direction, _ = jax.grad(loss, has_aux=True)(params, batch_stats, images, labels)
@@ -269,14 +270,17 @@ def make_measure(
         if not np.isfinite(train_loss):
             raise FloatingPointError(f"the training loss is {train_loss}")
         few = slice(CURVATURE_EXAMPLES)
-        statistics = (batch_stats,) if batch_stats else ()
-        top = top_eigenpair(params, images[few], labels[few], start, *statistics)
+        top = top_eigenpair(params, images[few], labels[few], start, batch_stats)
         batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
         cosines = [
             float(
                 cosine(
-                    *(params, opt_state, images[batch], labels[batch]),
-                    *(top.eigenvector, batch_stats),
+                    params,
+                    opt_state,
+                    images[batch],
+                    labels[batch],
+                    top.eigenvector,
+                    batch_stats,
                 )
             )
             for batch in batches[:ALIGNMENT_BATCHES]

@@ -68,6 +68,17 @@ def folder_of(name: str, data_dir: Path | None, content: str) -> Path:
     return data_dir
 
 
+def check_there(paths: list[Path], content: str) -> None:
+    """Raises UserError where a file is missing; it says what `content` should be."""
+    for path in paths:
+        if not path.is_file():
+            is_pickled = path.suffix == ".bin" and path.with_suffix("").is_file()
+            raise UserError(
+                f"{path.parent} has no file {path.name}; it should hold {content}"
+                + (" (not the Python version, as here)" if is_pickled else "")
+            )
+
+
 def read(path: Path) -> bytes:
     """What is in a file.
 

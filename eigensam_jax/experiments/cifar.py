@@ -41,7 +41,7 @@ def cifar10(data_dir: Path | None, facts: Facts = FACTS["cifar10"]) -> Arrays:
     if (folder / f"{_TRAIN[0]}.png").is_file():
         return _sheets(folder, facts)
     paths = [folder / f"{name}.bin" for name in (*_TRAIN, _TEST)]
-    _check_there(paths, "cifar10")
+    canonical.check_there(paths, _CONTENT["cifar10"])
     each = sum(facts.train_counts) // len(_TRAIN)
     batches = [_binary(path, each, 1, facts) for path in paths[:-1]]
     images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
@@ -65,7 +65,7 @@ def cifar100(data_dir: Path | None, facts: Facts = FACTS["cifar100"]) -> Arrays:
     """
     folder = canonical.folder_of("cifar100", data_dir, _CONTENT["cifar100"])
     path, test_path = folder / "train.bin", folder / "test.bin"
-    _check_there([path, test_path], "cifar100")
+    canonical.check_there([path, test_path], _CONTENT["cifar100"])
     images, labels = _binary(path, sum(facts.train_counts), 2, facts)
     test_images, test_labels = _binary(test_path, sum(facts.test_counts), 2, facts)
     canonical.check_counts(labels, facts.train_counts, str(path))
@@ -103,7 +103,7 @@ def _sheets(folder: Path, facts: Facts) -> Arrays:
     paths = [folder / f"{name}.png" for name in (*_TRAIN, _TEST)]
     names = ("train_lables.json", "test_lables.json")  # so it is spelt
     label_paths = [folder / name for name in names]
-    _check_there([*paths, *label_paths], "cifar10")
+    canonical.check_there([*paths, *label_paths], _CONTENT["cifar10"])
     labels = _labels(label_paths[0], facts.train_counts)
     test_labels = _labels(label_paths[1], facts.test_counts)
     each = len(labels) // len(_TRAIN)
@@ -163,14 +163,3 @@ def _check_sheet(
             f"{found:08x}, which should be {known:08x}; files are mixed up or damaged, "
             "fetch them anew"
         )
-
-
-def _check_there(paths: list[Path], name: str) -> None:
-    for path in paths:
-        if not path.is_file():
-            is_pickled = path.with_suffix("").is_file()
-            raise UserError(
-                f"{path.parent} has no file {path.name}; it should hold "
-                f"{_CONTENT[name]}"
-                + (" (not the Python version, as here)" if is_pickled else "")
-            )

@@ -90,7 +90,7 @@ def run(config: Config, command: str, console: Console) -> None:
         trained = train(config, dataset)
     matvec, products = _counted(
         make_matvec(
-            *(config.model, dataset, examples, trained.params, trained.batch_stats)
+            config.model, dataset, examples, trained.params, trained.batch_stats
         )
     )
     with console.status("top eigenvalues"):

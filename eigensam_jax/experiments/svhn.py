@@ -28,11 +28,7 @@ def svhn(data_dir: Path | None, facts: Facts = FACTS["svhn"]) -> Arrays:
     """
     folder = canonical.folder_of("svhn", data_dir, _CONTENT)
     path, test_path = folder / "train_32x32.mat", folder / "test_32x32.mat"
-    for each in (path, test_path):
-        if not each.is_file():
-            raise UserError(
-                f"{folder} has no file {each.name}; it should hold {_CONTENT}"
-            )
+    canonical.check_there([path, test_path], _CONTENT)
     images, labels = _read(path, facts.train_counts)
     test_images, test_labels = _read(test_path, facts.test_counts)
     canonical.check_means(images, facts.train_means, str(path))
@@ -45,8 +41,14 @@ def _read(path: Path, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     try:
         found = io.loadmat(BytesIO(content), variable_names=("X", "y"))
     except (
-        *(OSError, EOFError, ValueError, TypeError, KeyError),
-        *(NotImplementedError, zlib.error, matlab.MatReadError),
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        NotImplementedError,
+        zlib.error,
+        matlab.MatReadError,
     ) as error:
         raise UserError(
             f"{path} cannot be read as .mat ({error}); it may be cut off: fetch it anew"

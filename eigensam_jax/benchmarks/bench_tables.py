@@ -61,6 +61,20 @@ def summary(record: Record) -> list[list[str]]:
     return rows
 
 
+def across(records: Sequence[Record]) -> list[list[str]]:
+    """A row an optimizer: operations, and time over SAM's, of each network."""
+    summaries = [{row[0]: row for row in summary(record)} for record in records]
+    names = dict.fromkeys(name for rows in summaries for name in rows)
+    result = []
+    for name in names:
+        cells = [name]
+        for rows in summaries:
+            row = rows.get(name)
+            cells += [row[1], row[-1].split()[0]] if row else ["–", "–"]
+        result.append(cells)
+    return result
+
+
 def exchanges(record: Record) -> list[list[str]]:
     """A row an optimizer: how many exchanges between devices, and of how much."""
     return [

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from eigensam_jax import eigen_sam, hessian, sam
 from eigensam_jax.benchmarks.specs import Spec
-from eigensam_jax.experiments import measures, training, training_steps
+from eigensam_jax.experiments import losses, measures, training, training_steps
 from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.training_steps import TrainState
 from eigensam_jax.trackers import Tracker
@@ -98,7 +98,7 @@ def make_measure(model: nn.Module, dataset: Dataset) -> Measure:
     where the search for the top eigenvector begins. A training loss that is not finite
     raises FloatingPointError, and so does a Hessian whose top is not found.
     """
-    loss, means = measures.cross_entropy(model), measures.make_means(model)
+    loss, means = losses.cross_entropy(model), measures.make_means(model)
     product = measures.make_product(loss)
     top_eigenpair = measures.make_top_eigenpair(loss, _NUM_VECTORS)
     few = slice(measures.CURVATURE_EXAMPLES)
@@ -152,7 +152,7 @@ def make_run(
     in between is the v that the step perturbs by.
     """
     images, labels = dataset.train_images, dataset.train_labels
-    loss, step_loss = measures.cross_entropy(model), measures.training_loss(model)
+    loss, step_loss = losses.cross_entropy(model), losses.training_loss(model)
     steps_per_epoch = len(images) // settings.batch_size
     stops = [] if spec is None else evaluation_steps(settings)
 
@@ -217,7 +217,7 @@ def _refreshed_before(spec: Spec) -> Tracker:
 
 def refreshed(
     tracker: Tracker,
-    loss: measures.Loss,
+    loss: losses.Loss,
     batch_size: int,
     state: TrainState,
     images: jax.Array,

@@ -15,10 +15,10 @@ from eigensam_jax.benchmarks.specs import TRACKERS
 from eigensam_jax.experiments import (
     data,
     measures,
+    methods,
     results,
     resumption,
     tables,
-    training,
 )
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import MODELS
@@ -183,6 +183,23 @@ def summary(runs: list[Record], alpha: float) -> list[list[str]]:
     return rows
 
 
+def across(networks: list[list[Record]]) -> list[list[str]]:
+    """A row a tracker: its products, and the ratio on each network at α 0.2 and 1."""
+    summaries = [
+        {row[0]: row for row in summary(runs, alpha)}
+        for runs in networks
+        for alpha in (0.2, 1.0)
+    ]
+    return [
+        [
+            name,
+            f"{spec.products:g}",
+            *(rows[name][2] if name in rows else "–" for rows in summaries),
+        ]
+        for name, spec in TRACKERS.items()
+    ]
+
+
 def differences(runs: list[Record]) -> list[list[str]]:
     """A row a tracker and α: the radius, and Eigen-SAM less SAM at that of its run."""
     by_job = {tuple(run[key] for key in Job._fields): run for run in runs}
@@ -241,7 +258,7 @@ def _protocol(config: Config, dataset: data.Dataset) -> dict[str, Any]:
         "data_dir": config.data_dir and str(config.data_dir),
         "model": config.model,
         "rho": RHO,
-        "momentum": training.MOMENTUM,
+        "momentum": methods.MOMENTUM,
         "schedule": "cosine to 0",
         **settings._asdict(),
         "evaluations": following.evaluation_steps(settings),

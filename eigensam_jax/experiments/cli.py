@@ -10,7 +10,14 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from eigensam_jax.benchmarks.commands import add_bench, add_track
-from eigensam_jax.experiments.commands import add_compare, add_sde, add_spectrum
+from eigensam_jax.experiments.commands import (
+    add_ablate,
+    add_accuracy,
+    add_compare,
+    add_report,
+    add_sde,
+    add_spectrum,
+)
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.options import Parser
 
@@ -54,8 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_compare(commands)
+    add_accuracy(commands)
+    add_ablate(commands)
     add_track(commands)
     add_spectrum(commands)
     add_sde(commands)
     add_bench(commands)
+    add_report(commands)
     return parser

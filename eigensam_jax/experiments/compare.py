@@ -15,6 +15,7 @@ from eigensam_jax.experiments import (
     checkpoints,
     data,
     measures,
+    methods,
     plots,
     results,
     resumption,
@@ -229,19 +230,18 @@ def _training(
         config.epochs,
         config.batch_size,
         config.learning_rate,
-        config.alpha,
         config.evaluations,
         augmentation.of(config.dataset, config.augment),
     )
     model = MODELS[config.model](dataset.num_classes)
-    measure = measures.make_measure(model, dataset, config.batch_size, config.alpha)
+    measure = measures.make_measure(model, dataset, config.batch_size)
     # `sam_matched` takes its radius from `eigen_sam`, so it comes last.
     names = sorted(config.optimizers, key=lambda name: name == "sam_matched")
     jobs = [(name, seed) for seed in range(config.seeds) for name in names]
     done = {(run["optimizer"], run["seed"]): run for run in runs}
     total_steps = len(dataset.train_labels) // config.batch_size * config.epochs
     points_a_run = len(training.evaluation_steps(total_steps, config.evaluations))
-    runners: dict[tuple[str, float], training.Run[measures.Measurement]] = {}
+    train = training.make_run(model, dataset, measure, settings)
     with tables.progress_bar(console) as progress:
         task = progress.add_task(
             "", total=points_a_run * len(jobs), completed=points_a_run * len(done)
@@ -253,10 +253,7 @@ def _training(
             rho = config.rho
             if name == "sam_matched":
                 rho = done["eigen_sam", seed]["curves"]["radius"][-1]
-            if (name, rho) not in runners:
-                runners[name, rho] = training.make_run(
-                    model, dataset, measure, name, rho, settings
-                )
+            method = methods.named(name, rho, config.alpha)
             curves: Curves = {
                 key: [] for key in ("step", "radius", *measures.Measurement._fields)
             }
@@ -264,7 +261,7 @@ def _training(
             if unfinished is not None:
                 curves, saved, unfinished = *unfinished, None
                 progress.advance(task, len(curves["step"]))
-            for point in runners[name, rho](seed, saved):
+            for point in train(method, seed, saved):
                 looked = {**point._asdict(), **point.measurement._asdict()}
                 for key, curve in curves.items():
                     curve.append(looked[key])

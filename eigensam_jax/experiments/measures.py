@@ -1,6 +1,7 @@
 """What is measured of a network while it trains, always on the unperturbed weights."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,9 +12,13 @@ import optax
 from jax.flatten_util import ravel_pytree
 from scipy.sparse import linalg
 
-from eigensam_jax import hessian, perturbation, tree_math
+from eigensam_jax import hessian, tree_math
 from eigensam_jax.eigen import Eigenpair
+from eigensam_jax.experiments import losses, methods
 from eigensam_jax.experiments.data import Dataset
+from eigensam_jax.experiments.losses import Loss
+from eigensam_jax.experiments.methods import Method
+from eigensam_jax.experiments.training_steps import TrainState
 from eigensam_jax.tree_math import PyTree
 
 CURVATURE_EXAMPLES = 2_000
@@ -24,13 +29,9 @@ _CURVATURE_CHUNK = 250  # and when it is differentiated twice
 
 # The last argument of each, which may be left out: running statistics of batch
 # normalisation, None or empty where there are none.
-Loss = Callable[..., jax.Array]
 Means = Callable[..., tuple[float, float]]
 Product = Callable[..., jax.Array]
 TopEigenpair = Callable[..., Eigenpair]
-TrainingLoss = Callable[
-    [PyTree, PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]
-]
 
 
 class Measurement(NamedTuple):
@@ -54,55 +55,6 @@ class Measurement(NamedTuple):
 
 
 Measure = Callable[..., tuple[Measurement, jax.Array]]  # the same
-
-
-def cross_entropy(model: nn.Module) -> Loss:
-    """(params, images, labels, batch_stats) -> the mean cross-entropy of the batch.
-
-    In evaluation: batch normalisation, where there is any, is by `batch_stats`.
-    """
-
-    def loss(
-        params: PyTree, images: jax.Array, labels: jax.Array, batch_stats: PyTree = None
-    ) -> jax.Array:
-        logits: Any = model.apply(_variables(params, batch_stats), images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(losses)
-
-    return loss
-
-
-def training_loss(model: nn.Module) -> TrainingLoss:
-    """(params, batch_stats, images, labels) -> the mean cross-entropy, new statistics.
-
-    In training: batch normalisation is by the batch. Only of a pass at the weights of
-    the network, not at perturbed ones, should the new running statistics be kept. A
-    network without any has an empty `batch_stats`, and takes no argument `train`.
-    """
-
-    def loss(
-        params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array
-    ) -> tuple[jax.Array, PyTree]:
-        logits: Any
-        if batch_stats:
-            logits, moved = model.apply(
-                _variables(params, batch_stats),
-                images,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            batch_stats = moved["batch_stats"]
-        else:
-            logits = model.apply({"params": params}, images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(losses), batch_stats
-
-    return loss
-
-
-def _variables(params: PyTree, batch_stats: PyTree) -> dict[str, PyTree]:
-    statistics = {"batch_stats": batch_stats} if batch_stats else {}
-    return {"params": params, **statistics}
 
 
 def make_product(loss: Loss) -> Product:
@@ -146,16 +98,18 @@ def make_product(loss: Loss) -> Product:
     return product
 
 
-def make_top_eigenpair(loss: Loss, num_vectors: int = 20) -> TopEigenpair:
+def make_top_eigenpair(
+    loss: Loss, num_vectors: int = 20, tolerance: float = CURVATURE_TOLERANCE
+) -> TopEigenpair:
     """Builds (params, images, labels, start, batch_stats) -> ∇²loss's top `Eigenpair`.
 
     ARPACK's restarted Lanczos iteration runs on the host and asks the device for one
     Hessian-vector product at a time: on a CPU, convolutions inside a compiled loop
     would be many times slower. `start` is where to begin, for example the eigenvector
     found some steps ago; None for a random vector. Eigenvectors are flat arrays
-    over the raveled parameters; the residual is at most about `CURVATURE_TOLERANCE`
-    times the eigenvalue. `num_vectors` are held at a time: fewer are fewer products
-    where `start` is good or the eigenvalue stands apart, and more where not.
+    over the raveled parameters; the residual is at most about `tolerance` times the
+    eigenvalue. `num_vectors` are held at a time: fewer are fewer products where `start`
+    is good or the eigenvalue stands apart, and more where not.
     """
     product = make_product(loss)
 
@@ -184,7 +138,7 @@ def make_top_eigenpair(loss: Loss, num_vectors: int = 20) -> TopEigenpair:
                 which="LA",
                 v0=v0,
                 ncv=num_vectors,
-                tol=CURVATURE_TOLERANCE,
+                tol=tolerance,
             )
         except linalg.ArpackError as error:  # a Hessian of zeros, for one
             raise FloatingPointError(f"λ_max is not found: {error}") from error
@@ -203,9 +157,9 @@ def make_means(model: nn.Module) -> Means:
         params: PyTree, images: jax.Array, labels: jax.Array, batch_stats: PyTree
     ) -> tuple[jax.Array, jax.Array]:
         """The summed loss and the number of correct answers."""
-        logits: Any = model.apply(_variables(params, batch_stats), images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.sum(), (logits.argmax(-1) == labels).sum()
+        logits: Any = model.apply(losses.variables(params, batch_stats), images)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return each.sum(), (logits.argmax(-1) == labels).sum()
 
     def means(
         params: PyTree, x: jax.Array, y: jax.Array, batch_stats: PyTree = None
@@ -221,72 +175,75 @@ def make_means(model: nn.Module) -> Means:
 
 
 def make_measure(
-    model: nn.Module, dataset: Dataset, batch_size: int, alpha: float
+    model: nn.Module,
+    dataset: Dataset,
+    batch_size: int,
+    examples: int = CURVATURE_EXAMPLES,
+    top_eigenpair: TopEigenpair | None = None,
+    loss_examples: int | None = None,
 ) -> Measure:
     """Builds what looks at a network: -> (`Measurement`, top eigenvector).
 
-    Its arguments are (params, opt_state, order, start, batch_stats).
-
-    `order` is the order of the training examples whose first batches measure the
-    alignment; `start` is where the search for the top eigenvector begins. `alpha` is
-    that of Eigen-SAM, whose eigenvector is looked up in `opt_state`. Loss, accuracy and
-    Hessian are those of evaluation, by the running statistics `batch_stats` where the
-    network has any; the perturbation is that of training, but on images that are not
-    augmented. A training loss that is not
-    finite raises FloatingPointError.
+    Its arguments are (method, state, start): `start` is where the search for the top
+    eigenvector begins, None for anywhere. The Hessian is that of the first `examples`
+    training images, its eigenpair by `top_eigenpair`, as `make_top_eigenpair` builds
+    it; the training loss, that of the first `loss_examples`, by default of all. The
+    alignment is measured on the first batches of the order in which the state has the
+    training images. Loss, accuracy and Hessian are those of evaluation, by the
+    running statistics where the network has any; the perturbation is that of training,
+    but on images that are not augmented. A training loss that is not finite raises
+    FloatingPointError.
     """
-    loss, means = training_loss(model), make_means(model)
-    top_eigenpair = make_top_eigenpair(cross_entropy(model))
+    loss, means = losses.training_loss(model), make_means(model)
+    top_eigenpair = top_eigenpair or make_top_eigenpair(losses.cross_entropy(model))
     images, labels = dataset.train_images, dataset.train_labels
+    few = slice(examples)
 
-    @jax.jit
+    @partial(jax.jit, static_argnums=0)
     def cosine(
-        params: PyTree,
-        opt_state: optax.OptState,
-        images: jax.Array,
-        labels: jax.Array,
+        structure: Method,
+        alpha: jax.Array,
+        state: TrainState,
+        batch: tuple[jax.Array, jax.Array],
         top: jax.Array,
-        batch_stats: PyTree = None,
     ) -> jax.Array:
-        """|cos| between `top` and the perturbation by the eigenvector in the state."""
-        direction, _ = jax.grad(loss, has_aux=True)(params, batch_stats, images, labels)
-        eigenvector = optax.tree.get(opt_state, "eigenvector")
-        if eigenvector is not None:
-            added = alpha * (optax.tree.get(opt_state, "eigenvalue") >= 0)
-            direction = perturbation.eigen_sam(
-                direction, eigenvector, 1.0, added
-            ).epsilon
+        """|cos| between `top` and the perturbation from a batch."""
+        gradient = jax.grad(lambda *args: loss(*args)[0])
+        grads = gradient(state.params, state.batch_stats, *batch)
+        direction = methods.epsilon(
+            structure._replace(alpha=alpha), grads, state.params, state.opt_state
+        )
         product = jnp.abs(jnp.sum(ravel_pytree(direction)[0] * top))
         return product * tree_math.safe_inverse(tree_math.norm(direction))
 
     def measure(
-        params: PyTree,
-        opt_state: optax.OptState,
-        order: jax.Array,
-        start: jax.Array | None,
-        batch_stats: PyTree = None,
+        method: Method, state: TrainState, start: jax.Array | None
     ) -> tuple[Measurement, jax.Array]:
-        train_loss, _ = means(params, images, labels, batch_stats)
+        train_loss, _ = means(
+            *(state.params, images[:loss_examples], labels[:loss_examples]),
+            state.batch_stats,
+        )
         if not np.isfinite(train_loss):
             raise FloatingPointError(f"the training loss is {train_loss}")
-        few = slice(CURVATURE_EXAMPLES)
-        top = top_eigenpair(params, images[few], labels[few], start, batch_stats)
-        batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+        top = top_eigenpair(
+            state.params, images[few], labels[few], start, state.batch_stats
+        )
+        used = len(state.order) // batch_size * batch_size
+        batches = state.order[:used].reshape(-1, batch_size)[:ALIGNMENT_BATCHES]
         cosines = [
             float(
                 cosine(
-                    params,
-                    opt_state,
-                    images[batch],
-                    labels[batch],
+                    method.structure,
+                    jnp.float32(method.alpha),
+                    state,
+                    (images[batch], labels[batch]),
                     top.eigenvector,
-                    batch_stats,
                 )
             )
-            for batch in batches[:ALIGNMENT_BATCHES]
+            for batch in batches
         ]
         _, accuracy = means(
-            params, dataset.test_images, dataset.test_labels, batch_stats
+            state.params, dataset.test_images, dataset.test_labels, state.batch_stats
         )
         return Measurement(
             train_loss,

@@ -62,6 +62,29 @@ class StridedCNN(nn.Module):
         return nn.Dense(self.num_classes)(x)
 
 
+class NormCNN(nn.Module):
+    """Three 3×3 convolutions of stride 2 with batch normalisation, and a linear layer.
+
+    They have 32, 64 and 64 channels and no bias, and are initialised by He's rule
+    (normal, variance 2/fan-in).
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Logits of shape (batch, num_classes); `train` normalises by the batch."""
+        x = images
+        he = nn.initializers.he_normal()
+        for channels in (32, 64, 64):
+            convolution = nn.Conv(
+                channels, (3, 3), strides=(2, 2), use_bias=False, kernel_init=he
+            )
+            norm = nn.BatchNorm(use_running_average=not train, momentum=0.9)
+            x = nn.relu(norm(convolution(x)))
+        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
+
+
 class CNN6(nn.Module):
     """Five 3×3 convolutions (24 to 64 channels) and a linear layer.
 
@@ -86,6 +109,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "cnn": CNN,
     "mlp": MLP,
     "strided_cnn": StridedCNN,
+    "norm_cnn": NormCNN,
     "cnn6": CNN6,
     "resnet18": ResNet18,
     "vit": ViT,

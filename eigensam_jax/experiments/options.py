@@ -12,9 +12,10 @@ from eigensam_jax.experiments.errors import UserError
 # Spelt out here so that --help need not import what reads, builds and trains them.
 DATASETS = ("digits", "fashion_mnist", "mnist", "cifar10", "cifar100", "svhn")
 SMALL_MODELS = ("mlp", "cnn", "strided_cnn")
-MODELS = (*SMALL_MODELS, "cnn6", "resnet18", "vit")
+MODELS = (*SMALL_MODELS, "norm_cnn", "cnn6", "resnet18", "vit")
 AUGMENTED = ("cifar10", "cifar100", "svhn")
-OPTIMIZERS = ("sgd", "sam", "sam_matched", "eigen_sam")
+ABLATIONS = ("alpha", "rho", "tracker", "when", "parts", "norms")
+OPTIMIZERS = ("sgd", "sam", "eigen_sam_paper", "eigen_sam", "sam_matched")
 
 _DATA_DIR = (
     "folder of its files: mnist and fashion_mnist as idx (the latter is found where "
@@ -56,7 +57,34 @@ def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
     )
     add("--rho", **at_least_0, default=0.1, help="ρ [%(default)s]")
     add("--alpha", **at_least_0, default=0.2, help="α [%(default)s]")
+    add_no_augment(parser)
+
+
+def add_runs(parser: argparse.ArgumentParser, usual: dict[str, Any]) -> None:
+    """The options of many runs of the same network."""
+    add: Any = parser.add_argument
+    add("--seeds", **count(), help=f"how many [{usual['seeds']}]")
+    add("--epochs", **count(), help=f"how many [{usual['epochs']}]")
+    add("--batch-size", **count(), default=128, help="[%(default)s]")
     add(
+        "--looks",
+        **count(),
+        default=5,
+        help="how often λ_max and alignment are measured on the way [%(default)s]",
+    )
+    add(
+        "--label-noise",
+        metavar="X",
+        type=number(float),
+        default=0.0,
+        help="share of the training labels that are drawn anew [%(default)s]",
+    )
+    add_no_augment(parser)
+
+
+def add_no_augment(parser: argparse.ArgumentParser) -> None:
+    """The option to train on images as they are."""
+    parser.add_argument(
         "--no-augment",
         action="store_true",
         help="leave the images of cifar10, cifar100 and svhn as they are: else they "

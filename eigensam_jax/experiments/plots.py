@@ -13,8 +13,11 @@ from eigensam_jax import eigen
 COLOURS = {
     "sgd": "#7f7f7f",
     "sam": "#1f77b4",
-    "sam_matched": "#17becf",
+    "asam": "#9467bd",
+    "eigen_sam_paper": "#ff7f0e",
+    "sam_matched_paper": "#bcbd22",
     "eigen_sam": "#d62728",
+    "sam_matched": "#17becf",
 }
 _PANELS = {
     "train_loss": ("training loss", "log"),
@@ -37,7 +40,7 @@ def compare(runs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
             values = np.array([curve[key][first:] for curve in curves])
             steps, mean = curves[0]["step"][first:], values.mean(0)
             spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
-            style = "--" if name == "sam_matched" else "-"
+            style = "--" if "matched" in name else "-"
             axes.plot(steps, mean, style, color=COLOURS[name], label=name)
             low = mean - spread
             if scale == "log":  # which has no place for what is below zero

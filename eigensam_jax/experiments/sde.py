@@ -75,21 +75,30 @@ def run(config: Config, command: str, console: Console) -> None:
     show(document, config.out, console)
 
 
-def show(document: Record, out: Path, console: Console) -> None:
-    """Draws the plots of a complete results file, and prints its tables."""
-    config, runs = document["config"], document["runs"]
-    title = f"{config['dataset']}, tanh network, η {config['learning_rate']:g}"
-    rho = sde_paths.middle(tuple(config["rhos"]))
+def draw(document: Record, out: Path) -> None:
+    """Draws the plots of a complete results file."""
+    runs, rho = document["runs"], sde_paths.middle(tuple(document["config"]["rhos"]))
+    title = _title(document)
     sde_plots.paths(runs, rho, f"{title}, ρ {rho:g}", out / "paths.png")
     sde_plots.off(runs, title, out / "off.png")
     sde_plots.rates(runs, f"{title}, ρ {rho:g}", out / "rates.png")
-    for table in sde_tables.all_tables(runs, title):
+
+
+def show(document: Record, out: Path, console: Console) -> None:
+    """Draws the plots of a complete results file, and prints its tables."""
+    draw(document, out)
+    for table in sde_tables.all_tables(document["runs"], _title(document)):
         console.print(table)
     console.print(sde_tables.NOTES)
     console.print(
         f"Results: {out / 'results.json'}   Plots: paths.png, off.png, rates.png\n"
         f"Wall time: {document['wall_time_s']:.0f} s"
     )
+
+
+def _title(document: Record) -> str:
+    config = document["config"]
+    return f"{config['dataset']}, tanh network, η {config['learning_rate']:g}"
 
 
 def in_order(runs: list[Record]) -> list[Record]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from eigensam_jax import eigen, hessian
 from eigensam_jax.eigen import Eigenpair
-from eigensam_jax.experiments import measures
+from eigensam_jax.experiments import losses, measures
 from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.models import MLP
 from eigensam_jax.tree_math import PyTree
@@ -51,7 +51,7 @@ def make_problem(dataset: Dataset) -> Problem:
         train_labels=dataset.train_labels[:count],
     )
     model = MLP(dataset.num_classes, WIDTH, jnp.tanh)
-    loss = measures.cross_entropy(model)
+    loss = losses.cross_entropy(model)
     batches = jax.tree.map(
         lambda x: x.reshape(NUM_BATCHES, BATCH_SIZE, *x.shape[1:]),
         (few.train_images, few.train_labels),

@@ -14,14 +14,18 @@ from eigensam_jax import eigen, hessian
 from eigensam_jax.experiments import (
     augmentation,
     data,
+    losses,
     measures,
+    methods,
     plots,
     results,
     tables,
     training,
 )
 from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.methods import Method
 from eigensam_jax.experiments.models import MODELS
+from eigensam_jax.experiments.training_steps import TrainState
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
@@ -149,16 +153,15 @@ def run(config: Config, command: str, console: Console) -> None:
 def train(config: Config, dataset: data.Dataset) -> Trained:
     """The network at the end of training."""
     settings = training.Settings(
-        *(config.epochs, config.batch_size, config.learning_rate, config.alpha, 1),
+        *(config.epochs, config.batch_size, config.learning_rate, 1),
         augmentation.of(config.dataset, config.augment),
     )
     model = MODELS[config.model](dataset.num_classes)
     means = measures.make_means(model)
 
-    def measure(
-        params: PyTree, opt_state: Any, order: Any, top: Any, batch_stats: PyTree
-    ) -> tuple[Trained, None]:
-        del opt_state, order, top
+    def measure(method: Method, state: TrainState, top: Any) -> tuple[Trained, None]:
+        del method, top
+        params, batch_stats = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
         train_loss, _ = means(
             params, dataset.train_images, dataset.train_labels, batch_stats
         )
@@ -167,13 +170,10 @@ def train(config: Config, dataset: data.Dataset) -> Trained:
         _, accuracy = means(
             params, dataset.test_images, dataset.test_labels, batch_stats
         )
-        params, batch_stats = jax.tree.map(jnp.copy, (params, batch_stats))
         return Trained(params, train_loss, accuracy, batch_stats), None
 
-    runner = training.make_run(
-        model, dataset, measure, config.optimizer, config.rho, settings
-    )
-    *_, end = runner(config.seed)
+    method = methods.named(config.optimizer, config.rho, config.alpha)
+    *_, end = training.make_run(model, dataset, measure, settings)(method, config.seed)
     return end.measurement
 
 
@@ -188,7 +188,7 @@ def make_matvec(
 
     In evaluation: batch normalisation is by the running `batch_stats`.
     """
-    loss = measures.cross_entropy(MODELS[model](dataset.num_classes))
+    loss = losses.cross_entropy(MODELS[model](dataset.num_classes))
     images, labels = dataset.train_images[:examples], dataset.train_labels[:examples]
     batches = [
         (images[i : i + _CHUNK], labels[i : i + _CHUNK])

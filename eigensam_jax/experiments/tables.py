@@ -55,13 +55,22 @@ def mean_and_deviation(values: Sequence[float], digits: int, factor: float = 1) 
 
 
 def mean_and_interval(
-    differences: Sequence[float], digits: int, factor: float = 1
+    values: Sequence[float], digits: int, factor: float = 1, *, sign: bool = True
 ) -> str:
-    """`mean ± half the 95% interval` by Student's t; of one value, itself."""
-    scaled = factor * np.asarray(differences)
-    text = f"{scaled.mean():+.{digits}f}"
+    """`mean ± half the 95% interval` by Student's t; of one value, itself.
+
+    Differences are shown with their `sign`, be it a plus.
+    """
+    scaled = factor * np.asarray(values)
+    text = f"{scaled.mean():{'+' if sign else ''}.{digits}f}"
     if len(scaled) > 1:
-        quantile = stats.t.ppf(0.975, len(scaled) - 1)
-        half = quantile * scaled.std(ddof=1) / np.sqrt(len(scaled))
-        text += f" ± {half:.{digits}f}"
+        text += f" ± {half_interval(scaled):.{digits}f}"
     return text
+
+
+def half_interval(values: np.ndarray) -> float:
+    """Half the 95% interval of the mean, by Student's t; of one value, 0."""
+    if len(values) < 2:
+        return 0.0
+    quantile = stats.t.ppf(0.975, len(values) - 1)
+    return float(quantile * values.std(ddof=1) / np.sqrt(len(values)))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import flax.linen as nn
@@ -11,18 +11,13 @@ import jax.numpy as jnp
 import optax
 from flax import serialization
 
-from eigensam_jax import eigen_sam, sam, trackers
-from eigensam_jax.experiments import training_steps
+from eigensam_jax.experiments import methods, training_steps
 from eigensam_jax.experiments.augmentation import Augment
 from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.measures import training_loss
+from eigensam_jax.experiments.losses import training_loss
+from eigensam_jax.experiments.methods import Method
 from eigensam_jax.experiments.training_steps import TrainState
-from eigensam_jax.tree_math import PyTree
-
-MOMENTUM = 0.9
-NUM_ITERS = 5
-UPDATE_INTERVAL = 100
 
 Measurement = TypeVar("Measurement")
 
@@ -34,7 +29,6 @@ class Settings(NamedTuple):
       epochs: passes over the training set.
       batch_size: examples a step; what is left over at the end of an epoch is dropped.
       learning_rate: of SGD with momentum 0.9, decayed to zero by a cosine.
-      alpha: α of Eigen-SAM.
       evaluations: how often to measure, evenly spread over the steps, the end included.
       augment: what is done to the images of each step, before both gradients; None for
         nothing.
@@ -43,7 +37,6 @@ class Settings(NamedTuple):
     epochs: int
     batch_size: int
     learning_rate: float
-    alpha: float
     evaluations: int
     augment: Augment | None = None
 
@@ -67,7 +60,7 @@ class Point(NamedTuple, Generic[Measurement]):
 
     Attributes:
       step: steps so far.
-      radius: the mean of ‖ε‖ over them.
+      radius: the mean of ‖ε‖ over those of them that perturb.
       step_time_ms: their mean wall time, refreshes included, compilation not.
       measurement: what `make_run` was given to measure, of the network as it is now.
       progress: from where the run goes on; given away for the next point.
@@ -81,10 +74,10 @@ class Point(NamedTuple, Generic[Measurement]):
 
 
 class Run(Protocol[Measurement]):
-    """Trains from a seed."""
+    """Trains by a method from a seed."""
 
     def __call__(
-        self, seed: int, saved: dict[str, Any] | None = None
+        self, method: Method, seed: int, saved: dict[str, Any] | None = None
     ) -> Iterator[Point[Measurement]]:
         """Yields the points of the run; of one that was `saved`, the points to come.
 
@@ -92,9 +85,7 @@ class Run(Protocol[Measurement]):
         """
 
 
-Measure = Callable[
-    [PyTree, optax.OptState, jax.Array, Any, PyTree], tuple[Measurement, Any]
-]
+Measure = Callable[[Method, TrainState, Any], tuple[Measurement, Any]]
 
 
 def check_batch_size(batch_size: int, name: str, dataset: Dataset) -> None:
@@ -110,10 +101,8 @@ def check_batch_size(batch_size: int, name: str, dataset: Dataset) -> None:
 def protocol(dataset: Dataset) -> dict[str, Any]:
     """What a results file says of the training beside the options of the command."""
     return {
-        "momentum": MOMENTUM,
+        "momentum": methods.MOMENTUM,
         "schedule": "cosine to 0",
-        "num_iters": NUM_ITERS,
-        "update_interval": UPDATE_INTERVAL,
         "train_examples": len(dataset.train_images),
         "test_examples": len(dataset.test_images),
     }
@@ -128,20 +117,7 @@ def evaluation_steps(total_steps: int, evaluations: int) -> list[int]:
 def sgd(learning_rate: float, total_steps: int) -> optax.GradientTransformation:
     """SGD with momentum and a cosine schedule to zero."""
     schedule = optax.cosine_decay_schedule(learning_rate, total_steps)
-    return optax.sgd(schedule, momentum=MOMENTUM)
-
-
-def make_optimizer(
-    name: str, rho: float, total_steps: int, settings: Settings
-) -> optax.GradientTransformationExtraArgs:
-    """SGD with momentum and a cosine schedule, after `sam`, `eigen_sam` or neither."""
-    descent = sgd(settings.learning_rate, total_steps)
-    if name == "sgd":
-        return optax.with_extra_args_support(descent)
-    if name == "eigen_sam":
-        tracker = trackers.power_iteration(NUM_ITERS, UPDATE_INTERVAL)
-        return optax.chain(eigen_sam(rho, settings.alpha, tracker), descent)
-    return optax.chain(sam(rho), descent)
+    return optax.sgd(schedule, momentum=methods.MOMENTUM)
 
 
 def restored(example: TrainState, saved: dict[str, Any]) -> Progress:
@@ -156,60 +132,81 @@ def make_run(
     model: nn.Module,
     dataset: Dataset,
     measure: Measure[Measurement],
-    name: str,
-    rho: float,
     settings: Settings,
 ) -> Run[Measurement]:
-    """Compiles the training of one optimizer; the result trains it from a seed.
+    """The training of a network by any method, from any seed.
 
-    `measure` is called at every evaluation, with the parameters, the optimizer's state,
-    the order of the examples, what it returned second the last time, at first None, and
-    the running statistics. All are given away afterwards: it must copy what it keeps.
+    `measure` is called at every evaluation, with the method, the state, and what it
+    returned second the last time, at first None. The state is given away afterwards: it
+    must copy what it keeps.
 
     The steps are dispatched one by one, without waiting for any: between evaluations
     nothing is pulled to the host and nothing is sent to the device. Whether a step
-    refreshes the eigenvector is known here, so it is fixed at trace time, and each of
-    the two programs is free of branches and loops (which XLA's CPU backend runs slowly
-    where convolutions are inside).
+    perturbs, and whether it refreshes the eigenvector, is known here, so it is fixed at
+    trace time, and each of the programs is free of branches and loops (which XLA's CPU
+    backend runs slowly where convolutions are inside). ρ and α are their arguments, so
+    that methods that differ in these alone share them.
     """
     images, labels = dataset.train_images, dataset.train_labels
     steps_per_epoch = len(images) // settings.batch_size
     total_steps = steps_per_epoch * settings.epochs
-    tx = make_optimizer(name, rho, total_steps, settings)
+    descent = sgd(settings.learning_rate, total_steps)
     loss, augment = training_loss(model), settings.augment
 
-    def init(seed: int) -> TrainState:
+    def init(method: Method, seed: int) -> TrainState:
+        tx = methods.make_optimizer(method, descent)
         return training_steps.start(model, tx, images, seed)
 
     def step(
-        refresh: bool, state: TrainState, images: jax.Array, labels: jax.Array
+        structure: Method,
+        acts: bool,
+        refresh: bool,
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        rho: jax.Array,
+        alpha: jax.Array,
     ) -> TrainState:
+        method = structure._replace(rho=rho, alpha=alpha)
+        tx = methods.make_optimizer(method, descent, acts)
         batch = training_steps.next_batch(state, settings.batch_size)
         examples = images[batch]
         if augment is not None:
             examples = augment(training_steps.step_key(state), examples)
         return training_steps.take_step(
-            tx, loss, state, examples, labels[batch], refresh
+            *(tx, loss, state, examples, labels[batch]),
+            *(refresh, method.parts, acts),
         )
 
-    example = jax.eval_shape(init, 0)
-    shuffle = training_steps.compile_donating(training_steps.start_epoch, example)
-    plain = training_steps.compile_donating(
-        partial(step, False), example, images, labels
-    )
-    refreshing = plain
-    if name == "eigen_sam":
-        refreshing = training_steps.compile_donating(
-            partial(step, True), example, images, labels
+    @cache
+    def program(structure: Method, acts: bool, refresh: bool) -> Any:
+        example, scalar = jax.eval_shape(partial(init, structure), 0), jnp.zeros(())
+        return training_steps.compile_donating(
+            partial(step, structure, acts, refresh),
+            *(example, images, labels, scalar, scalar),
         )
+
+    @cache
+    def shuffle(structure: Method) -> Any:
+        example = jax.eval_shape(partial(init, structure), 0)
+        return training_steps.compile_donating(training_steps.start_epoch, example)
 
     def run(
-        seed: int, saved: dict[str, Any] | None = None
+        method: Method, seed: int, saved: dict[str, Any] | None = None
     ) -> Iterator[Point[Measurement]]:
+        start_epoch = shuffle(method.structure)
+        kinds = [
+            (acts, acts and method.refreshes(i, total_steps))
+            for i in range(total_steps)
+            for acts in (method.acts(i, total_steps),)
+        ]
+        programs = {kind: program(method.structure, *kind) for kind in set(kinds)}
+        scalars = jnp.float32(method.rho), jnp.float32(method.alpha)
         stops, done = evaluation_steps(total_steps, settings.evaluations), 0
         if saved is None:
-            state, top, seconds = init(seed), None, 0.0
+            state, top, seconds = init(method, seed), None, 0.0
         else:
+            example = jax.eval_shape(partial(init, method), 0)
             state, top, seconds = restored(example, saved)
             done = int(state.step)
             stops = [stop for stop in stops if stop > done]
@@ -218,24 +215,21 @@ def make_run(
             with jax.transfer_guard("disallow"):
                 for i in range(done, stop):
                     if i % steps_per_epoch == 0:
-                        state = shuffle(state)
-                    program = refreshing if i % UPDATE_INTERVAL == 0 else plain
-                    state = program(state, images, labels)
+                        state = start_epoch(state)
+                    state = programs[kinds[i]](state, images, labels, *scalars)
                 state.step.block_until_ready()
             seconds, done = seconds + time.perf_counter() - began, stop
             try:
-                measurement, top = measure(
-                    *(state.params, state.opt_state, state.order, top),
-                    state.batch_stats,
-                )
+                measurement, top = measure(method, state, top)
             except FloatingPointError as error:
                 raise UserError(
-                    f"{name}, seed {seed}: {error} after {done} steps; lower "
-                    f"--learning-rate (now {settings.learning_rate:g}) or --rho (now "
-                    f"{rho:g})"
+                    f"{method.optimizer}, seed {seed}: {error} after {done} steps; "
+                    f"lower --learning-rate (now {settings.learning_rate:g}) or --rho "
+                    f"(now {method.rho:g})"
                 ) from error
             steps = max(done, 1)
-            radius = float(state.radius_sum) / steps
+            perturbed = sum(acts for acts, _ in kinds[:done])
+            radius = float(state.radius_sum) / max(perturbed, 1)
             progress = Progress(state, top, seconds)
             yield Point(done, radius, 1e3 * seconds / steps, measurement, progress)
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from eigensam_jax.experiments.measures import TrainingLoss
+from eigensam_jax.experiments import methods
+from eigensam_jax.experiments.losses import TrainingLoss
 from eigensam_jax.tree_math import PyTree
 
 _STEP_KEYS = 2  # what `step_key` folds into the key; `split` makes 0 and 1
@@ -89,24 +90,36 @@ def take_step(
     images: jax.Array,
     labels: jax.Array,
     refresh: bool,
+    parts: int = 1,
+    acts: bool = True,
 ) -> TrainState:
     """One step of `tx` on a batch; `refresh` fixes what a tracker does on it.
 
     Running statistics are those of the pass at the weights w; the ones of a pass at
-    w + ε are dropped.
+    w + ε are dropped. With several `parts` of the batch, `tx` takes means over the axis
+    `methods.PARTS`; their number divides the batch, and there are no statistics. Where
+    `tx` does not act, which is to say perturb, its last ‖ε‖ is not counted.
     """
-    batch = state.batch_stats, images, labels
-    value_fn = lambda params: loss(params, *batch)[0]
-    grads, batch_stats = jax.grad(loss, has_aux=True)(state.params, *batch)
-    updates, opt_state = tx.update(
-        grads, state.opt_state, state.params, value_fn=value_fn, refresh=refresh
-    )
+
+    def update(images: jax.Array, labels: jax.Array) -> Any:
+        batch = state.batch_stats, images, labels
+        value_fn = lambda params: loss(params, *batch)[0]
+        grads, batch_stats = jax.grad(loss, has_aux=True)(state.params, *batch)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, value_fn=value_fn, refresh=refresh
+        )
+        return updates, opt_state, batch_stats
+
+    if parts > 1:
+        update = jax.vmap(update, out_axes=None, axis_name=methods.PARTS)
+        images, labels = (x.reshape(parts, -1, *x.shape[1:]) for x in (images, labels))
+    updates, opt_state, batch_stats = update(images, labels)
     radius = optax.tree.get(opt_state, "perturbation_norm", 0.0)
     return state._replace(
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
         step=state.step + 1,
-        radius_sum=state.radius_sum + radius,
+        radius_sum=state.radius_sum + (radius if acts else 0.0),
         batch_stats=batch_stats,
     )
 

@@ -11,7 +11,7 @@ from problems import flatten
 from eigensam_jax import trackers
 from eigensam_jax.benchmarks import following
 from eigensam_jax.benchmarks.specs import TRACKERS, Spec
-from eigensam_jax.experiments import data, measures
+from eigensam_jax.experiments import data, losses
 
 STEPS, BATCH_SIZE, RHO, ALPHA, SEED = 8, 16, 0.1, 0.7, 1
 SETTINGS = following.Settings(STEPS, BATCH_SIZE, learning_rate=0.5, evaluations=STEPS)
@@ -32,7 +32,7 @@ class Tiny(nn.Module):
         return nn.Dense(3)(nn.tanh(nn.Dense(4)(images.reshape(len(images), -1))))
 
 
-LOSS = measures.cross_entropy(Tiny())
+LOSS = losses.cross_entropy(Tiny())
 
 
 @jax.jit

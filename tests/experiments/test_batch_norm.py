@@ -16,7 +16,9 @@ from eigensam_jax.experiments import (
     checkpoints,
     cli,
     data,
+    losses,
     measures,
+    methods,
     models,
     resnet,
     spectrum,
@@ -24,12 +26,12 @@ from eigensam_jax.experiments import (
     vit,
 )
 from eigensam_jax.experiments.augmentation import crop_and_flip
+from eigensam_jax.experiments.training_steps import TrainState
 
 SETTINGS = training.Settings(
     epochs=3,
     batch_size=16,
     learning_rate=0.05,
-    alpha=0.5,
     evaluations=3,
     augment=crop_and_flip,
 )
@@ -58,16 +60,18 @@ def dataset():
     )
 
 
-def look(params, opt_state, order, looks, batch_stats):
+def look(method, state, looks):
     """All that there is to see, copied."""
-    del opt_state, order
+    del method
     looks = jnp.zeros(()) if looks is None else looks + 1
-    return jax.tree.map(np.array, (params, batch_stats)), looks
+    return jax.tree.map(np.array, (state.params, state.batch_stats)), looks
 
 
 @pytest.fixture(scope="module")
 def run(dataset):
-    return training.make_run(Tiny(), dataset, look, "sam", 0.1, SETTINGS)
+    return partial(
+        training.make_run(Tiny(), dataset, look, SETTINGS), methods.Method("sam", 0.1)
+    )
 
 
 def test_steps_are_those_of_a_plain_loop(dataset, run):
@@ -147,9 +151,9 @@ def test_a_network_is_measured_in_evaluation(dataset):
 
     batch = dataset.train_images, dataset.train_labels
     value_fn = lambda p: mean(p, *batch)
-    measure = measures.make_measure(model, dataset, 16, 0.5)
-    order = jnp.arange(50)
-    found, top = measure(params, optax.sgd(0.1).init(params), order, None, stats)
+    measure = measures.make_measure(model, dataset, 16)
+    state = TrainState(params, (), None, jnp.arange(50), None, None, stats)
+    found, top = measure(methods.Method("sgd"), state, None)
     dense = dense_hessian(value_fn, params)
     values, vectors = np.linalg.eigh(dense)
     np.testing.assert_allclose(found.train_loss, value_fn(params), rtol=1e-5)
@@ -173,7 +177,7 @@ def test_the_spectrum_is_of_the_network_in_evaluation(dataset, monkeypatch):
     params = variables["params"]
     stats = jax.tree.map(lambda x: 1.5 * x + 0.5, variables["batch_stats"])
     product = spectrum.make_matvec("resnet18", dataset, 50, params, stats)
-    loss = measures.cross_entropy(Tiny())
+    loss = losses.cross_entropy(Tiny())
     value_fn = lambda p: loss(p, dataset.train_images, dataset.train_labels, stats)
     flat, unravel = ravel_pytree(params)
     vector = jnp.arange(1.0, 1 + len(flat))
@@ -188,7 +192,7 @@ def test_every_network_takes_every_data_set(name, shape):
     model, images = models.MODELS[name](7), jnp.zeros((2, *shape))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     assert jax.eval_shape(model.apply, variables, images).shape == (2, 7)
-    loss = measures.training_loss(model)
+    loss = losses.training_loss(model)
     stats = variables.get("batch_stats", {})
     assert bool(stats) == (name == "resnet18")
     labels = jnp.zeros(2, jnp.int32)

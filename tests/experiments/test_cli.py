@@ -13,8 +13,10 @@ from eigensam_jax.experiments import (
     cli,
     compare,
     data,
+    methods,
     models,
     options,
+    plans,
     plots,
     training,
 )
@@ -103,13 +105,13 @@ def test_a_file_that_is_cut_off_ends_with_one_line(tmp_path, capsys):
 def test_an_interruption_leaves_the_results_so_far(tmp_path, capsys, monkeypatch):
     make_run = training.make_run
 
-    def interrupted(model, dataset, measure, name, rho, settings):
-        run = make_run(model, dataset, measure, name, rho, settings)
+    def interrupted(*shared):
+        run = make_run(*shared)
 
-        def until_sam(*args):
-            for point in run(*args):
+        def until_sam(method, *args):
+            for point in run(method, *args):
                 yield point
-                if name == "sam":
+                if method.optimizer == "sam":
                     raise KeyboardInterrupt
 
         return until_sam
@@ -172,7 +174,8 @@ def test_python_dash_m_is_the_command():
 
 
 @pytest.mark.parametrize(
-    "command", ["", "compare", "track", "spectrum", "sde", "bench"]
+    "command",
+    ["", "compare", "accuracy", "ablate", "track", "spectrum", "sde", "bench"],
 )
 def test_help_fits_a_screen(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
@@ -186,7 +189,9 @@ def test_help_fits_a_screen(command, capsys, monkeypatch):
 def test_the_options_name_what_exists():
     assert set(options.DATASETS) == set(data.LOADERS)
     assert set(options.MODELS) == set(models.MODELS)
-    assert set(options.OPTIMIZERS) == set(plots.COLOURS)
+    assert set(options.OPTIMIZERS) <= set(plots.COLOURS)
+    assert set(options.ABLATIONS) == set(plans.ABLATIONS)
+    assert all(methods.named(name, 0.1, 1.0) for name in options.OPTIMIZERS)
 
 
 def test_the_summary_is_mean_and_standard_deviation():

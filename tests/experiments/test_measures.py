@@ -8,7 +8,8 @@ from jax.flatten_util import ravel_pytree
 from problems import dense_hessian
 
 from eigensam_jax import eigen_sam, trackers
-from eigensam_jax.experiments import data, measures
+from eigensam_jax.experiments import data, losses, measures, methods
+from eigensam_jax.experiments.training_steps import TrainState
 
 
 class Tiny(nn.Module):
@@ -33,7 +34,7 @@ def problem():
 
 def test_the_top_eigenpair_is_that_of_the_dense_hessian(problem):
     model, dataset, params = problem
-    loss = measures.cross_entropy(model)
+    loss = losses.cross_entropy(model)
     batch = dataset.train_images, dataset.train_labels
     top = measures.make_top_eigenpair(loss)(params, *batch)
     values, vectors = np.linalg.eigh(dense_hessian(lambda p: loss(p, *batch), params))
@@ -46,7 +47,7 @@ def test_the_top_eigenpair_is_that_of_the_dense_hessian(problem):
 
 def test_a_negative_curvature_is_not_taken_for_the_top(problem):
     model, dataset, params = problem
-    loss = measures.cross_entropy(model)
+    loss = losses.cross_entropy(model)
     minus = lambda p, x, y, stats=None: -loss(p, x, y, stats)
     batch = dataset.train_images, dataset.train_labels
     values = np.linalg.eigvalsh(dense_hessian(lambda p: minus(p, *batch), params))
@@ -68,7 +69,7 @@ def test_a_hessian_of_zeros_is_said(problem):
 def test_measure_against_a_naive_computation(problem, name, monkeypatch):
     monkeypatch.setattr(measures, "_CHUNK", 7)  # so that chunks are of unequal size
     model, dataset, params = problem
-    loss = measures.cross_entropy(model)
+    loss = losses.cross_entropy(model)
     value_fn = lambda p: loss(p, dataset.train_images, dataset.train_labels)
     tx, alpha = optax.identity(), 0.7
     if name == "eigen_sam":
@@ -78,8 +79,9 @@ def test_measure_against_a_naive_computation(problem, name, monkeypatch):
         grads = jax.grad(value_fn)(params)
         _, opt_state = tx.update(grads, opt_state, params, value_fn=value_fn)
     order = jax.random.permutation(jax.random.key(1), 60)
-    measure = measures.make_measure(model, dataset, 16, alpha)
-    result, start = measure(params, opt_state, order, None)
+    measure = measures.make_measure(model, dataset, 16)
+    state = TrainState(params, opt_state, None, order, None, None, {})
+    result, start = measure(methods.named(name, 0.1, alpha), state, None)
 
     np.testing.assert_allclose(result.train_loss, value_fn(params), rtol=1e-5)
     logits = model.apply({"params": params}, dataset.test_images)

@@ -21,6 +21,7 @@ from eigensam_jax.experiments import (
     checkpoints,
     cli,
     measures,
+    methods,
     models,
     plots,
     results,
@@ -52,8 +53,9 @@ def figures(out):
 def make_measure(*_):
     """A look that sees every bit of the training, and how often it looked before."""
 
-    def measure(params, opt_state, order, looks, batch_stats):
-        leaves = jax.tree.leaves((params, opt_state, order, batch_stats))
+    def measure(method, state, looks):
+        del method
+        leaves = jax.tree.leaves(state)
         content = b"".join(np.asarray(x).tobytes() for x in leaves)
         number = int.from_bytes(hashlib.sha256(content).digest()[:6])
         looks = jnp.zeros(1) if looks is None else looks
@@ -74,18 +76,20 @@ class Tiny(nn.Module):
 def quick():
     """Few compilations: what one call of the command compiles is there for the next."""
     make_run = training.make_run
-    run = cache(lambda name, rho, settings: make_run(*shared, name, rho, settings))
+    run = cache(lambda settings: make_run(*shared, settings))
     shared = []
 
-    def from_cache(model, dataset, measure, name, rho, settings):
+    def from_cache(model, dataset, measure, settings):
         shared[:] = shared or [model, dataset, measure]
-        return run(name, rho, settings)
+        return run(settings)
+
+    def refreshing(rho, alpha):
+        return methods.Method("eigen_sam", rho, alpha, "power_iteration", 1, 4)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_run", from_cache)
         patch.setitem(models.MODELS, "mlp", Tiny)
-        patch.setattr(training, "NUM_ITERS", 1)
-        patch.setattr(training, "UPDATE_INTERVAL", 4)
+        patch.setattr(methods, "by_secant", refreshing)
         patch.setattr(measures, "make_measure", make_measure)
         patch.setattr(plots, "compare", lambda runs, title, path: path.touch())
         yield

@@ -13,7 +13,9 @@ from eigensam_jax.experiments import (
     cli,
     commands,
     data,
+    losses,
     measures,
+    methods,
     models,
     spectrum,
     training,
@@ -63,7 +65,7 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     for key in ("train_loss", "test_accuracy"):
         assert results[key] == getattr(trained, key)
     model = models.MLP(10)
-    loss = measures.cross_entropy(model)
+    loss = losses.cross_entropy(model)
     batch = dataset.train_images[:300], dataset.train_labels[:300]
     top = measures.make_top_eigenpair(loss)(trained.params, *batch)
     values = results["eigenvalues"]
@@ -86,12 +88,10 @@ def test_training_is_that_of_compare():
     run = training.make_run(
         model,
         dataset,
-        measures.make_measure(model, dataset, 128, 0.2),
-        "eigen_sam",
-        0.1,
-        training.Settings(2, 128, 0.05, 0.2, 2),
+        measures.make_measure(model, dataset, 128),
+        training.Settings(2, 128, 0.05, 2),
     )
-    *_, end = run(3)
+    *_, end = run(methods.named("eigen_sam", 0.1, 0.2), 3)
     assert end.measurement.train_loss == trained.train_loss
     assert end.measurement.test_accuracy == trained.test_accuracy
 
@@ -101,7 +101,7 @@ def test_the_product_is_that_of_all_images_at_once():
     model = models.CNN(10)
     params = model.init(jax.random.key(0), dataset.train_images[:1])["params"]
     product = spectrum.make_matvec("cnn", dataset, 260, params)  # a chunk, and a rest
-    loss = measures.cross_entropy(model)
+    loss = losses.cross_entropy(model)
     batch = dataset.train_images[:260], dataset.train_labels[:260]
     vector = jax.tree.map(jnp.ones_like, params)
     expected = hessian.hvp(lambda p: loss(p, *batch), params, vector)

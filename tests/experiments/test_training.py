@@ -4,13 +4,20 @@ import optax
 import pytest
 
 from eigensam_jax import eigen_sam, trackers
-from eigensam_jax.experiments import data, measures, models, training
+from eigensam_jax.experiments import (
+    data,
+    losses,
+    measures,
+    methods,
+    models,
+    options,
+    training,
+)
 from eigensam_jax.experiments.errors import UserError
 
-SETTINGS = training.Settings(
-    epochs=4, batch_size=64, learning_rate=0.05, alpha=0.5, evaluations=2
-)
+SETTINGS = training.Settings(epochs=4, batch_size=64, learning_rate=0.05, evaluations=2)
 STEPS = 4 * 8
+METHODS = {name: methods.named(name, 0.1, 0.5) for name in options.OPTIMIZERS}
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +35,25 @@ def digits():
 def network(request, digits):
     """A network and what measures it, compiled once."""
     model = models.MODELS[request.param](digits.num_classes)
-    return model, measures.make_measure(model, digits, 64, SETTINGS.alpha)
+    return model, measures.make_measure(model, digits, 64)
 
 
 @pytest.fixture(scope="module")
 def mlp(digits):
     model = models.MLP(digits.num_classes)
-    return model, measures.make_measure(model, digits, 64, SETTINGS.alpha)
+    return model, measures.make_measure(model, digits, 64)
 
 
-def run(digits, network, name, *, settings=SETTINGS, seed=0):
+def run(digits, network, method, *, settings=SETTINGS, seed=0):
     return list(
-        training.make_run(network[0], digits, network[1], name, 0.1, settings)(seed)
+        training.make_run(network[0], digits, network[1], settings)(method, seed)
     )
 
 
 def test_a_run_learns_and_starts_where_the_others_do(digits, network):
-    runs = {name: run(digits, network, name) for name in ("sgd", "sam", "eigen_sam")}
+    train = training.make_run(network[0], digits, network[1], SETTINGS)
+    names = ("sgd", "sam", "eigen_sam", "eigen_sam_paper")
+    runs = {name: list(train(METHODS[name], 0)) for name in names}
     for points in runs.values():
         assert [p.step for p in points] == [0, STEPS // 2, STEPS]
         first, last = points[0].measurement, points[-1].measurement
@@ -55,18 +64,19 @@ def test_a_run_learns_and_starts_where_the_others_do(digits, network):
         assert points[-1].step_time_ms > 0
     assert runs["sgd"][-1].radius == 0
     np.testing.assert_allclose(runs["sam"][-1].radius, 0.1, rtol=1e-5)
-    assert 0.1 < runs["eigen_sam"][-1].radius <= 0.1 * np.sqrt(1 + 0.5**2)
+    for name in names[2:]:
+        assert 0.1 < runs[name][-1].radius <= 0.1 * np.sqrt(1 + 0.5**2)
     losses = {p[-1].measurement.train_loss for p in runs.values()}
-    assert len(losses) == 3
+    assert len(losses) == 4
 
 
-def test_fixing_the_refresh_is_the_trackers_own_schedule(digits, mlp, monkeypatch):
+def test_fixing_the_refresh_is_the_trackers_own_schedule(digits, mlp):
     """A plain loop, in which the tracker decides, ends at the same loss."""
-    monkeypatch.setattr(training, "UPDATE_INTERVAL", 10)
-    points = run(digits, mlp, "eigen_sam", seed=1)
+    method = METHODS["eigen_sam_paper"]._replace(update_interval=10)
+    points = run(digits, mlp, method, seed=1)
 
     model = mlp[0]
-    loss = measures.cross_entropy(model)
+    loss = losses.cross_entropy(model)
     schedule = optax.cosine_decay_schedule(0.05, STEPS)
     tx = optax.chain(
         eigen_sam(0.1, 0.5, trackers.power_iteration(5, 10)),
@@ -96,8 +106,8 @@ def test_fixing_the_refresh_is_the_trackers_own_schedule(digits, mlp, monkeypatc
 
 
 def test_a_run_is_determined_by_its_seed(digits, mlp):
-    train = training.make_run(mlp[0], digits, mlp[1], "eigen_sam", 0.1, SETTINGS)
-    one, two, other = (list(train(seed)) for seed in (0, 0, 1))
+    train = training.make_run(mlp[0], digits, mlp[1], SETTINGS)
+    one, two, other = (list(train(METHODS["eigen_sam"], seed)) for seed in (0, 0, 1))
     assert [p.measurement for p in one] == [p.measurement for p in two]
     assert one[-1].measurement != other[-1].measurement
 
@@ -105,7 +115,7 @@ def test_a_run_is_determined_by_its_seed(digits, mlp):
 def test_a_run_that_diverges_ends_with_what_to_do(digits, mlp):
     settings = SETTINGS._replace(learning_rate=1e30)
     with pytest.raises(UserError, match=r"sgd, seed 0: .* lower --learning-rate"):
-        run(digits, mlp, "sgd", settings=settings)
+        run(digits, mlp, METHODS["sgd"], settings=settings)
 
 
 def test_there_are_never_more_evaluations_than_steps():

@@ -1,0 +1,110 @@
+"""Plots of the results files of `eigensam accuracy` and `eigensam ablate`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eigensam_jax.experiments.plots import COLOURS
+from eigensam_jax.experiments.study_tables import by_row
+from eigensam_jax.experiments.tables import half_interval
+
+Record = dict[str, Any]
+
+_LABELS = {
+    "lambda_max": "λ_max of the training loss",
+    "alignment": "alignment |cos(ε, v_top)|",
+    "test_accuracy": "test accuracy %",
+}
+
+
+def accuracy(runs: Sequence[Record], title: str, path: Path) -> None:
+    """Draws λ_max and alignment over training, and what each method came to.
+
+    Bands are standard deviations over seeds, bars 95% intervals.
+    """
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, 3)
+    found = by_row(runs, "main")
+    for axes, key in zip(panels, ("lambda_max", "alignment"), strict=False):
+        for name, of_row in found.items():
+            if name == "asam" or "matched" in name:
+                continue
+            values = np.array([run["curves"][key] for run in of_row])
+            steps, mean = of_row[0]["curves"]["step"], values.mean(0)
+            spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
+            axes.plot(steps, mean, ".-", color=COLOURS[name], label=name)
+            axes.fill_between(
+                steps, mean - spread, mean + spread, color=COLOURS[name], alpha=0.2
+            )
+        axes.set(xlabel="step", title=_LABELS[key])
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    for name, of_row in found.items():
+        _point(panels[2], of_row, "lambda_max", COLOURS[name], name)
+    panels[2].set(xlabel=_LABELS["lambda_max"], title=_LABELS["test_accuracy"])
+    panels[2].set_xscale("log")
+    panels[2].grid(alpha=0.3)
+    panels[2].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def ablations(runs: Sequence[Record], title: str, path: Path) -> None:
+    """Draws accuracy and λ_max of each row against radius, or against gradients spent.
+
+    A row of panels a table. Bars are 95% intervals over seeds.
+    """
+    names = list(dict.fromkeys(run["table"] for run in runs))
+    figure = Figure(figsize=(10, 4 * len(names)), layout="constrained")
+    figure.suptitle(title)
+    for name, panels in zip(
+        names, figure.subplots(len(names), 2, squeeze=False), strict=True
+    ):
+        by_radius = name in ("alpha", "rho", "parts", "norms")
+        x = "radius" if by_radius else "gradients"
+        label = "mean ‖ε‖" if by_radius else "gradient evaluations a step"
+        for axes, key in zip(panels, ("test_accuracy", "lambda_max"), strict=True):
+            series: dict[str, list[Record]] = {}
+            for row, of_row in by_row(runs, name).items():
+                series.setdefault(row.partition(",")[0], []).extend(of_row)
+            for first, of_series in series.items():
+                colour = COLOURS.get(first)
+                groups: dict[str, list[Record]] = {}
+                for run in of_series:
+                    groups.setdefault(run["row"], []).append(run)
+                shown: str | None = first
+                for of_row in groups.values():
+                    _point(axes, of_row, x, colour, shown, key)
+                    shown = None
+            axes.set(xlabel=label, title=f"{name}: {_LABELS[key]}")
+            axes.grid(alpha=0.3)
+        panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def _point(
+    axes: Axes,
+    runs: Sequence[Record],
+    x: str,
+    colour: str | None,
+    label: str | None,
+    y: str = "test_accuracy",
+) -> None:
+    """The mean over seeds with 95% intervals."""
+    factor = 100 if y == "test_accuracy" else 1
+    across = np.array([run[x] for run in runs])
+    up = factor * np.array([run[y] for run in runs])
+    axes.errorbar(
+        across.mean(),
+        up.mean(),
+        xerr=half_interval(across),
+        yerr=half_interval(up),
+        fmt="o",
+        color=colour,
+        label=label,
+        capsize=2,
+    )

@@ -211,7 +211,7 @@ class _Trainer:
 
     def __init__(self, config: Config, dataset: Dataset):
         self.config, self.dataset = config, dataset
-        self.runs: dict[tuple[float, bool], training.Run[Look]] = {}
+        self.runs: dict[tuple[float, bool], tuple[training.Run[Look], int]] = {}
 
     def __call__(self, job: Job) -> Record:
         path = self.config.out / CHECKPOINT
@@ -221,30 +221,31 @@ class _Trainer:
         saved = None
         if found.get("job") == str(job):
             curves, saved = found["curves"], found["progress"]
-        for point in self._run_of(job)(job.method, job.seed, saved):
+        run, total_steps = self._run_of(job)
+        for point in run(job.method, job.seed, saved):
             if point.measurement is None:
                 continue
             looked = {**point._asdict(), **point.measurement._asdict()}
             for key, curve in curves.items():
                 curve.append(looked[key])
-            progress = serialization.to_state_dict(point.progress)
-            state = {"job": str(job), "curves": curves, "progress": progress}
-            checkpoints.write(path, state)
-        steps = point.step
+            if point.step < total_steps:
+                progress = serialization.to_state_dict(point.progress)
+                state = {"job": str(job), "curves": curves, "progress": progress}
+                checkpoints.write(path, state)
         return {
             "method": job.method._asdict(),
             "learning_rate": job.learning_rate,
             "seed": job.seed,
             "tuning": job.tuning,
-            "gradients": job.method.gradients(steps),
+            "gradients": job.method.gradients(total_steps),
             "training_time_s": point.progress.seconds,
             **{key: curve[-1] for key, curve in curves.items()},
             "alignment": float(np.mean(curves["alignment"])),
             "curves": curves,
         }
 
-    def _run_of(self, job: Job) -> training.Run[Look]:
-        """Runs of the same learning rate and data share their compiled programs."""
+    def _run_of(self, job: Job) -> tuple[training.Run[Look], int]:
+        """What trains, which jobs of the same rate and data share, and its steps."""
         key = (job.learning_rate, job.tuning)
         if key not in self.runs:
             config = self.config
@@ -257,13 +258,19 @@ class _Trainer:
                 augmentation.of(config.dataset, config.augment),
             )
             model = MODELS[config.model](self.dataset.num_classes)
-            measure = _make_measure(model, dataset, settings, job.tuning)
-            self.runs[key] = training.make_run(model, dataset, measure, settings)
+            steps = len(dataset.train_labels) // config.batch_size * config.epochs
+            measure = _make_measure(model, dataset, settings, job.tuning, steps)
+            run = training.make_run(model, dataset, measure, settings)
+            self.runs[key] = run, steps
         return self.runs[key]
 
 
 def _make_measure(
-    model: nn.Module, dataset: Dataset, settings: training.Settings, tuning: bool
+    model: nn.Module,
+    dataset: Dataset,
+    settings: training.Settings,
+    tuning: bool,
+    steps: int,
 ) -> training.Measure[Look]:
     """What looks at a network: nothing at the start, closely at the end only."""
     loss = losses.cross_entropy(model)
@@ -271,7 +278,6 @@ def _make_measure(
     make = partial(measures.make_measure, model, dataset, settings.batch_size)
     look = make(LOOK_EXAMPLES, top, LOOK_EXAMPLES)
     end = make(LOOK_EXAMPLES if tuning else CURVATURE_EXAMPLES, top)
-    steps = len(dataset.train_labels) // settings.batch_size * settings.epochs
 
     def measure(
         method: Method, state: TrainState, start: Any

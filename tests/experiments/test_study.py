@@ -88,7 +88,7 @@ def test_killed_after_every_checkpoint_it_comes_to_the_same(
             break
         except Killed:
             kills += 1
-    assert kills == 5 + 2 * 7
+    assert kills == 7
     assert figures(tmp_path) == figures(unbroken)
 
 

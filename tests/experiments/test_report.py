@@ -1,0 +1,77 @@
+"""The pages say what the results files say, and `eigensam report` makes them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import error_of
+
+from eigensam_jax.experiments import cli, report
+
+ROOT = Path(__file__).parents[2]
+FOUND = report.results_of(ROOT)
+MARK = "<!-- report: compare_digits compare -->\n"
+
+
+@pytest.mark.parametrize("page", report.pages_of(ROOT), ids=lambda path: path.stem)
+def test_no_page_would_change(page):
+    text = page.read_text()
+    assert report.rendered(text, FOUND, page.name) == text
+
+
+@pytest.mark.parametrize("folder", FOUND)
+def test_results_are_complete_and_in_a_table_with_their_command(folder):
+    document = FOUND[folder]
+    pages = "".join(page.read_text() for page in report.pages_of(ROOT))
+    assert document.get("complete", True)
+    assert any(f"report: {x}" in pages for x in (folder, f"track_mlp+{folder}"))
+    for command in document.get("commands") or [document["command"]]:
+        assert f"`{command}`" in pages
+        assert f"results/{folder}" in command
+
+
+def test_rows_are_replaced_and_headers_are_not():
+    page = f"Before.\n\n{MARK}| a | b |\n| --- | --- |\n| old | 0 |\n\nAfter.\n"
+    new = report.rendered(page, FOUND, "page")
+    assert new.startswith(f"Before.\n\n{MARK}| a | b |\n| --- | --- |\n| sgd | ")
+    assert new.endswith(" |\n\nAfter.\n")
+    assert "| old | 0 |" not in new
+    assert report.rendered(new, FOUND, "page") == new
+
+
+def test_a_page_without_marks_stays_as_it_is():
+    assert report.rendered("| a |\n| --- |\n| 1 |\n", FOUND, "page").endswith("| 1 |\n")
+
+
+@pytest.mark.parametrize("mark", ["nowhere compare", "compare_digits nothing"])
+def test_what_there_is_not_is_named(mark):
+    page = f"<!-- report: {mark} -->\n| a |\n| --- |\n"
+    with pytest.raises(report.UserError, match=mark.split()[0]) as raised:
+        report.rendered(page, FOUND, "page.md")
+    assert "page.md asks for the table" in str(raised.value)
+    assert "compare_digits" in str(raised.value)
+
+
+def test_the_command_writes_pages_and_plots(tmp_path, capsys):
+    folder = tmp_path / report.FOLDERS[0] / "spectrum_digits"
+    shutil.copytree(ROOT / report.FOLDERS[0] / "spectrum_digits", folder)
+    (folder / "spectrum.png").unlink()
+    page = tmp_path / "README.md"
+    page.write_text(
+        "<!-- report: spectrum_digits spectrum 2 -->\n| i | λ |\n| --- | --- |\n"
+    )
+    assert cli.main(["report", "--root", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert str(page) in printed
+    assert (folder / "spectrum.png").stat().st_size > 1000
+    first, second = page.read_text().splitlines()[3:]
+    document = json.loads((folder / "results.json").read_text())
+    assert f"{document['eigenvalues'][0]:.4f}" in first
+    assert second.startswith("| 2 | ")
+    assert cli.main(["report", "--root", str(tmp_path)]) == 0
+    assert str(page) not in capsys.readouterr().out
+
+
+def test_a_folder_without_results_is_refused(tmp_path, capsys):
+    assert str(tmp_path) in error_of(["report", "--root", str(tmp_path)], capsys)

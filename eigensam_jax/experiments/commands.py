@@ -31,7 +31,7 @@ _ACCURACY_USUAL: dict[str, Any] = {
     "epochs": 20,
     "learning-rates": (0.05, 0.02, 0.1),
     "rhos": (0.1, 0.05, 0.2),
-    "asam-rhos": (1.0, 0.5, 2.0),
+    "asam-rhos": (0.5, 0.2, 1.0),
     "paper-alphas": (0.2, 0.1, 0.05),
     "alphas": (1.0, 0.2, 0.5, 2.0, 3.0),
 }
@@ -39,8 +39,8 @@ _GRIDS = {
     "learning-rates": "of SGD",
     "rhos": "ρ of SAM",
     "asam-rhos": "ρ of ASAM",
-    "paper-alphas": "α of Eigen-SAM with the paper's tracker",
-    "alphas": "α of Eigen-SAM",
+    "paper-alphas": "α with the paper's tracker",
+    "alphas": "α with the secant",
 }
 _ABLATE_USUAL: dict[str, Any] = {"seeds": 5, "epochs": 10}
 _EXAMPLES = 2_000
@@ -85,9 +85,9 @@ def add_accuracy(commands: Any) -> None:
         "accuracy",
         help="tune each method on a validation split, then train it from several seeds",
         description="Choose the learning rate, ρ and α on a tenth of the training set, "
-        "held out, then train on all of it by SGD, SAM, ASAM, Eigen-SAM with "
-        "the paper's tracker and with the secant, and SAM at the radius of each. "
-        "Leaves main_DATASET.json in --out; the same command goes on where it ended.",
+        "then train on all of it by SGD, SAM, ASAM, Eigen-SAM with the paper's tracker "
+        "and with the secant, and SAM at the radius of each. Leaves main_DATASET.json "
+        "and a plot in --out; the same command goes on where it ended.",
     )
     add, usual = accuracy.add_argument, _ACCURACY_USUAL
     options.add_problem(accuracy)

@@ -29,8 +29,8 @@ _COLUMNS = {
     "test_accuracy": ("test acc. %", 100, 1),
     "train_loss": ("train loss", 1, 4),
     "lambda_max": ("λ_max", 1, 3),
-    "alignment": ("alignment", 1, 3),
-    "step_time_ms": ("ms a step", 1, 2),
+    "alignment": ("alignment", 1, 2),
+    "step_time_ms": ("ms a step", 1, 1),
 }
 
 CHECKPOINT = "checkpoint.msgpack"
@@ -241,7 +241,7 @@ def _training(
     done = {(run["optimizer"], run["seed"]): run for run in runs}
     total_steps = len(dataset.train_labels) // config.batch_size * config.epochs
     points_a_run = len(training.evaluation_steps(total_steps, config.evaluations))
-    train = training.make_run(model, dataset, measure, settings)
+    train: training.Run[measures.Measurement] | None = None
     with tables.progress_bar(console) as progress:
         task = progress.add_task(
             "", total=points_a_run * len(jobs), completed=points_a_run * len(done)
@@ -254,6 +254,7 @@ def _training(
             if name == "sam_matched":
                 rho = done["eigen_sam", seed]["curves"]["radius"][-1]
             method = methods.named(name, rho, config.alpha)
+            train = train or training.make_run(model, dataset, measure, settings)
             curves: Curves = {
                 key: [] for key in ("step", "radius", *measures.Measurement._fields)
             }

@@ -70,14 +70,14 @@ def add_runs(parser: argparse.ArgumentParser, usual: dict[str, Any]) -> None:
         "--looks",
         **count(),
         default=5,
-        help="how often λ_max and alignment are measured on the way [%(default)s]",
+        help="measurements on the way [%(default)s]",
     )
     add(
         "--label-noise",
         metavar="X",
         type=number(float),
         default=0.0,
-        help="share of the training labels that are drawn anew [%(default)s]",
+        help="share of training labels drawn anew [%(default)s]",
     )
     add_no_augment(parser)
 

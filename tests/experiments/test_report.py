@@ -11,16 +11,17 @@ from eigensam_jax.experiments import cli, report
 
 ROOT = Path(__file__).parents[2]
 FOUND = report.results_of(ROOT)
+PAGES = list(report.pages_of(ROOT))
 MARK = "<!-- report: compare_digits compare -->\n"
 
 
-@pytest.mark.parametrize("page", report.pages_of(ROOT), ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_no_page_would_change(page):
     text = page.read_text()
     assert report.rendered(text, FOUND, page.name) == text
 
 
-@pytest.mark.parametrize("folder", FOUND)
+@pytest.mark.parametrize("folder", list(FOUND))
 def test_results_are_complete_and_in_a_table_with_their_command(folder):
     document = FOUND[folder]
     pages = "".join(page.read_text() for page in report.pages_of(ROOT))

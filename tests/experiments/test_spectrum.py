@@ -127,8 +127,12 @@ def test_figures_of_the_whole_spectrum():
 @pytest.mark.parametrize(
     ("options", "wrong", "right"),
     [
-        ("--optimizer adam", "'adam'", "'sgd', 'sam', 'eigen_sam'"),
-        ("--optimizer sam_matched", "'sam_matched'", "'sgd', 'sam', 'eigen_sam'"),
+        ("--optimizer adam", "'adam'", "'sam', 'eigen_sam_paper', 'eigen_sam'"),
+        (
+            "--optimizer sam_matched",
+            "'sam_matched'",
+            "'sam', 'eigen_sam_paper', 'eigen_sam'",
+        ),
         ("--k 0", "'0'", "whole number above 0"),
         ("--k 26123", "26122 parameters", "a few dozen"),
         ("--num-matvecs 1.5", "'1.5'", "whole number above 0"),

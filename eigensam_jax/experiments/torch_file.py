@@ -108,6 +108,7 @@ def _state_dict(stream: io.BytesIO, path: Path) -> dict[str, np.ndarray]:
             f"{path} holds a {type(tensors).__name__}; it should hold a state dict: "
             "write model.state_dict()"
         )
+    # Of the class, for a pickle may hide the method of this one by an attribute.
     for name, tensor in dict.items(tensors):
         if type(name) is not str or type(tensor) is not _Tensor:
             raise UserError(
@@ -121,7 +122,10 @@ def _state_dict(stream: io.BytesIO, path: Path) -> dict[str, np.ndarray]:
     storages = {key: _elements(stream, known[key]) for key in keys}
     if stream.read(1):
         raise ValueError("more follows the last storage")
-    return {name: _view(t, storages[t.storage.key]) for name, t in tensors.items()}
+    return {
+        name: _view(tensor, storages[tensor.storage.key])
+        for name, tensor in dict.items(tensors)
+    }
 
 
 def _load(stream: io.BytesIO, path: Path) -> Any:

@@ -17,7 +17,7 @@ from eigensam_jax.experiments.augmentation import Augment
 from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.measures import training_loss
-from eigensam_jax.experiments.training_steps import TrainState
+from eigensam_jax.experiments.training_steps import Begin, TrainState
 from eigensam_jax.tree_math import PyTree
 
 MOMENTUM = 0.9
@@ -38,6 +38,8 @@ class Settings(NamedTuple):
       evaluations: how often to measure, evenly spread over the steps, the end included.
       augment: what is done to the images of each step, before both gradients; None for
         nothing.
+      begin: what a network's new variables are exchanged for before the first step;
+        None to keep them.
     """
 
     epochs: int
@@ -46,6 +48,7 @@ class Settings(NamedTuple):
     alpha: float
     evaluations: int
     augment: Augment | None = None
+    begin: Begin | None = None
 
 
 class Progress(NamedTuple):
@@ -179,7 +182,7 @@ def make_run(
     loss, augment = training_loss(model), settings.augment
 
     def init(seed: int) -> TrainState:
-        return training_steps.start(model, tx, images, seed)
+        return training_steps.start(model, tx, images, seed, settings.begin)
 
     def step(
         refresh: bool, state: TrainState, images: jax.Array, labels: jax.Array

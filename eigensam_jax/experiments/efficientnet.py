@@ -236,9 +236,7 @@ def from_state_dict(arrays: dict[str, np.ndarray], path: Path) -> dict[str, PyTr
     return variables
 
 
-def fine_tuned(
-    variables: dict[str, PyTree], pretrained: dict[str, PyTree]
-) -> dict[str, PyTree]:
+def fine_tuned(variables: PyTree, pretrained: PyTree) -> PyTree:
     """Variables that begin as the pretrained ones do.
 
     Args:
@@ -249,12 +247,11 @@ def fine_tuned(
       The pretrained ones, in arrays that can be given away; with another number of
       classes than theirs, the linear layer at the end is that of `variables`.
     """
-    started: dict[str, PyTree] = jax.tree.map(
+    return jax.tree.map(
         lambda new, old: jnp.array(old) if old.shape == new.shape else new,
         variables,
         pretrained,
     )
-    return started
 
 
 def _name(_: str, first: str, *rest: str) -> str:

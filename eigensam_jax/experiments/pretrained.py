@@ -25,7 +25,7 @@ class Pretrained(NamedTuple):
     sha256: str
     variables: dict[str, PyTree]
 
-    def begin(self, variables: dict[str, PyTree]) -> dict[str, PyTree]:
+    def begin(self, variables: PyTree) -> PyTree:
         """What training begins from, in place of new `variables`."""
         return efficientnet.fine_tuned(variables, self.variables)
 

@@ -11,7 +11,7 @@ import optax
 from eigensam_jax.experiments.measures import TrainingLoss
 from eigensam_jax.tree_math import PyTree
 
-Begin = Callable[[dict[str, PyTree]], dict[str, PyTree]]
+Begin = Callable[[PyTree], PyTree]
 
 _STEP_KEYS = 2  # what `step_key` folds into the key; `split` makes 0 and 1
 
@@ -55,9 +55,10 @@ def start(
       begin: what the network's new variables are exchanged for; None to keep them.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
-    variables: dict[str, PyTree] = {**model.init(init_key, images[:1])}
-    if begin is not None:
-        variables = begin(variables)
+    if begin is None:
+        variables = model.init(init_key, images[:1])
+    else:  # compiled, so that what is exchanged is not drawn at all
+        variables = jax.jit(lambda key: begin(model.init(key, images[:1])))(init_key)
     params = variables["params"]
     order = jnp.arange(len(images))
     zero = jnp.zeros((), jnp.int32)

@@ -58,6 +58,7 @@ def add_compare(commands: Any) -> None:
     )
     add = compare.add_argument
     options.add_problem(compare)
+    options.add_pretrained(compare)
     add(
         "--optimizers",
         metavar="NAME",
@@ -338,6 +339,7 @@ def _compare(chosen: argparse.Namespace, command: str) -> None:
         augment=options.is_augmented(chosen),
         evaluations=preset["evaluations"],
         out=chosen.out,
+        pretrained=chosen.pretrained,
     )
     compare.run(config, command, Console(), resume=chosen.resume)
 

@@ -17,6 +17,7 @@ from eigensam_jax.experiments import (
     measures,
     methods,
     plots,
+    pretrained,
     results,
     resumption,
     tables,
@@ -55,6 +56,7 @@ class Config(NamedTuple):
     augment: bool
     evaluations: int
     out: Path
+    pretrained: Path | None = None
 
 
 class Unfinished(NamedTuple):
@@ -90,6 +92,9 @@ def run(
       KeyboardInterrupt: passed on, with the finished runs on disk.
     """
     _check(config)
+    weights = None
+    if config.pretrained is not None:
+        weights = pretrained.load(config.pretrained, config.model)
     dataset = data.load(config.dataset, config.data_dir)
     training.check_batch_size(config.batch_size, config.dataset, dataset)
     examples = len(dataset.train_images)
@@ -101,6 +106,7 @@ def run(
             "data_dir": config.data_dir and str(config.data_dir),
             "optimizers": list(config.optimizers),
             "out": str(config.out),
+            "pretrained": weights and weights.record(),
             **training.protocol(dataset),
             "curvature_examples": min(examples, measures.CURVATURE_EXAMPLES),
             "curvature_tolerance": measures.CURVATURE_TOLERANCE,
@@ -123,7 +129,7 @@ def run(
     runs: list[Record] = document["runs"]
     before, start = document["wall_time_s"], time.perf_counter()
     try:
-        for step in _training(config, dataset, runs, unfinished, console):
+        for step in _training(config, dataset, weights, runs, unfinished, console):
             document["wall_time_s"] = before + time.perf_counter() - start
             in_progress = None
             if isinstance(step, Unfinished):
@@ -217,6 +223,7 @@ def _begun(
 def _training(
     config: Config,
     dataset: data.Dataset,
+    weights: pretrained.Pretrained | None,
     runs: list[Record],
     unfinished: Unfinished | None,
     console: Console,
@@ -232,9 +239,12 @@ def _training(
         config.learning_rate,
         config.evaluations,
         augmentation.of(config.dataset, config.augment),
+        weights and weights.begin,
     )
     model = MODELS[config.model](dataset.num_classes)
-    measure = measures.make_measure(model, dataset, config.batch_size)
+    measure = measures.make_measure(
+        model, dataset, config.batch_size, measures.CURVATURE_EXAMPLES
+    )
     # `sam_matched` takes its radius from `eigen_sam`, so it comes last.
     names = sorted(config.optimizers, key=lambda name: name == "sam_matched")
     jobs = [(name, seed) for seed in range(config.seeds) for name in names]

@@ -178,7 +178,7 @@ def make_measure(
     model: nn.Module,
     dataset: Dataset,
     batch_size: int,
-    examples: int = CURVATURE_EXAMPLES,
+    examples: int,
     top_eigenpair: TopEigenpair | None = None,
     loss_examples: int | None = None,
 ) -> Measure:

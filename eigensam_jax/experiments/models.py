@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
+from eigensam_jax.experiments.efficientnet import EfficientNetLite0
 from eigensam_jax.experiments.resnet import ResNet18
 from eigensam_jax.experiments.vit import ViT
 
@@ -113,4 +114,5 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "cnn6": CNN6,
     "resnet18": ResNet18,
     "vit": ViT,
+    "efficientnet_lite0": EfficientNetLite0,
 }

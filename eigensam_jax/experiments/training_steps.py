@@ -12,6 +12,8 @@ from eigensam_jax.experiments import methods
 from eigensam_jax.experiments.losses import TrainingLoss
 from eigensam_jax.tree_math import PyTree
 
+Begin = jax.tree_util.Partial  # of variables to variables, with arrays of its own
+
 _STEP_KEYS = 2  # what `step_key` folds into the key; `split` makes 0 and 1
 
 
@@ -42,10 +44,23 @@ def start(
     tx: optax.GradientTransformationExtraArgs,
     images: jax.Array,
     seed: int,
+    begin: Begin | None = None,
 ) -> TrainState:
-    """The state before the first step; of `images`, the training set, only shapes."""
+    """The state before the first step.
+
+    Args:
+      model: the network.
+      tx: the optimizer.
+      images: the training set, of which only shapes matter.
+      seed: of the weights, the order of the examples and all that is drawn.
+      begin: what the network's new variables are exchanged for; None to keep them.
+    """
     init_key, key = jax.random.split(jax.random.key(seed))
-    variables = model.init(init_key, images[:1])
+    if begin is None:
+        variables = model.init(init_key, images[:1])
+    else:  # compiled, so that what is exchanged is not drawn at all
+        exchanged = lambda begin, key: begin(model.init(key, images[:1]))
+        variables = jax.jit(exchanged)(begin, init_key)
     params = variables["params"]
     order = jnp.arange(len(images))
     zero = jnp.zeros((), jnp.int32)

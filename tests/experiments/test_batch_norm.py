@@ -151,7 +151,7 @@ def test_a_network_is_measured_in_evaluation(dataset):
 
     batch = dataset.train_images, dataset.train_labels
     value_fn = lambda p: mean(p, *batch)
-    measure = measures.make_measure(model, dataset, 16)
+    measure = measures.make_measure(model, dataset, 16, 2_000)
     state = TrainState(params, (), None, jnp.arange(50), None, None, stats)
     found, top = measure(methods.Method("sgd"), state, None)
     dense = dense_hessian(value_fn, params)
@@ -194,7 +194,8 @@ def test_every_network_takes_every_data_set(name, shape):
     assert jax.eval_shape(model.apply, variables, images).shape == (2, 7)
     loss = losses.training_loss(model)
     stats = variables.get("batch_stats", {})
-    assert bool(stats) == (name in ("norm_cnn", "resnet18"))
+    with_norms = ("norm_cnn", "resnet18", "efficientnet_lite0")
+    assert bool(stats) == (name in with_norms)
     labels = jnp.zeros(2, jnp.int32)
     value, new = jax.eval_shape(loss, variables["params"], stats, images, labels)
     assert value.shape == ()

@@ -79,7 +79,7 @@ def test_measure_against_a_naive_computation(problem, name, monkeypatch):
         grads = jax.grad(value_fn)(params)
         _, opt_state = tx.update(grads, opt_state, params, value_fn=value_fn)
     order = jax.random.permutation(jax.random.key(1), 60)
-    measure = measures.make_measure(model, dataset, 16)
+    measure = measures.make_measure(model, dataset, 16, 2_000)
     state = TrainState(params, opt_state, None, order, None, None, {})
     result, start = measure(methods.named(name, 0.1, alpha), state, None)
 

@@ -88,7 +88,7 @@ def test_training_is_that_of_compare():
     run = training.make_run(
         model,
         dataset,
-        measures.make_measure(model, dataset, 128),
+        measures.make_measure(model, dataset, 128, 2_000),
         training.Settings(2, 128, 0.05, 2),
     )
     *_, end = run(methods.named("eigen_sam", 0.1, 0.2), 3)

@@ -35,13 +35,13 @@ def digits():
 def network(request, digits):
     """A network and what measures it, compiled once."""
     model = models.MODELS[request.param](digits.num_classes)
-    return model, measures.make_measure(model, digits, 64)
+    return model, measures.make_measure(model, digits, 64, 2_000)
 
 
 @pytest.fixture(scope="module")
 def mlp(digits):
     model = models.MLP(digits.num_classes)
-    return model, measures.make_measure(model, digits, 64)
+    return model, measures.make_measure(model, digits, 64, 2_000)
 
 
 def run(digits, network, method, *, settings=SETTINGS, seed=0):

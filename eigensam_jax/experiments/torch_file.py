@@ -37,7 +37,13 @@ _DTYPES = {
 
 
 class _Storage(NamedTuple):
-    """What the pickle says of a storage; its elements come later in the file."""
+    """What the pickle says of a storage; its elements come later in the file.
+
+    Attributes:
+      kind: the name of its type, such as FloatStorage.
+      key: by which the file names it.
+      size: how many elements it has.
+    """
 
     kind: str
     key: str
@@ -45,7 +51,14 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A view of a storage, counted in elements."""
+    """A view of a storage, counted in elements.
+
+    Attributes:
+      storage: where its elements are.
+      offset: of its first element.
+      shape: as in NumPy.
+      strides: from one element to the next, along each axis.
+    """
 
     storage: _Storage
     offset: int

@@ -112,8 +112,8 @@ def provenance(document: Document) -> list[str]:
     device, versions = document["device"], document["versions"]
     seeds = {run["seed"] for run in document["runs"] if not run.get("tuning")}
     return [
-        f"{len(seeds)} seeds, {document['wall_time_s']:,.0f} s on one of "
-        f"{device['cores']} cores of an {device['processor']}, jax {versions['jax']}."
+        f"{len(seeds)} seeds, {document['wall_time_s']:,.0f} s on {device['platform']} "
+        f"({device['processor']}, {device['cores']} cores), jax {versions['jax']}."
     ]
 
 

@@ -71,8 +71,8 @@ def ablations(runs: Sequence[Record], title: str, path: Path) -> None:
             series: dict[str, list[Record]] = {}
             for row, of_row in by_row(runs, name).items():
                 series.setdefault(row.partition(",")[0], []).extend(of_row)
-            for first, of_series in series.items():
-                colour = COLOURS.get(first)
+            for index, (first, of_series) in enumerate(series.items()):
+                colour = COLOURS.get(first, f"C{index}")
                 groups: dict[str, list[Record]] = {}
                 for run in of_series:
                     groups.setdefault(run["row"], []).append(run)
@@ -90,7 +90,7 @@ def _point(
     axes: Axes,
     runs: Sequence[Record],
     x: str,
-    colour: str | None,
+    colour: str,
     label: str | None,
     y: str = "test_accuracy",
 ) -> None:

@@ -79,19 +79,14 @@ def accuracy(grids: Grids, seeds: int) -> Plan:
     """
 
     def plan(done: Done) -> Iterator[Entry]:
-        rate = grids.learning_rates[0]
 
         def best(
             row: str, make: Callable[[float], Method], grid: Sequence[float]
         ) -> Iterator[Entry]:
-            for value in grid:
-                job = Job(make(value), rate, TUNING_SEED, tuning=True)
+            jobs = {value: Job(make(value), rate, TUNING_SEED, True) for value in grid}
+            for job in jobs.values():
                 yield Entry("tuning", row, job)
-            accuracies = [
-                done[Job(make(value), rate, TUNING_SEED, True)]["test_accuracy"]
-                for value in grid
-            ]
-            chosen[row] = grid[accuracies.index(max(accuracies))]
+            chosen[row] = max(grid, key=lambda x: done[jobs[x]]["test_accuracy"])
 
         chosen: dict[str, float] = {}
         rates = [

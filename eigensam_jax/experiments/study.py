@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 from rich.console import Console
@@ -77,9 +78,8 @@ class Config(NamedTuple):
 def run(config: Config, plan: Plan, command: str, console: Console) -> None:
     """Does the runs that are missing; leaves a results file and a plot in `config.out`.
 
-    The results file is brought up to date after each run.
-    A run in progress has a checkpoint after every look. Whatever ends the command, the
-    same one goes on from there.
+    The results file is brought up to date after each run, and a run in progress has a
+    checkpoint after every look. Whatever ends the command, the same one goes on.
 
     Args:
       config: what all runs share.
@@ -118,10 +118,10 @@ def run(config: Config, plan: Plan, command: str, console: Console) -> None:
 def with_label_noise(dataset: Dataset, share: float) -> Dataset:
     """A `share` of the training labels, drawn anew from all classes alike."""
     rng = np.random.default_rng(0)
-    labels = np.array(dataset.train_labels)
+    labels = np.asarray(dataset.train_labels)
     drawn = rng.integers(0, dataset.num_classes, len(labels), labels.dtype)
     noisy = np.where(rng.random(len(labels)) < share, drawn, labels)
-    return dataset._replace(train_labels=dataset.train_labels.at[:].set(noisy))
+    return dataset._replace(train_labels=jnp.asarray(noisy))
 
 
 def for_tuning(dataset: Dataset) -> Dataset:
@@ -193,7 +193,6 @@ def _records(
             if found is None:
                 figures = done.get(job) or trainer(job)
                 found = {**figures, "table": table, "row": row, "job": key}
-                done[job] = found
                 yield found
             done[job] = found
             progress.advance(task)

@@ -68,18 +68,13 @@ def ablations(runs: Sequence[Record], title: str, path: Path) -> None:
         x = "radius" if by_radius else "gradients"
         label = "mean ‖ε‖" if by_radius else "gradient evaluations a step"
         for axes, key in zip(panels, ("test_accuracy", "lambda_max"), strict=True):
-            series: dict[str, list[Record]] = {}
+            colours: dict[str, str] = {}
             for row, of_row in by_row(runs, name).items():
-                series.setdefault(row.partition(",")[0], []).extend(of_row)
-            for index, (first, of_series) in enumerate(series.items()):
-                colour = COLOURS.get(first, f"C{index}")
-                groups: dict[str, list[Record]] = {}
-                for run in of_series:
-                    groups.setdefault(run["row"], []).append(run)
-                shown: str | None = first
-                for of_row in groups.values():
-                    _point(axes, of_row, x, colour, shown, key)
-                    shown = None
+                first = row.partition(",")[0]
+                label_once = None if first in colours else first
+                colour = COLOURS.get(first, f"C{len(colours)}")
+                colour = colours.setdefault(first, colour)
+                _point(axes, of_row, x, colour, label_once, key)
             axes.set(xlabel=label, title=f"{name}: {_LABELS[key]}")
             axes.grid(alpha=0.3)
         panels[0].legend(fontsize="small")

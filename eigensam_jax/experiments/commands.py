@@ -1,12 +1,10 @@
-"""The options of `eigensam compare`, `eigensam spectrum` and `eigensam sde`."""
+"""The options of `eigensam spectrum` and `eigensam sde`."""
 
 import argparse
 from typing import Any
 
 from eigensam_jax.experiments import options
 
-_SMOKE = {"seeds": 1, "epochs": 2, "evaluations": 2}
-_USUAL = {"seeds": 3, "epochs": 100, "evaluations": 20}
 _SPECTRUM_SMOKE = {"epochs": 2, "k": 3, "num_matvecs": 8, "num_samples": 2}
 _SPECTRUM_USUAL = {"epochs": 100, "k": 10, "num_matvecs": 64, "num_samples": 8}
 _SDE_SMOKE: dict[str, Any] = {
@@ -26,40 +24,6 @@ _SDE_USUAL: dict[str, Any] = {
     "checks": ("one_step", "many_steps", "moments", "costs"),
 }
 _EXAMPLES = 2_000
-
-
-def add_compare(commands: Any) -> None:
-    """Adds `eigensam compare`."""
-    compare = commands.add_parser(
-        "compare",
-        help="train a network with SGD, SAM and Eigen-SAM, and show the difference",
-        description="Train the same network from the same seeds with each optimizer. "
-        "Prints a table and leaves results.json and compare.png in --out, in place of "
-        "those of an earlier run; until it is done also checkpoint.msgpack, for "
-        "--resume.",
-    )
-    add = compare.add_argument
-    options.add_problem(compare)
-    options.add_pretrained(compare)
-    add(
-        "--optimizers",
-        metavar="NAME",
-        nargs="+",
-        choices=options.OPTIMIZERS,
-        default=options.OPTIMIZERS,
-        help=f"some of {', '.join(options.OPTIMIZERS)}, where sam_matched is SAM at "
-        "the radius that eigen_sam had [all]",
-    )
-    add("--seeds", **options.count(), help=f"how many [{_USUAL['seeds']}]")
-    options.add_training(compare, _USUAL["epochs"])
-    options.add_out(compare, "1 seed, 2 epochs: does it run at all?")
-    add(
-        "--resume",
-        action="store_true",
-        help="go on with what is unfinished in --out, if anything is: however it "
-        "ended, the results are those of a run without a break",
-    )
-    compare.set_defaults(run=_compare)
 
 
 def add_spectrum(commands: Any) -> None:
@@ -168,31 +132,6 @@ def _sde(chosen: argparse.Namespace, command: str) -> None:
         out=chosen.out,
     )
     sde.run(config, command, Console())
-
-
-def _compare(chosen: argparse.Namespace, command: str) -> None:
-    with options.extras():
-        from rich.console import Console
-
-        from eigensam_jax.experiments import compare
-    preset = _SMOKE if chosen.smoke else _USUAL
-    config = compare.Config(
-        dataset=chosen.dataset,
-        data_dir=chosen.data_dir,
-        model=chosen.model,
-        optimizers=tuple(dict.fromkeys(chosen.optimizers)),
-        seeds=chosen.seeds or preset["seeds"],
-        epochs=chosen.epochs or preset["epochs"],
-        batch_size=chosen.batch_size,
-        learning_rate=chosen.learning_rate,
-        rho=chosen.rho,
-        alpha=chosen.alpha,
-        augment=options.is_augmented(chosen),
-        evaluations=preset["evaluations"],
-        out=chosen.out,
-        pretrained=chosen.pretrained,
-    )
-    compare.run(config, command, Console(), resume=chosen.resume)
 
 
 def _spectrum(chosen: argparse.Namespace, command: str) -> None:

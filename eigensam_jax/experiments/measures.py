@@ -40,8 +40,8 @@ class Measurement(NamedTuple):
     Attributes:
       train_loss: mean cross-entropy over the training set.
       test_accuracy: fraction of the test set that is classified correctly.
-      lambda_max: λ_max of the Hessian of the training loss, on the first
-        `CURVATURE_EXAMPLES` training images.
+      lambda_max: λ_max of the Hessian of the training loss, on the first training
+        images.
       lambda_max_residual: ‖Hv − λv‖ of that eigenpair.
       alignment: |cos| between the perturbation and that eigenvector, the mean over
         `ALIGNMENT_BATCHES` training batches; for plain SGD, of the gradient.

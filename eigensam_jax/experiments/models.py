@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from eigensam_jax.experiments.efficientnet import EfficientNetLite0
+from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.resnet import ResNet18
 from eigensam_jax.experiments.vit import ViT
 
@@ -116,3 +117,25 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "vit": ViT,
     "efficientnet_lite0": EfficientNetLite0,
 }
+
+
+def make(name: str, num_classes: int, resolution: int | None = None) -> nn.Module:
+    """A network by its name.
+
+    Args:
+      name: a key of `MODELS`.
+      num_classes: the number of logits.
+      resolution: height and width that it resizes images to, where it does; None for
+        its own.
+
+    Raises:
+      UserError: if there is a `resolution` and the network resizes nothing.
+    """
+    model = MODELS[name](num_classes)
+    if resolution is None:
+        return model
+    if not hasattr(model, "resolution"):
+        raise UserError(
+            f"--resolution {resolution}: {name} takes images as they are; leave it out"
+        )
+    return model.clone(resolution=resolution)

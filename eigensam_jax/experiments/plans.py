@@ -7,7 +7,7 @@ record of the last one, so that a plan can choose by what it found.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from eigensam_jax.experiments.methods import Method, by_paper, by_secant
+from eigensam_jax.experiments.methods import Method, by_paper, by_secant, named
 
 TUNING_SEED = 1_000  # which no other run has
 
@@ -70,38 +70,60 @@ class Grids(NamedTuple):
     alphas: Sequence[float]
 
 
+def comparison(
+    names: Sequence[str], rho: float, alpha: float, learning_rate: float, seeds: int
+) -> Plan:
+    """The plan of the named methods at the same ρ and α, seed by seed.
+
+    `sam_matched` is SAM at the mean radius that `eigen_sam` had from the same seed, and
+    comes after it.
+    """
+
+    def plan(done: Done) -> Iterator[Entry]:
+        for seed in range(seeds):
+            for name in names:
+                if name == "sam_matched":
+                    continue
+                job = Job(named(name, rho, alpha), learning_rate, seed)
+                if name == "eigen_sam" and "sam_matched" in names:
+                    yield from with_matched("main", name, job, done)
+                else:
+                    yield Entry("main", name, job)
+
+    return plan
+
+
 def accuracy(grids: Grids, seeds: int) -> Plan:
     """The plan that tunes each method on a validation split, then trains it anew.
 
-    ρ and the learning rate are chosen by accuracy on the validation split, of one seed;
-    on a tie the first. `sam_matched` is SAM at the mean radius that `eigen_sam` had
-    from the same seed, `sam_matched_paper` at that of `eigen_sam_paper`.
+    What a grid has several of is chosen by accuracy on the validation split, of one
+    seed; on a tie the first. `sam_matched` is SAM at the mean radius that `eigen_sam`
+    had from the same seed, `sam_matched_paper` at that of `eigen_sam_paper`.
     """
 
     def plan(done: Done) -> Iterator[Entry]:
 
         def best(
-            row: str, make: Callable[[float], Method], grid: Sequence[float]
+            row: str,
+            grid: Sequence[float],
+            make: Callable[[float], tuple[Method, float]],
         ) -> Iterator[Entry]:
-            jobs = {value: Job(make(value), rate, TUNING_SEED, True) for value in grid}
-            for job in jobs.values():
-                yield Entry("tuning", row, job)
-            chosen[row] = max(grid, key=lambda x: done[jobs[x]]["test_accuracy"])
+            jobs = {value: Job(*make(value), TUNING_SEED, True) for value in grid}
+            chosen[row] = grid[0]
+            if len(grid) > 1:
+                for job in jobs.values():
+                    yield Entry("tuning", row, job)
+                chosen[row] = max(grid, key=lambda x: done[jobs[x]]["test_accuracy"])
 
         chosen: dict[str, float] = {}
-        rates = [
-            Job(Method("sgd"), value, TUNING_SEED, True)
-            for value in grids.learning_rates
-        ]
-        for job in rates:
-            yield Entry("tuning", "sgd", job)
-        rate = max(rates, key=lambda job: done[job]["test_accuracy"]).learning_rate
-        yield from best("sam", lambda rho: Method("sam", rho), grids.rhos)
-        yield from best("asam", lambda rho: Method("asam", rho), grids.asam_rhos)
-        rho = chosen["sam"]
         paper, secant = "eigen_sam_paper", "eigen_sam"
-        yield from best(paper, lambda a: by_paper(rho, a), grids.paper_alphas)
-        yield from best(secant, lambda a: by_secant(rho, a), grids.alphas)
+        yield from best("sgd", grids.learning_rates, lambda x: (Method("sgd"), x))
+        rate = chosen["sgd"]
+        yield from best("sam", grids.rhos, lambda x: (Method("sam", x), rate))
+        yield from best("asam", grids.asam_rhos, lambda x: (Method("asam", x), rate))
+        rho = chosen["sam"]
+        yield from best(paper, grids.paper_alphas, lambda x: (by_paper(rho, x), rate))
+        yield from best(secant, grids.alphas, lambda x: (by_secant(rho, x), rate))
         rows = [
             ("sgd", Method("sgd")),
             ("sam", Method("sam", rho)),

@@ -2,8 +2,8 @@
 
 A page says where a table goes, and leaves its headers to whoever writes the page:
 
-    <!-- report: compare_digits compare -->
-    | optimizer | test acc. % |
+    <!-- report: compare_digits summary main -->
+    | | gradients |
     | --- | --- |
 
 After `report:` come a folder of results (or several, with a + between them), the name
@@ -21,7 +21,6 @@ from typing import Any
 from eigensam_jax.benchmarks import bench_plots, bench_tables, track
 from eigensam_jax.benchmarks import plots as track_plots
 from eigensam_jax.experiments import (
-    compare,
     plots,
     sde,
     sde_tables,
@@ -138,7 +137,6 @@ def _bench(documents: list[Document], model: str) -> Rows:
 
 ROWS: dict[str, Callable[[list[Document], str], list[str]]] = {
     "run": lambda documents, _: provenance(documents[0]),
-    "compare": _of_runs(compare.summary),
     "track": _table(lambda d, alpha: track.summary(d[0]["runs"], float(alpha))),
     "track_differences": _of_runs(track.differences),
     "track_across": _table(lambda d, _: track.across([x["runs"] for x in d])),
@@ -166,21 +164,16 @@ def _draw(root: Path, name: str, document: Document) -> list[Path]:
     config, runs = document.get("config", {}), document.get("runs", [])
     title = ", ".join(str(config[x]) for x in ("dataset", "model") if x in config)
     kind = name.partition("_")[0]
-    if kind == "compare":
-        title += f", {config['seeds']} seeds"
-    if kind == "sde":
+    if kind in study_plots.DRAW:
+        study_plots.DRAW[kind](runs, title, folder / f"{kind}.png")
+    elif kind == "sde":
         sde.draw(document, folder)
     elif kind == "spectrum":
         title += f", {config['optimizer']}"
         plots.spectrum(document, title, folder / "spectrum.png")
     else:
         draw: dict[str, Callable[[], None]] = {
-            "compare": lambda: plots.compare(runs, title, folder / "compare.png"),
             "track": lambda: track_plots.track(runs, title, folder / "track.png"),
-            "accuracy": lambda: study_plots.accuracy(
-                runs, title, folder / "accuracy.png"
-            ),
-            "ablate": lambda: study_plots.ablations(runs, title, folder / "ablate.png"),
             "bench": lambda: (
                 bench_plots.growth(runs, folder / "growth.png")
                 if name.endswith("growth")

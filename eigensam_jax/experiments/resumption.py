@@ -27,7 +27,8 @@ def of_runs(
       trackers: how each tracker is made, where that is to be kept.
 
     Raises:
-      UserError: as `document`.
+      UserError: if the file is of another configuration or other versions, by the name
+        of the first difference, or is none.
     """
     new = {
         "commands": [command],
@@ -37,7 +38,7 @@ def of_runs(
         "wall_time_s": 0.0,
         "runs": [],
     }
-    return document(path, new if trackers is None else new | {"trackers": trackers})
+    return _document(path, new if trackers is None else new | {"trackers": trackers})
 
 
 def add_runs(
@@ -77,15 +78,19 @@ def add_runs(
     results.write(path, document)
 
 
-def document(path: Path, new: dict[str, Any]) -> dict[str, Any]:
-    """The results file at `path` to go on with, or `new` where there is none.
+def _document(path: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """`new` with the runs of the results file at `path`, where there is one.
 
     Args:
       path: of `results.json`, in the folder of `--out`.
-      new: the results of this call, before its first run.
+      new: the results of this call, before its first run: `config` is all that the
+        figures of every run depend on, in types that JSON knows; `commands` are added
+        to those before; `trackers`, if there, say how each is made, and those of the
+        file that are not among them may be any, and are kept.
 
     Raises:
-      UserError: if the file is of another configuration or other versions, or is none.
+      UserError: if the file is of another configuration or other versions, by the name
+        of the first difference, or is none.
     """
     try:
         old = json.loads(path.read_text())
@@ -96,52 +101,27 @@ def document(path: Path, new: dict[str, Any]) -> dict[str, Any]:
         return new
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--out {path.parent}: its results.json cannot be read as one of this "
+            f"--out {path.parent}: its {path.name} cannot be read as one of this "
             f"command ({error!r}); name another folder"
         ) from error
-    return carried_on(path.parent, old, new)
-
-
-def carried_on(out: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`new` with the runs of `old`.
-
-    Args:
-      out: the folder of `--out`.
-      old: results of an earlier call.
-      new: those of this call: `config` is all that the figures of every run depend on,
-        in types that JSON knows; `commands`, if there, are added to those before;
-        `trackers`, if there, say how each is made, and those of `old` that are not
-        among them may be any, and are kept.
-
-    Raises:
-      UserError: for the first difference, by its name.
-    """
     for key in ("config", "versions", "device"):
-        _check_same(out, old[key], new[key])
-    carried = ("command", "wall_time_s", "runs")
-    kept: dict[str, Any] = {key: old[key] for key in carried if key in new}
-    if "commands" in new:
-        kept["commands"] = list(dict.fromkeys([*old["commands"], *new["commands"]]))
+        _check_same(path.parent, old[key], new[key])
+    kept: dict[str, Any] = {key: old[key] for key in ("wall_time_s", "runs")}
+    kept["commands"] = list(dict.fromkeys([*old["commands"], *new["commands"]]))
     if "trackers" in new:
         kept["trackers"] = new["trackers"] | old["trackers"]
-        _check_same(out, kept["trackers"], kept["trackers"] | new["trackers"])
+        _check_same(path.parent, kept["trackers"], kept["trackers"] | new["trackers"])
     return new | kept
-
-
-def is_unfinished(path: Path) -> bool:
-    """Whether the results at `path` are of a command that did not come to its end."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and found.get("complete") is False
 
 
 def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     for key in {**before, **now}:
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            _check_same(out, one, other)
         # The folder may have been moved, or be named in another way.
-        if key != "out" and before.get(key) != now.get(key):
+        elif key != "out" and one != other:
             raise UserError(
                 f"--out {out} holds results of another configuration "
-                f"({key} {before.get(key)}, now {now.get(key)}); name another folder"
+                f"({key} {one}, now {other}); name another folder"
             )

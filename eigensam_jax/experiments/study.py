@@ -1,4 +1,4 @@
-"""`eigensam accuracy` and `eigensam ablate`: many runs of one network, by a plan."""
+"""`eigensam compare`, `accuracy` and `ablate`: many runs of one network, by a plan."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,6 +20,8 @@ from eigensam_jax.experiments import (
     data,
     losses,
     measures,
+    models,
+    pretrained,
     results,
     resumption,
     study_plots,
@@ -31,8 +33,8 @@ from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.measures import Measurement
 from eigensam_jax.experiments.methods import Method
-from eigensam_jax.experiments.models import MODELS
 from eigensam_jax.experiments.plans import PARTS, Job, Plan, Record
+from eigensam_jax.experiments.pretrained import Pretrained
 from eigensam_jax.experiments.training_steps import TrainState
 
 CURVATURE_EXAMPLES = 5_000
@@ -60,6 +62,10 @@ class Config(NamedTuple):
       plan: the options of the plan.
       out: where results go.
       file: the name of the results file.
+      train_examples: how many of the training images there are; None for all.
+      pretrained: the file of what the network begins from; None for nothing.
+      resolution: height and width that the network resizes images to; None for its own.
+      curvature_examples: training images that λ_max is taken on at the end.
     """
 
     dataset: str
@@ -73,9 +79,13 @@ class Config(NamedTuple):
     plan: dict[str, Any]
     out: Path
     file: str
+    train_examples: int | None = None
+    pretrained: Path | None = None
+    resolution: int | None = None
+    curvature_examples: int = CURVATURE_EXAMPLES
 
 
-def run(config: Config, plan: Plan, command: str, console: Console) -> None:
+def run(config: Config, plan: Plan, kind: str, command: str, console: Console) -> None:
     """Does the runs that are missing; leaves a results file and a plot in `config.out`.
 
     The results file is brought up to date after each run, and a run in progress has a
@@ -84,6 +94,7 @@ def run(config: Config, plan: Plan, command: str, console: Console) -> None:
     Args:
       config: what all runs share.
       plan: what to run.
+      kind: the name of the command, a key of `study_plots.DRAW`.
       command: the command line, for the results file.
       console: where progress and the tables go.
 
@@ -91,25 +102,26 @@ def run(config: Config, plan: Plan, command: str, console: Console) -> None:
       UserError: for what can't be run, before any training; or when a run diverges.
       KeyboardInterrupt: passed on, with the finished runs on disk.
     """
-    _check_tables(config)
-    dataset = data.load(config.dataset, config.data_dir)
+    _check(config)
+    weights = None
+    if config.pretrained is not None:
+        weights = pretrained.load(config.pretrained, config.model)
+    dataset = _first(data.load(config.dataset, config.data_dir), config)
     training.check_batch_size(config.batch_size, config.dataset, dataset)
     results.make_folder(config.out)
     path = config.out / config.file
-    document = resumption.of_runs(path, command, _protocol(config, dataset))
-    missing = _records(config, dataset, plan, document["runs"], console)
+    document = resumption.of_runs(path, command, _protocol(config, dataset, weights))
+    trainer = _Trainer(config, with_label_noise(dataset, config.label_noise), weights)
+    missing = _records(trainer, plan, document["runs"], console)
     resumption.add_runs(path, document, missing, lambda runs: runs, console)
     (config.out / CHECKPOINT).unlink(missing_ok=True)
     runs, title = document["runs"], f"{config.dataset}, {config.model}"
     for table in study_tables.all_tables(runs, title):
         console.print(table)
-    is_main = any(run["table"] == "main" for run in runs)
-    draw = study_plots.accuracy if is_main else study_plots.ablations
-    plot = config.out / ("accuracy.png" if is_main else "ablate.png")
-    draw(runs, title, plot)
+    plot = config.out / f"{kind}.png"
+    study_plots.DRAW[kind](runs, title, plot)
     console.print(
-        "Means over seeds with 95% intervals; differences are paired by seed. "
-        "gradients: evaluations a step, a product counted as two. λ_max on "
+        "Means over seeds with 95% intervals; differences are paired by seed. λ_max on "
         f"{document['config']['curvature_examples']} training images.\n"
         f"Results: {path}   Plot: {plot}   Wall time: {document['wall_time_s']:.0f} s"
     )
@@ -132,14 +144,27 @@ def for_tuning(dataset: Dataset) -> Dataset:
     return Dataset(images[kept], labels[kept], images[held], labels[held])
 
 
-def _check_tables(config: Config) -> None:
+def _first(dataset: Dataset, config: Config) -> Dataset:
+    """The data set with as many of its training images as wanted."""
+    wanted, examples = config.train_examples, len(dataset.train_labels)
+    if wanted is not None and wanted > examples:
+        raise UserError(
+            f"--train-examples {wanted} is more than the {examples} training images of "
+            f"{config.dataset}; use at most {examples}"
+        )
+    images, labels = dataset.train_images[:wanted], dataset.train_labels[:wanted]
+    return dataset._replace(train_images=images, train_labels=labels)
+
+
+def _check(config: Config) -> None:
     """Raises UserError where the network or the batch does not fit an option."""
+    model = models.make(config.model, 10, config.resolution)
     if config.label_noise > 1:
         raise UserError(
             f"--label-noise {config.label_noise:g} is a share of the labels; use at "
             "most 1"
         )
-    names, model = config.plan.get("tables", ()), MODELS[config.model](10)
+    names = config.plan.get("tables", ())
     has_norms = "train" in signature(type(model).__call__).parameters
     if "norms" in names and not has_norms:
         raise UserError(
@@ -158,32 +183,30 @@ def _check_tables(config: Config) -> None:
         )
 
 
-def _protocol(config: Config, dataset: Dataset) -> dict[str, Any]:
+def _protocol(
+    config: Config, dataset: Dataset, weights: Pretrained | None
+) -> dict[str, Any]:
     examples = len(dataset.train_images)
     return {
         **config._asdict(),
         "data_dir": config.data_dir and str(config.data_dir),
         "out": str(config.out),
+        "pretrained": weights and weights.record(),
         **training.protocol(dataset),
-        "curvature_examples": min(examples, CURVATURE_EXAMPLES),
-        "look_examples": min(examples, LOOK_EXAMPLES),
+        "curvature_examples": min(examples, config.curvature_examples),
+        "look_examples": min(examples, config.curvature_examples, LOOK_EXAMPLES),
         "curvature_tolerance": TOLERANCE,
         "alignment_batches": measures.ALIGNMENT_BATCHES,
     }
 
 
 def _records(
-    config: Config,
-    dataset: Dataset,
-    plan: Plan,
-    runs: list[Record],
-    console: Console,
+    trainer: "_Trainer", plan: Plan, runs: list[Record], console: Console
 ) -> Iterator[Record]:
     """The records that `runs` lacks; of a job that is done, another row's is copied."""
     known = {(run["table"], run["row"], run["job"]): run for run in runs}
     done: dict[Job, Record] = {}
     total = sum(1 for _ in plan(_Anything()))
-    trainer = _Trainer(config, with_label_noise(dataset, config.label_noise))
     with tables.progress_bar(console) as progress:
         task = progress.add_task("", total=total)
         for table, row, job in plan(done):
@@ -206,20 +229,36 @@ class _Anything(dict[Job, Record]):
 
 
 class _Trainer:
-    """Does a job; one that has a checkpoint goes on from there."""
+    """Does a job; one that has a checkpoint goes on from there.
 
-    def __init__(self, config: Config, dataset: Dataset):
-        self.config, self.dataset = config, dataset
+    A candidate that diverges counts as the worst: no image is classified correctly.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset, weights: Pretrained | None):
+        self.config, self.dataset, self.weights = config, dataset, weights
+        self.unfinished = checkpoints.read(config.out / CHECKPOINT) or {}
         self.runs: dict[tuple[float, bool], tuple[training.Run[Look], int]] = {}
 
     def __call__(self, job: Job) -> Record:
-        path = self.config.out / CHECKPOINT
-        found = checkpoints.read(path) or {}
+        described = {
+            "method": job.method._asdict(),
+            "learning_rate": job.learning_rate,
+            "seed": job.seed,
+            "tuning": job.tuning,
+        }
+        try:
+            return described | self._figures(job)
+        except training.DivergedError as error:
+            if not job.tuning:
+                raise
+            return described | {"test_accuracy": 0.0, "diverged": str(error)}
+
+    def _figures(self, job: Job) -> Record:
         curves: Curves = {"step": [], "radius": []}
         curves |= {key: [] for key in Measurement._fields}
         saved = None
-        if found.get("job") == str(job):
-            curves, saved = found["curves"], found["progress"]
+        if self.unfinished.get("job") == str(job):
+            curves, saved = self.unfinished["curves"], self.unfinished["progress"]
         run, total_steps = self._run_of(job)
         for point in run(job.method, job.seed, saved):
             if point.measurement is None:
@@ -230,12 +269,8 @@ class _Trainer:
             if point.step < total_steps:
                 progress = serialization.to_state_dict(point.progress)
                 state = {"job": str(job), "curves": curves, "progress": progress}
-                checkpoints.write(path, state)
+                checkpoints.write(self.config.out / CHECKPOINT, state)
         return {
-            "method": job.method._asdict(),
-            "learning_rate": job.learning_rate,
-            "seed": job.seed,
-            "tuning": job.tuning,
             "gradients": job.method.gradients(total_steps),
             "training_time_s": point.progress.seconds,
             **{key: curve[-1] for key, curve in curves.items()},
@@ -255,10 +290,14 @@ class _Trainer:
                 job.learning_rate,
                 1 if job.tuning else config.looks,
                 augmentation.of(config.dataset, config.augment),
+                self.weights and self.weights.begin,
             )
-            model = MODELS[config.model](self.dataset.num_classes)
+            classes = self.dataset.num_classes
+            model = models.make(config.model, classes, config.resolution)
             steps = len(dataset.train_labels) // config.batch_size * config.epochs
-            measure = _make_measure(model, dataset, settings, job.tuning, steps)
+            at_look = min(LOOK_EXAMPLES, config.curvature_examples)
+            at_end = at_look if job.tuning else config.curvature_examples
+            measure = _make_measure(model, dataset, settings, at_look, at_end, steps)
             run = training.make_run(model, dataset, measure, settings)
             self.runs[key] = run, steps
         return self.runs[key]
@@ -268,15 +307,15 @@ def _make_measure(
     model: nn.Module,
     dataset: Dataset,
     settings: training.Settings,
-    tuning: bool,
+    at_look: int,
+    at_end: int,
     steps: int,
 ) -> training.Measure[Look]:
     """What looks at a network: nothing at the start, closely at the end only."""
     loss = losses.cross_entropy(model)
     top = measures.make_top_eigenpair(loss, _NUM_VECTORS, TOLERANCE)
     make = partial(measures.make_measure, model, dataset, settings.batch_size)
-    look = make(LOOK_EXAMPLES, top, LOOK_EXAMPLES)
-    end = make(LOOK_EXAMPLES if tuning else CURVATURE_EXAMPLES, top)
+    look, end = make(at_look, top, LOOK_EXAMPLES), make(at_end, top)
 
     def measure(
         method: Method, state: TrainState, start: Any

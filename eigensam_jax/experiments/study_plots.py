@@ -1,6 +1,6 @@
-"""Plots of the results files of `eigensam accuracy` and `eigensam ablate`."""
+"""Plots of the results files of `eigensam compare`, `accuracy` and `ablate`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,26 @@ from eigensam_jax.experiments.tables import half_interval
 Record = dict[str, Any]
 
 _LABELS = {
+    "train_loss": "training loss",
+    "test_accuracy": "test accuracy %",
     "lambda_max": "λ_max of the training loss",
     "alignment": "alignment |cos(ε, v_top)|",
-    "test_accuracy": "test accuracy %",
 }
+
+
+def compare(runs: Sequence[Record], title: str, path: Path) -> None:
+    """Draws all that was measured over training.
+
+    Bands are standard deviations over seeds.
+    """
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    figure.suptitle(title)
+    for axes, key in zip(figure.subplots(2, 2).flat, _LABELS, strict=True):
+        _over_training(axes, by_row(runs, "main"), key)
+        if key in ("train_loss", "lambda_max"):
+            axes.set_yscale("log")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=110)
 
 
 def accuracy(runs: Sequence[Record], title: str, path: Path) -> None:
@@ -30,19 +46,10 @@ def accuracy(runs: Sequence[Record], title: str, path: Path) -> None:
     figure.suptitle(title)
     panels = figure.subplots(1, 3)
     found = by_row(runs, "main")
+    few = ("sgd", "sam", "eigen_sam_paper", "eigen_sam")
+    drawn = {name: of_row for name, of_row in found.items() if name in few}
     for axes, key in zip(panels, ("lambda_max", "alignment"), strict=False):
-        for name, of_row in found.items():
-            if name == "asam" or "matched" in name:
-                continue
-            values = np.array([run["curves"][key] for run in of_row])
-            steps, mean = of_row[0]["curves"]["step"], values.mean(0)
-            spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
-            axes.plot(steps, mean, ".-", color=COLOURS[name], label=name)
-            axes.fill_between(
-                steps, mean - spread, mean + spread, color=COLOURS[name], alpha=0.2
-            )
-        axes.set(xlabel="step", title=_LABELS[key])
-        axes.grid(alpha=0.3)
+        _over_training(axes, drawn, key)
     panels[0].legend()
     for name, of_row in found.items():
         _point(panels[2], of_row, "lambda_max", COLOURS[name], name)
@@ -53,7 +60,7 @@ def accuracy(runs: Sequence[Record], title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def ablations(runs: Sequence[Record], title: str, path: Path) -> None:
+def ablate(runs: Sequence[Record], title: str, path: Path) -> None:
     """Draws accuracy and λ_max of each row against radius, or against gradients spent.
 
     A row of panels a table. Bars are 95% intervals over seeds.
@@ -79,6 +86,30 @@ def ablations(runs: Sequence[Record], title: str, path: Path) -> None:
             axes.grid(alpha=0.3)
         panels[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
+
+
+DRAW: dict[str, Callable[[Sequence[Record], str, Path], None]] = {
+    "compare": compare,
+    "accuracy": accuracy,
+    "ablate": ablate,
+}
+
+
+def _over_training(axes: Axes, found: dict[str, list[Record]], key: str) -> None:
+    """A figure at each look: a colour a method, mean ± standard deviation."""
+    factor = 100 if key == "test_accuracy" else 1
+    for name, of_row in found.items():
+        values = factor * np.array([run["curves"][key] for run in of_row])
+        steps, mean = of_row[0]["curves"]["step"], values.mean(0)
+        spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
+        # On a logarithmic scale there is no place for what is below zero.
+        low = np.maximum(mean - spread, values.min(0))
+        colour = COLOURS[name]
+        style = ".--" if "matched" in name else ".-"
+        axes.plot(steps, mean, style, color=colour, label=name)
+        axes.fill_between(steps, low, mean + spread, color=colour, alpha=0.2)
+    axes.set(xlabel="step", title=_LABELS[key])
+    axes.grid(alpha=0.3)
 
 
 def _point(

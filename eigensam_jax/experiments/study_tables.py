@@ -1,4 +1,4 @@
-"""What the results files of `eigensam accuracy` and `eigensam ablate` say, in rows."""
+"""What the results files of `compare`, `accuracy` and `ablate` say, in rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +34,8 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
         if name == "tuning":
             result.append(tables.table(heading, ("", *TUNING_HEADERS), tuning(runs)))
             continue
-        result.append(tables.table(heading, ("", *HEADERS), summary(runs, name)))
+        rows = [[row, *cells] for row, _, _, *cells in summary(runs, name)]
+        result.append(tables.table(heading, ("", *PAIRED_HEADERS), rows))
         if pairs := paired(runs, name):
             result.append(tables.table("differences", ("", *PAIRED_HEADERS), pairs))
     return result
@@ -83,13 +84,14 @@ def tuning(runs: Sequence[Record]) -> list[list[str]]:
         for run in of_row:
             method, accuracy = run["method"], run["test_accuracy"]
             is_eigen = method["optimizer"] == "eigen_sam"
+            mark = " ←" if accuracy == best else ""
             rows.append(
                 [
                     row,
                     f"{run['learning_rate']:g}",
                     f"{method['rho']:g}" if row != "sgd" else "–",
                     f"{method['alpha']:g}" if is_eigen else "–",
-                    f"{100 * accuracy:.2f}" + (" ←" if accuracy == best else ""),
+                    "diverged" if "diverged" in run else f"{100 * accuracy:.2f}{mark}",
                 ]
             )
     return rows

@@ -22,6 +22,10 @@ from eigensam_jax.experiments.training_steps import Begin, TrainState
 Measurement = TypeVar("Measurement")
 
 
+class DivergedError(UserError):
+    """A run whose loss is not finite."""
+
+
 class Settings(NamedTuple):
     """What all runs of a comparison share.
 
@@ -225,7 +229,7 @@ def make_run(
             try:
                 measurement, top = measure(method, state, top)
             except FloatingPointError as error:
-                raise UserError(
+                raise DivergedError(
                     f"{method.optimizer}, seed {seed}: {error} after {done} steps; "
                     f"lower --learning-rate (now {settings.learning_rate:g}) or --rho "
                     f"(now {method.rho:g})"

@@ -213,13 +213,16 @@ def test_cnn6_has_six_layers():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", ["compare --optimizers eigen_sam", "spectrum --examples 64"]
+    "command",
+    [
+        "compare --optimizers eigen_sam --curvature-examples 64",
+        "spectrum --examples 64",
+    ],
 )
 @pytest.mark.parametrize("model", ["resnet18", "vit"])
 def test_the_commands_take_large_networks(command, model, tmp_path, monkeypatch):
     few = tuple(array[:256] for array in data.LOADERS["digits"](None))
     monkeypatch.setitem(data.LOADERS, "digits", lambda folder: few)
-    monkeypatch.setattr(measures, "CURVATURE_EXAMPLES", 64)
     monkeypatch.setattr(resnet, "_STAGES", ((8, 2),))  # soon compiled
     monkeypatch.setitem(
         models.MODELS, "vit", lambda n: vit.ViT(n, width=8, depth=1, heads=2)

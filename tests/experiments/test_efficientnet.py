@@ -30,10 +30,8 @@ from test_torch_file import Storage, tensor, written
 
 from eigensam_jax.experiments import (
     cli,
-    data,
     efficientnet,
     losses,
-    measures,
     models,
     pretrained,
     training_steps,
@@ -333,25 +331,22 @@ def test_a_run_starts_from_the_file(tmp_path, monkeypatch):
 
 
 COMMAND = "compare --smoke --optimizers sgd --batch-size 64 --model efficientnet_lite0"
+COMMAND += " --train-examples 64 --curvature-examples 16 --resolution 8"
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
-def test_the_command_records_the_file(tmp_path, monkeypatch, capsys):
-    few = tuple(array[:64] for array in data.LOADERS["digits"](None))
-    monkeypatch.setitem(data.LOADERS, "digits", lambda folder: few)
-    monkeypatch.setattr(measures, "CURVATURE_EXAMPLES", 16)
-    make = lambda classes: efficientnet.EfficientNetLite0(classes, resolution=8)
-    monkeypatch.setitem(models.MODELS, "efficientnet_lite0", make)
+def test_the_command_records_the_file(tmp_path, capsys):
     path, out = tmp_path / "weights.pth", tmp_path / "out"
     digest = hashlib.sha256(write(path, small_dict())).hexdigest()
     command = [*COMMAND.split(), "--pretrained", str(path), "--out", str(out)]
     assert cli.main(command) == 0
     config = json.loads((out / "results.json").read_text())["config"]
     assert config["pretrained"] == {"file": "weights.pth", "sha256": digest}
+    assert (config["resolution"], config["curvature_examples"]) == (8, 16)
     write(path, small_dict(seed=1))
-    assert cli.main([*command, "--resume"]) == 2
-    assert "results of another configuration (pretrained" in capsys.readouterr().err
+    assert cli.main(command) == 2
+    assert "results of another configuration (sha256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -68,3 +68,29 @@ def test_an_ablation_changes_one_thing_from_every_seed(table):
     matched = [e.job.method for e in by_seed[1] if "matched" in e.row]
     assert all(method == Method("sam", 1.5) for method in matched)
     assert bool(matched) == (table in plans.MATCHED)
+
+
+def test_where_there_is_nothing_to_choose_nothing_is_tried():
+    grids = GRIDS._replace(learning_rates=(0.3,), alphas=(3.0,))
+    entries = followed(plans.accuracy(grids, seeds=1), lambda job: 0.5)
+    tried = {e.row for e in entries if e.table == "tuning"}
+    assert tried == {"sam", "asam", "eigen_sam_paper"}
+    (ours,) = (e for e in entries if e.row == "eigen_sam")
+    assert ours.job == plans.Job(by_secant(0.1, 3.0), 0.3, 0)
+
+
+def test_a_comparison_is_at_the_same_rho_and_alpha_from_every_seed():
+    names = ("sam_matched", "eigen_sam", "eigen_sam_paper", "sam", "sgd")
+    plan = plans.comparison(names, 0.2, 1.0, 0.3, seeds=2)
+    entries = followed(plan, lambda job: 0.5)
+    assert {(e.table, e.job.learning_rate, e.job.tuning) for e in entries} == {
+        ("main", 0.3, False)
+    }
+    assert [(e.row, e.job.method) for e in entries if e.job.seed == 1] == [
+        ("eigen_sam", by_secant(0.2, 1.0)),
+        ("sam_matched", Method("sam", 1.5)),
+        ("eigen_sam_paper", by_paper(0.2, 1.0)),
+        ("sam", Method("sam", 0.2)),
+        ("sgd", Method("sgd")),
+    ]
+    assert [e.job.seed for e in entries] == 5 * [0] + 5 * [1]

@@ -12,7 +12,7 @@ from eigensam_jax.experiments import cli, report
 ROOT = Path(__file__).parents[2]
 FOUND = report.results_of(ROOT)
 PAGES = list(report.pages_of(ROOT))
-MARK = "<!-- report: compare_digits compare -->\n"
+MARK = "<!-- report: compare_digits summary main -->\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
@@ -45,7 +45,7 @@ def test_a_page_without_marks_stays_as_it_is():
     assert report.rendered("| a |\n| --- |\n| 1 |\n", FOUND, "page").endswith("| 1 |\n")
 
 
-@pytest.mark.parametrize("mark", ["nowhere compare", "compare_digits nothing"])
+@pytest.mark.parametrize("mark", ["nowhere summary", "compare_digits nothing"])
 def test_what_there_is_not_is_named(mark):
     page = f"<!-- report: {mark} -->\n| a |\n| --- |\n"
     with pytest.raises(report.UserError, match=mark.split()[0]) as raised:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,15 +22,15 @@ from eigensam_jax.experiments import (
     measures,
     methods,
     models,
-    plots,
     results,
+    study_plots,
     training,
 )
-from eigensam_jax.experiments.compare import CHECKPOINT
-from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.study import CHECKPOINT
 
-SMALL = ["compare", "--smoke", "--optimizers", "eigen_sam", "sam_matched"]
-LOOKS = 3  # at a run
+LOOKS = 3  # at a run, of which the last leaves no checkpoint
+SMALL = ["compare", "--smoke", "--epochs", "2", "--looks", str(LOOKS)]
+SMALL += ["--optimizers", "eigen_sam", "sam_matched"]
 FILES = ["compare.png", "results.json"]
 
 
@@ -40,13 +39,13 @@ class Killed(BaseException):
 
 
 def figures(out):
-    """The results file without times and the command line."""
+    """The results file without times and command lines."""
     found = json.loads((out / "results.json").read_text())
     assert found["complete"] is True
     for run in found["runs"]:
-        assert run.pop("step_time_ms") > 0
+        assert run.pop("training_time_s") > 0
     assert found.pop("wall_time_s") > 0
-    del found["command"], found["config"]["out"]
+    del found["commands"], found["config"]["out"]
     return found
 
 
@@ -91,7 +90,8 @@ def quick():
         patch.setitem(models.MODELS, "mlp", Tiny)
         patch.setattr(methods, "by_secant", refreshing)
         patch.setattr(measures, "make_measure", make_measure)
-        patch.setattr(plots, "compare", lambda runs, title, path: path.touch())
+        touch = lambda runs, title, path: path.touch()
+        patch.setitem(study_plots.DRAW, "compare", touch)
         yield
 
 
@@ -128,8 +128,8 @@ def killed(arguments, *, at, by=Killed, module=checkpoints, before=False):
 
 
 def test_killed_after_every_checkpoint_it_comes_to_the_same(unbroken, tmp_path):
-    command = [*SMALL, "--resume", "--out", str(tmp_path)]
-    for _ in range(2 * LOOKS):
+    command = [*SMALL, "--out", str(tmp_path)]
+    for _ in range(2 * (LOOKS - 1)):
         killed(command, at=1)
     assert cli.main(command) == 0
     assert figures(tmp_path) == figures(unbroken)
@@ -140,29 +140,26 @@ def test_killed_after_every_checkpoint_it_comes_to_the_same(unbroken, tmp_path):
     "where",
     [
         {"at": 2, "before": True},
-        {"at": LOOKS, "before": True},  # the results file is ahead
+        {"at": LOOKS, "before": True},
+        {"at": 1, "module": results, "before": True},
         {"at": 1, "module": results},
     ],
-    ids=["in a checkpoint", "between two files", "after the results file"],
+    ids=["in a checkpoint", "in the next run's", "before results", "after results"],
 )
 def test_killed_in_between_it_comes_to_the_same(where, unbroken, tmp_path):
-    killed([*SMALL, "--out", str(tmp_path)], **where)
-    assert cli.main([*SMALL, "--resume", "--out", str(tmp_path)]) == 0
+    command = [*SMALL, "--out", str(tmp_path)]
+    killed(command, **where)
+    assert cli.main(command) == 0
     assert figures(tmp_path) == figures(unbroken)
-    assert sorted(p.name for p in tmp_path.iterdir()) == FILES
+    assert {*FILES} <= {p.name for p in tmp_path.iterdir()}
 
 
 @pytest.fixture(scope="module")
-def unfinished(unbroken, tmp_path_factory):
-    """In the middle of a first run, where other results have been before."""
+def unfinished(quick, tmp_path_factory):
+    """In the middle of the second run."""
     out = tmp_path_factory.mktemp("unfinished")
-    shutil.copytree(unbroken, out, dirs_exist_ok=True)
-    killed([*SMALL, "--seeds", "2", "--out", str(out)], at=2)
+    killed([*SMALL, "--out", str(out)], at=LOOKS)
     return out
-
-
-def test_the_results_of_before_stay_until_there_are_new_ones(unfinished, unbroken):
-    assert figures(unfinished) == figures(unbroken)
 
 
 def untouched(out, arguments, capsys, monkeypatch):
@@ -178,12 +175,13 @@ def untouched(out, arguments, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
-        ("--seeds 1", "(seeds 2, now 1)"),
-        ("--seeds 2 --alpha 0.5", "(alpha 0.2, now 0.5)"),
-        ("--seeds 2 --batch-size 64", "(batch_size 128, now 64)"),
-        ("--seeds 2 --model cnn", "(model mlp, now cnn)"),
+        ("--alpha 0.5", "(alpha 0.2, now 0.5)"),
+        ("--batch-size 64", "(batch_size 128, now 64)"),
+        ("--model cnn", "(model mlp, now cnn)"),
+        ("--train-examples 1000", "(train_examples 1437, now 1000)"),
+        ("--curvature-examples 9", "(curvature_examples 1437, now 9)"),
         (
-            "--seeds 2 --optimizers sgd",
+            "--optimizers sgd",
             "(optimizers ['eigen_sam', 'sam_matched'], now ['sgd'])",
         ),
     ],
@@ -191,20 +189,10 @@ def untouched(out, arguments, capsys, monkeypatch):
 def test_another_configuration_is_refused_by_name(
     options, difference, unfinished, capsys, monkeypatch
 ):
-    command = [*SMALL, *options.split(), "--resume"]
+    command = [*SMALL, *options.split()]
     error = untouched(unfinished, command, capsys, monkeypatch)
     assert difference in error
     assert "name another folder" in error
-
-
-def test_without_resume_what_is_unfinished_is_not_lost(
-    unfinished, unbroken, tmp_path, capsys, monkeypatch
-):
-    """Neither a run in progress nor finished ones, of which there is no checkpoint."""
-    assert "add --resume" in untouched(unfinished, SMALL, capsys, monkeypatch)
-    document = json.loads((unbroken / "results.json").read_text())
-    results.write(tmp_path / "results.json", document | {"complete": False})
-    assert "add --resume" in untouched(tmp_path, SMALL, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("damage", ["cut off", "changed", "empty"])
@@ -215,45 +203,50 @@ def test_a_damaged_checkpoint_is_refused(
     content[len(content) // 2] ^= 1
     damaged = {"cut off": content[:-1], "changed": content, "empty": b""}[damage]
     (tmp_path / CHECKPOINT).write_bytes(damaged)
-    error = untouched(tmp_path, [*SMALL, "--resume"], capsys, monkeypatch)
+    error = untouched(tmp_path, SMALL, capsys, monkeypatch)
     assert "is damaged; delete it" in error
 
 
-def test_resume_begins_where_there_is_nothing_and_has_nothing_to_do_at_the_end(
+def test_a_results_file_of_something_else_is_refused(
     unbroken, tmp_path, capsys, monkeypatch
 ):
-    command = [*SMALL, "--resume", "--out", str(tmp_path)]
+    for content in ("{}", "no json"):
+        (tmp_path / "results.json").write_text(content)
+        assert "name another folder" in untouched(tmp_path, SMALL, capsys, monkeypatch)
+
+
+def test_it_has_nothing_to_do_at_the_end(unbroken, tmp_path, capsys, monkeypatch):
+    command = [*SMALL, "--out", str(tmp_path)]
     assert cli.main(command) == 0
-    assert figures(tmp_path) == figures(unbroken)
-    before = json.loads((tmp_path / "results.json").read_text())["runs"]
+    before = json.loads((tmp_path / "results.json").read_text())
     printed = capsys.readouterr().out
     monkeypatch.setattr(training, "make_run", None)
     assert cli.main(command) == 0
     assert capsys.readouterr().out == printed
-    assert json.loads((tmp_path / "results.json").read_text())["runs"] == before
+    assert json.loads((tmp_path / "results.json").read_text()) == before
 
 
 def test_a_folder_that_was_moved_is_gone_on_with(unbroken, tmp_path):
-    killed([*SMALL, "--out", str(tmp_path / "before")], at=LOOKS + 1)
+    killed([*SMALL, "--out", str(tmp_path / "before")], at=LOOKS)
     now = (tmp_path / "before").rename(tmp_path / "now")
-    assert cli.main([*SMALL, "--resume", "--out", str(now)]) == 0
+    assert cli.main([*SMALL, "--out", str(now)]) == 0
     assert figures(now) == figures(unbroken)
 
 
 def test_finished_runs_are_kept_where_the_checkpoint_is_lost(unbroken, tmp_path):
-    killed([*SMALL, "--out", str(tmp_path)], at=LOOKS + 1)
+    killed([*SMALL, "--out", str(tmp_path)], at=LOOKS)
     (tmp_path / CHECKPOINT).unlink()
-    assert cli.main([*SMALL, "--resume", "--out", str(tmp_path)]) == 0
+    assert cli.main([*SMALL, "--out", str(tmp_path)]) == 0
     assert figures(tmp_path) == figures(unbroken)
 
 
-def test_a_run_that_diverged_is_not_in_the_way(quick, tmp_path, capsys, monkeypatch):
+def test_a_run_that_diverges_ends_the_command(quick, tmp_path, capsys, monkeypatch):
     make_run = training.make_run
 
     def diverging(*args):
         def run(*job):
             yield next(make_run(*args)(*job))
-            raise UserError("lower --learning-rate")
+            raise training.DivergedError("lower --learning-rate")
 
         return run
 
@@ -266,13 +259,12 @@ def test_a_run_that_diverged_is_not_in_the_way(quick, tmp_path, capsys, monkeypa
 
 
 def test_an_interruption_says_how_to_go_on(unbroken, tmp_path, capsys):
-    command = [*SMALL, "--resume", "--out", str(tmp_path)]
+    command = [*SMALL, "--out", str(tmp_path)]
     killed(command, at=2, by=KeyboardInterrupt)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "No run was finished; --resume goes on from there." in said
-    killed(command, at=2, by=KeyboardInterrupt)
+    assert "No run was finished." in capsys.readouterr().out
+    killed(command, at=1, by=KeyboardInterrupt)
     said = "".join(capsys.readouterr().out.split())  # broken anywhere in the path
-    assert "results.json;--resumegoesonfromthere." in said
+    assert "results.json;thesamecommandgoesonfromthere." in said
     assert cli.main(command) == 0
     assert figures(tmp_path) == figures(unbroken)
 
@@ -286,7 +278,7 @@ def test_sigkill_at_random_times(seed, tmp_path):
     command += ["--epochs", "20", "--out"]
     once, again = tmp_path / "once", tmp_path / "again"
     subprocess.run([*command, once], check=True, capture_output=True)
-    checkpoint, command = again / CHECKPOINT, [*command, again, "--resume"]
+    checkpoint, command = again / CHECKPOINT, [*command, again]
     written = lambda: checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
     for _ in range(3):
         before = written()

@@ -55,7 +55,7 @@ def figures(out):
     found = json.loads(path.read_text())
     assert found["complete"] is True
     for run in found["runs"]:
-        assert run.pop("training_time_s") > 0
+        assert run.pop("training_time_s", 1) > 0  # none where it diverged
     return found["runs"]
 
 
@@ -133,6 +133,16 @@ def test_label_noise_changes_its_share_of_the_training_labels_alone():
     np.testing.assert_array_equal(noisy.test_labels, digits.test_labels)
     clean = study.with_label_noise(digits, 0.0)
     np.testing.assert_array_equal(clean.train_labels, digits.train_labels)
+
+
+def test_a_candidate_that_diverges_is_not_chosen(tmp_path):
+    rates = ["--learning-rates", "1e30", "0.05", "--out", str(tmp_path)]
+    assert cli.main([*ACCURACY, *rates]) == 0
+    first, second, *others = figures(tmp_path)
+    assert first["learning_rate"] == 1e30
+    assert "lower --learning-rate (now 1e+30)" in first["diverged"]
+    assert first["test_accuracy"] == 0 < second["test_accuracy"]
+    assert {run["learning_rate"] for run in others} == {0.05}
 
 
 def test_a_run_that_two_tables_share_is_done_once(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ def run(table, row, seed, accuracy, **more):
     figures = {"train_loss": 0.5, "lambda_max": 2.0 + seed, "alignment": 0.25}
     method = {"optimizer": row, "rho": 0.1, "alpha": 1.0}
     curves = {"step": [5, 10], "lambda_max": [1.0 + seed, 2.0], "alignment": [0.1, 0.2]}
+    curves |= {"train_loss": [0.9, 0.5], "test_accuracy": [0.5, accuracy]}
     return {
         **{"table": table, "row": row, "seed": seed, "test_accuracy": accuracy},
         **{"method": method, "learning_rate": 0.05, "gradients": 2.0, "radius": 0.125},
@@ -61,7 +62,9 @@ def test_an_ablation_is_paired_within_its_setting():
 
 def test_the_best_of_each_method_is_marked():
     runs = [run("tuning", "sam", 0, x) for x in (0.5, 0.75)]
-    assert [row[-1] for row in study_tables.tuning(runs)] == ["50.00", "75.00 ←"]
+    runs.append(run("tuning", "sam", 0, 0.0, diverged="the training loss is nan"))
+    cells = [row[-1] for row in study_tables.tuning(runs)]
+    assert cells == ["50.00", "75.00 ←", "diverged"]
 
 
 def test_a_figure_over_training_has_a_column_a_look(runs):
@@ -77,7 +80,8 @@ def test_everything_is_shown_and_drawn(runs, tmp_path):
         console.print(table)
     text = console.export_text()
     assert all(name in text for name in ("tuning", "main", "when", "differences"))
-    study_plots.accuracy(runs, "digits", tmp_path / "accuracy.png")
     ablations = [x for x in runs if x["table"] == "when"]
-    study_plots.ablations(ablations, "digits", tmp_path / "ablate.png")
-    assert all(path.stat().st_size > 1000 for path in tmp_path.glob("*.png"))
+    for name, draw in study_plots.DRAW.items():
+        drawn = ablations if name == "ablate" else runs
+        draw(drawn, "digits", tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000

@@ -70,6 +70,40 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
     )
 
 
+def first(dataset: Dataset, examples: int, name: str) -> Dataset:
+    """The data set of a name with so many of its training images.
+
+    Raises:
+      UserError: if there are not as many.
+    """
+    images, labels = dataset.train_images, dataset.train_labels
+    if examples > len(labels):
+        raise UserError(
+            f"--train-examples {examples} is more than the {len(labels)} training "
+            f"images of {name}; use at most {len(labels)}"
+        )
+    return dataset._replace(
+        train_images=images[:examples], train_labels=labels[:examples]
+    )
+
+
+def with_label_noise(dataset: Dataset, share: float) -> Dataset:
+    """A `share` of the training labels, drawn anew from all classes alike."""
+    rng = np.random.default_rng(0)
+    labels = np.asarray(dataset.train_labels)
+    drawn = rng.integers(0, dataset.num_classes, len(labels), labels.dtype)
+    noisy = np.where(rng.random(len(labels)) < share, drawn, labels)
+    return dataset._replace(train_labels=jnp.asarray(noisy))
+
+
+def for_tuning(dataset: Dataset) -> Dataset:
+    """Nine tenths of the training set; the last tenth, drawn at random, is the test."""
+    order = np.random.default_rng(0).permutation(len(dataset.train_labels))
+    kept, held = np.split(order, [len(order) * 9 // 10])
+    images, labels = dataset.train_images, dataset.train_labels
+    return Dataset(images[kept], labels[kept], images[held], labels[held])
+
+
 def standardised_values(images: np.ndarray) -> np.ndarray:
     """What each value of a pixel is after standardisation, for each channel.
 

@@ -153,8 +153,9 @@ class Depthwise(nn.Module):
     """A convolution of each channel by itself.
 
     On a CPU it is a sum over the places of the kernel, for XLA's convolution in groups
-    takes many times as long there, above all its derivatives. The kernel is of the
-    shape that `nn.Conv` would give it.
+    takes many times as long there, above all its derivatives. Gradients can be pushed
+    forward, for products with the Hessian, but the values can't, for `jax.custom_vjp`
+    has no forward mode. The kernel is of the shape that `nn.Conv` would give it.
 
     Attributes:
       size: of the kernel.

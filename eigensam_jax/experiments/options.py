@@ -78,10 +78,12 @@ def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
     add_no_augment(parser)
 
 
-def add_method(parser: argparse.ArgumentParser, alpha: float = 0.2) -> None:
-    """The options of the learning rate, and of ρ and α."""
+def add_method(
+    parser: argparse.ArgumentParser, alpha: float = 0.2, above: float | None = None
+) -> None:
+    """The options of the learning rate, and of ρ and α, at least 0 or above `above`."""
     add: Any = parser.add_argument
-    at_least_0 = {"metavar": "X", "type": number(float)}
+    radius = {"metavar": "X", "type": number(float, above)}
     add(
         "--learning-rate",
         metavar="X",
@@ -89,8 +91,8 @@ def add_method(parser: argparse.ArgumentParser, alpha: float = 0.2) -> None:
         default=0.05,
         help="[%(default)s]",
     )
-    add("--rho", **at_least_0, default=0.1, help="ρ [%(default)s]")
-    add("--alpha", **at_least_0, default=alpha, help="α [%(default)s]")
+    add("--rho", **radius, default=0.1, help="ρ [%(default)s]")
+    add("--alpha", **radius, default=alpha, help="α [%(default)s]")
 
 
 def add_runs(parser: argparse.ArgumentParser, usual: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 from rich.console import Console
@@ -106,12 +105,15 @@ def run(config: Config, plan: Plan, kind: str, command: str, console: Console) -
     weights = None
     if config.pretrained is not None:
         weights = pretrained.load(config.pretrained, config.model)
-    dataset = _first(data.load(config.dataset, config.data_dir), config)
+    dataset = data.load(config.dataset, config.data_dir)
+    if config.train_examples is not None:
+        dataset = data.first(dataset, config.train_examples, config.dataset)
     training.check_batch_size(config.batch_size, config.dataset, dataset)
     results.make_folder(config.out)
     path = config.out / config.file
     document = resumption.of_runs(path, command, _protocol(config, dataset, weights))
-    trainer = _Trainer(config, with_label_noise(dataset, config.label_noise), weights)
+    noisy = data.with_label_noise(dataset, config.label_noise)
+    trainer = _Trainer(config, noisy, weights)
     missing = _records(trainer, plan, document["runs"], console)
     resumption.add_runs(path, document, missing, lambda runs: runs, console)
     (config.out / CHECKPOINT).unlink(missing_ok=True)
@@ -125,35 +127,6 @@ def run(config: Config, plan: Plan, kind: str, command: str, console: Console) -
         f"{document['config']['curvature_examples']} training images.\n"
         f"Results: {path}   Plot: {plot}   Wall time: {document['wall_time_s']:.0f} s"
     )
-
-
-def with_label_noise(dataset: Dataset, share: float) -> Dataset:
-    """A `share` of the training labels, drawn anew from all classes alike."""
-    rng = np.random.default_rng(0)
-    labels = np.asarray(dataset.train_labels)
-    drawn = rng.integers(0, dataset.num_classes, len(labels), labels.dtype)
-    noisy = np.where(rng.random(len(labels)) < share, drawn, labels)
-    return dataset._replace(train_labels=jnp.asarray(noisy))
-
-
-def for_tuning(dataset: Dataset) -> Dataset:
-    """Nine tenths of the training set; the last tenth, drawn at random, is the test."""
-    order = np.random.default_rng(0).permutation(len(dataset.train_labels))
-    kept, held = np.split(order, [len(order) * 9 // 10])
-    images, labels = dataset.train_images, dataset.train_labels
-    return Dataset(images[kept], labels[kept], images[held], labels[held])
-
-
-def _first(dataset: Dataset, config: Config) -> Dataset:
-    """The data set with as many of its training images as wanted."""
-    wanted, examples = config.train_examples, len(dataset.train_labels)
-    if wanted is not None and wanted > examples:
-        raise UserError(
-            f"--train-examples {wanted} is more than the {examples} training images of "
-            f"{config.dataset}; use at most {examples}"
-        )
-    images, labels = dataset.train_images[:wanted], dataset.train_labels[:wanted]
-    return dataset._replace(train_images=images, train_labels=labels)
 
 
 def _check(config: Config) -> None:
@@ -283,7 +256,7 @@ class _Trainer:
         key = (job.learning_rate, job.tuning)
         if key not in self.runs:
             config = self.config
-            dataset = for_tuning(self.dataset) if job.tuning else self.dataset
+            dataset = data.for_tuning(self.dataset) if job.tuning else self.dataset
             settings = training.Settings(
                 config.epochs,
                 config.batch_size,

@@ -104,7 +104,7 @@ def add_ablate(commands: Any) -> None:
         help=f"some of {', '.join(options.ABLATIONS)} [all but the last two, of which "
         "parts wants no batch normalisation, and norms wants some]",
     )
-    options.add_method(ablate, alpha=1.0)
+    options.add_method(ablate, alpha=1.0, above=0)
     options.add_out(ablate, "1 seed, 1 epoch: does it run at all?")
     ablate.set_defaults(run=_ablate)
 

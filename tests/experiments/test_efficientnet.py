@@ -217,18 +217,14 @@ def test_a_depthwise_convolution_is_one_in_groups(size, stride, shape):
     )
     tangents = x[::-1], jax.random.normal(keys[2], kernel.shape)
 
-    @jax.jit
-    def compared(*tangents):
-        """Values, both gradients of a function of them, and a product with a Hessian."""
-        found = []
-        for convolution in (ours, theirs):
-            loss = lambda *args: jnp.sum(jnp.sin(convolution(*args)))
-            grad = jax.grad(loss, (0, 1))
-            products = jax.jvp(grad, (x, kernel), tangents)
-            found.append(jax.tree.leaves((convolution(x, kernel), products)))
-        return found
+    def derived(convolution):
+        """Its values, both gradients of a function of them, and their tangents."""
+        grad = jax.grad(lambda *args: jnp.sum(jnp.sin(convolution(*args))), (0, 1))
+        found = convolution(x, kernel), jax.jvp(grad, (x, kernel), tangents)
+        return jax.tree.leaves(found)
 
-    for one, other in zip(*compared(*tangents), strict=True):
+    compared = jax.jit(lambda: (derived(ours), derived(theirs)))
+    for one, other in zip(*compared(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 

@@ -116,7 +116,7 @@ def test_the_figures_are_those_of_the_network(quick, unbroken):
 
 def test_no_test_image_is_seen_in_tuning():
     digits = data.load("digits")
-    split = study.for_tuning(digits)
+    split = data.for_tuning(digits)
     rows = lambda images: {np.asarray(image).tobytes() for image in images}
     kept, held = rows(split.train_images), rows(split.test_images)
     assert len(split.test_labels) == round(len(digits.train_labels) / 10)
@@ -127,11 +127,11 @@ def test_no_test_image_is_seen_in_tuning():
 
 def test_label_noise_changes_its_share_of_the_training_labels_alone():
     digits = data.load("digits")
-    noisy = study.with_label_noise(digits, 0.4)
+    noisy = data.with_label_noise(digits, 0.4)
     changed = np.mean(np.asarray(noisy.train_labels != digits.train_labels))
     np.testing.assert_allclose(changed, 0.4 * 0.9, atol=0.04)
     np.testing.assert_array_equal(noisy.test_labels, digits.test_labels)
-    clean = study.with_label_noise(digits, 0.0)
+    clean = data.with_label_noise(digits, 0.0)
     np.testing.assert_array_equal(clean.train_labels, digits.train_labels)
 
 
@@ -179,6 +179,7 @@ def test_more_seeds_are_added_to_those_that_are_there(unbroken, tmp_path):
     ("arguments", "wrong", "right"),
     [
         (["--label-noise", "1.5"], "--label-noise", "1.5"),
+        (["--rho", "0"], "'0'", "number above 0"),
         (["--tables", "norms"], "--tables norms", "batch normalisation"),
         (["--tables", "parts", "--batch-size", "100"], "--batch-size 100", "16"),
         (["--tables", "parts", "--model", "norm_cnn"], "--tables parts", "norm_cnn"),

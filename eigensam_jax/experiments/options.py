@@ -98,6 +98,8 @@ def add_method(
 def add_runs(parser: argparse.ArgumentParser, usual: dict[str, Any]) -> None:
     """The options of many runs of the same network."""
     add: Any = parser.add_argument
+    add_problem(parser)
+    add_pretrained(parser)
     add("--seeds", **count(), help=f"how many [{usual['seeds']}]")
     add("--epochs", **count(), help=f"how many [{usual['epochs']}]")
     add("--batch-size", **count(), default=128, help="[%(default)s]")

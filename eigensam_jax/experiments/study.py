@@ -36,7 +36,6 @@ from eigensam_jax.experiments.plans import PARTS, Job, Plan, Record
 from eigensam_jax.experiments.pretrained import Pretrained
 from eigensam_jax.experiments.training_steps import TrainState
 
-CURVATURE_EXAMPLES = 5_000
 LOOK_EXAMPLES = 1_000
 TOLERANCE = 1e-2
 CHECKPOINT = "checkpoint.msgpack"
@@ -78,10 +77,10 @@ class Config(NamedTuple):
     plan: dict[str, Any]
     out: Path
     file: str
-    train_examples: int | None = None
-    pretrained: Path | None = None
-    resolution: int | None = None
-    curvature_examples: int = CURVATURE_EXAMPLES
+    train_examples: int | None
+    pretrained: Path | None
+    resolution: int | None
+    curvature_examples: int
 
 
 def run(config: Config, plan: Plan, kind: str, command: str, console: Console) -> None:

@@ -38,8 +38,6 @@ def add_compare(commands: Any) -> None:
         "at the same ρ and α. Leaves results.json and compare.png in --out; the same "
         "command goes on where it ended.",
     )
-    options.add_problem(compare)
-    options.add_pretrained(compare)
     compare.add_argument(
         "--optimizers",
         metavar="NAME",
@@ -67,8 +65,6 @@ def add_accuracy(commands: Any) -> None:
         "goes on where it ended.",
     )
     add, usual = accuracy.add_argument, _ACCURACY_USUAL
-    options.add_problem(accuracy)
-    options.add_pretrained(accuracy)
     options.add_runs(accuracy, usual)
     for name, of_what in _GRIDS.items():
         add(
@@ -92,8 +88,6 @@ def add_ablate(commands: Any) -> None:
         "Leaves results.json in --out; the same command goes on where it ended.",
     )
     add = ablate.add_argument
-    options.add_problem(ablate)
-    options.add_pretrained(ablate)
     options.add_runs(ablate, _ABLATE_USUAL)
     add(
         "--tables",

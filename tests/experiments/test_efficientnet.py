@@ -30,6 +30,7 @@ from test_torch_file import Storage, tensor, written
 
 from eigensam_jax.experiments import (
     cli,
+    depthwise,
     efficientnet,
     losses,
     models,
@@ -207,7 +208,7 @@ def test_a_depthwise_convolution_is_one_in_groups(size, stride, shape):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], shape)
     kernel = jax.random.normal(keys[1], (size, size, 1, shape[-1]))
-    layer = efficientnet.Depthwise(size, stride)
+    layer = depthwise.Depthwise(size, stride)
     ours = lambda x, kernel: layer.apply({"params": {"kernel": kernel}}, x)
     theirs = lambda x, kernel: jax.lax.conv_general_dilated(
         *(x, kernel, (stride, stride), "SAME"),

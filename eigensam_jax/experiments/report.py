@@ -110,9 +110,12 @@ def provenance(document: Document) -> list[str]:
     """The time that it took, the machine and the seeds, in one paragraph."""
     device, versions = document["device"], document["versions"]
     seeds = {run["seed"] for run in document["runs"] if not run.get("tuning")}
+    platform, kind = device["platform"], device["kind"]
+    chip = "" if kind == platform else f"{kind}, "
     return [
-        f"{len(seeds)} seeds, {document['wall_time_s']:,.0f} s on {device['platform']} "
-        f"({device['processor']}, {device['cores']} cores), jax {versions['jax']}."
+        f"{len(seeds)} seeds, {document['wall_time_s']:,.0f} s on {platform} "
+        f"({chip}{device['processor']}, {device['cores']} cores), "
+        f"jax {versions['jax']}."
     ]
 
 

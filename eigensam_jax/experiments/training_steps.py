@@ -56,11 +56,13 @@ def start(
       begin: what the network's new variables are exchanged for; None to keep them.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
-    if begin is None:
-        variables = model.init(init_key, images[:1])
-    else:  # compiled, so that what is exchanged is not drawn at all
-        exchanged = lambda begin, key: begin(model.init(key, images[:1]))
-        variables = jax.jit(exchanged)(begin, init_key)
+
+    def new(begin: Begin | None, key: jax.Array) -> PyTree:
+        made = model.init(key, images[:1])
+        return made if begin is None else begin(made)
+
+    # Compiled, so that what only gives shapes, or is exchanged, is never computed.
+    variables = jax.jit(new)(begin, init_key)
     params = variables["params"]
     order = jnp.arange(len(images))
     zero = jnp.zeros((), jnp.int32)

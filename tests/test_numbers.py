@@ -21,11 +21,16 @@ def test_two_commands_set_everything_up():
 
 
 def test_the_pages_name_the_machine():
-    for folder, name in ((COSTS, "README.md"), (COSTS, "COST.md"), (RESULTS, "SDE.md")):
-        page = (folder / name).read_text()
-        for results in folder.glob("*/results.json"):
-            document = json.loads(results.read_text())
-            assert document["device"]["processor"] in page
+    for folder, name, files in (
+        (COSTS, "README.md", "*/results.json"),
+        (COSTS, "COST.md", "*/results.json"),
+        (RESULTS, "SDE.md", "sde_*/results.json"),
+        (RESULTS, "README.md", "[ac]*/*.json"),
+    ):
+        page, found = (folder / name).read_text(), list(folder.glob(files))
+        assert found
+        for results in found:
+            assert json.loads(results.read_text())["device"]["processor"] in page
 
 
 def test_what_is_said_of_the_equations_is_in_their_results_file():

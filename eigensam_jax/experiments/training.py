@@ -15,7 +15,7 @@ from eigensam_jax.experiments import methods, training_steps
 from eigensam_jax.experiments.augmentation import Augment
 from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.losses import training_loss
+from eigensam_jax.experiments.losses import cross_entropy, training_loss
 from eigensam_jax.experiments.methods import Method
 from eigensam_jax.experiments.training_steps import Begin, TrainState
 
@@ -183,6 +183,7 @@ def make_run(
         return training_steps.take_step(
             *(tx, loss, state, examples, labels[batch]),
             *(refresh, method.parts, acts),
+            cross_entropy(model),
         )
 
     @cache

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from eigensam_jax.experiments import methods
-from eigensam_jax.experiments.losses import TrainingLoss
+from eigensam_jax.experiments.losses import Loss, TrainingLoss
 from eigensam_jax.tree_math import PyTree
 
 Begin = jax.tree_util.Partial  # of variables to variables, with arrays of its own
@@ -109,21 +109,30 @@ def take_step(
     refresh: bool,
     parts: int = 1,
     acts: bool = True,
+    curvature: Loss | None = None,
 ) -> TrainState:
     """One step of `tx` on a batch; `refresh` fixes what a tracker does on it.
 
     Running statistics are those of the pass at the weights w; the ones of a pass at
     w + ε are dropped. With several `parts` of the batch, `tx` takes means over the axis
     `methods.PARTS`; their number divides the batch, and there are no statistics. Where
-    `tx` does not act, which is to say perturb, its last ‖ε‖ is not counted.
+    `tx` does not act, which is to say perturb, its last ‖ε‖ is not counted. The Hessian
+    of trackers that make products is that of `curvature` on the batch; of the training
+    loss, where there is none.
     """
 
     def update(images: jax.Array, labels: jax.Array) -> Any:
         batch = state.batch_stats, images, labels
         value_fn = lambda params: loss(params, *batch)[0]
+        curvature_fn = value_fn
+        if curvature is not None:
+            curvature_fn = lambda p: curvature(p, images, labels, state.batch_stats)
         grads, batch_stats = jax.grad(loss, has_aux=True)(state.params, *batch)
         updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, value_fn=value_fn, refresh=refresh
+            *(grads, state.opt_state, state.params),
+            value_fn=value_fn,
+            curvature_fn=curvature_fn,
+            refresh=refresh,
         )
         return updates, opt_state, batch_stats
 

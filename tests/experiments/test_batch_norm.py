@@ -131,6 +131,35 @@ def test_a_run_that_goes_on_is_the_same_to_the_last_bit(run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, once.measurement, again.measurement)
 
 
+def test_a_tracker_follows_the_hessian_of_evaluation(dataset):
+    """A power iteration by running statistics on the batch, as in the paper's code."""
+    settings = SETTINGS._replace(augment=None, evaluations=STEPS)
+    keep = lambda method, state, before: (jax.tree.map(np.array, state), None)
+    train = training.make_run(Tiny(), dataset, keep, settings)
+    points = train(methods.by_paper(0.1, 0.2)._replace(num_products=1), 0)
+    start, after = next(points).measurement, next(points).measurement
+    before, found = (
+        ravel_pytree(optax.tree.get(state.opt_state, "eigenvector"))[0]
+        for state in (start, after)
+    )
+    first, stats = after.order[:16], start.batch_stats
+    batch = dataset.train_images[first], dataset.train_labels[first]
+    evaluation, training_loss = (
+        make(Tiny()) for make in (losses.cross_entropy, losses.training_loss)
+    )
+    ours, other = (
+        dense_hessian(value_fn, start.params) @ before
+        for value_fn in (
+            lambda p: evaluation(p, *batch, stats),
+            lambda p: training_loss(p, stats, *batch)[0],
+        )
+    )
+    np.testing.assert_allclose(found, ours / np.linalg.norm(ours), atol=1e-5)
+    assert found @ other < 0.9 * np.linalg.norm(other)
+    found = optax.tree.get(after.opt_state, "eigenvalue")
+    np.testing.assert_allclose(found, before @ ours, rtol=1e-4)
+
+
 def test_a_network_is_measured_in_evaluation(dataset):
     """Loss, accuracy and Hessian by running statistics, the perturbation by a batch."""
     model = Tiny()

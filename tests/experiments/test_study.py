@@ -20,7 +20,7 @@ from eigensam_jax.experiments import (
     training,
 )
 
-ACCURACY = ["accuracy", "--smoke", "--looks", "2"]
+ACCURACY = ["accuracy", "--smoke", "--looks", "2", "--rhos", "0.1", "--asam-rhos", "1"]
 ABLATE = ["ablate", "--smoke", "--looks", "2", "--tables", "when"]
 
 
@@ -137,8 +137,8 @@ def test_label_noise_changes_its_share_of_the_training_labels_alone():
 
 def test_a_candidate_that_diverges_is_not_chosen(tmp_path):
     rates = ["--learning-rates", "1e30", "0.05", "--out", str(tmp_path)]
-    others = "--rhos 0.1 --asam-rhos 1 --paper-alphas 0.2 --alphas 1".split()
-    assert cli.main([*ACCURACY, *rates, *others]) == 0
+    alphas = ["--paper-alphas", "0.2", "--alphas", "1"]
+    assert cli.main([*ACCURACY, *rates, *alphas]) == 0
     first, second, *others = figures(tmp_path)
     assert first["learning_rate"] == 1e30
     assert "lower --learning-rate (now 1e+30)" in first["diverged"]

@@ -1,6 +1,7 @@
 """The steps of training, pure functions of a state on the device."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -56,13 +57,7 @@ def start(
       begin: what the network's new variables are exchanged for; None to keep them.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
-
-    def new(begin: Begin | None, key: jax.Array) -> PyTree:
-        made = model.init(key, images[:1])
-        return made if begin is None else begin(made)
-
-    # Compiled, so that what only gives shapes, or is exchanged, is never computed.
-    variables = jax.jit(new)(begin, init_key)
+    variables = _new_variables(model, init_key, images[:1], begin)
     params = variables["params"]
     order = jnp.arange(len(images))
     zero = jnp.zeros((), jnp.int32)
@@ -75,6 +70,15 @@ def start(
         jnp.zeros(()),
         variables.get("batch_stats", {}),
     )
+
+
+@partial(jax.jit, static_argnums=0)
+def _new_variables(
+    model: nn.Module, key: jax.Array, image: jax.Array, begin: Begin | None
+) -> PyTree:
+    """Compiled, so that what only gives shapes, or is exchanged, is never computed."""
+    variables = model.init(key, image)
+    return variables if begin is None else begin(variables)
 
 
 def start_epoch(state: TrainState) -> TrainState:
@@ -124,7 +128,7 @@ def take_step(
     def update(images: jax.Array, labels: jax.Array) -> Any:
         batch = state.batch_stats, images, labels
         value_fn = lambda params: loss(params, *batch)[0]
-        curvature_fn = value_fn
+        curvature_fn = None
         if curvature is not None:
             curvature_fn = lambda p: curvature(p, images, labels, state.batch_stats)
         grads, batch_stats = jax.grad(loss, has_aux=True)(state.params, *batch)

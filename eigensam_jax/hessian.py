@@ -112,8 +112,8 @@ def matvec(
             return _central_difference(grad_fn, params, vector)
         if mode == "reverse_over_reverse":
             grads, pullback = jax.vjp(grad_fn, params)
-            return tree_math.widen(pullback(_cast_like(grads, vector))[0])
-        tangent = _cast_like(params, vector)
+            return tree_math.widen(pullback(tree_math.cast_like(vector, grads))[0])
+        tangent = tree_math.cast_like(vector, params)
         return tree_math.widen(jax.jvp(grad_fn, (params,), (tangent,))[1])
 
     return product
@@ -180,15 +180,7 @@ def mean_matvec(
         # One jit for all products: a step jitted by the caller could not hold the loop.
         return _mean_on_the_host(jax.jit(add), params, batches)
 
-    leaves = jax.tree.leaves(batches, is_leaf=lambda x: isinstance(x, Iterator))
-    lengths = {np.shape(x)[:1] for x in leaves}
-    if len(lengths) != 1 or not lengths.isdisjoint({(), (0,)}):
-        raise ValueError(
-            "batches must be a tree of arrays with one leading axis, over the batches, "
-            f"got leaves with the leading axes {sorted(lengths)}: stack batches of one "
-            "size, or give a function that returns an iterable of them."
-        )
-    count = lengths.pop()[0]
+    count = num_batches(batches)
 
     def product(vector: PyTree) -> PyTree:
         total, _ = jax.lax.scan(
@@ -199,6 +191,25 @@ def mean_matvec(
         return tree_math.scale(1 / count, total)
 
     return product
+
+
+def num_batches(batches: PyTree) -> int:
+    """N, the length of the leading axis that all leaves of `batches` share.
+
+    Raises:
+      ValueError: where they share none.
+    """
+    leaves = jax.tree.leaves(batches, is_leaf=lambda x: isinstance(x, Iterator))
+    axes = {np.shape(x)[:1] for x in leaves}
+    if len(axes) != 1 or not axes.isdisjoint({(), (0,)}):
+        raise ValueError(
+            "batches must be a tree of arrays with one leading axis, over the batches, "
+            f"got leaves with the leading axes {sorted(axes)}: stack batches of one "
+            "size, as in jax.tree.map(lambda *x: jnp.stack(x), *batches). (What makes "
+            "products only takes a function that returns an iterable of batches too.)"
+        )
+    (count,) = axes.pop()
+    return int(count)
 
 
 def _mean_on_the_host(
@@ -267,7 +278,8 @@ def gauss_newton_matvec(
     """
 
     def product(vector: PyTree) -> PyTree:
-        outputs, tangent = jax.jvp(predict_fn, (params,), (_cast_like(params, vector),))
+        direction = tree_math.cast_like(vector, params)
+        outputs, tangent = jax.jvp(predict_fn, (params,), (direction,))
         cotangent = jax.jvp(jax.grad(loss_fn), (outputs,), (tangent,))[1]
         return tree_math.widen(jax.vjp(predict_fn, params)[1](cotangent)[0])
 
@@ -282,7 +294,7 @@ def _central_difference(grad_fn: GradFn, params: PyTree, vector: PyTree) -> PyTr
     length = tree_math.norm(vector)
     direction = tree_math.scale(tree_math.safe_inverse(length), vector)
     ahead, behind = (
-        grad_fn(_cast_like(params, tree_math.add_scaled(params, h, direction)))
+        grad_fn(tree_math.cast_like(tree_math.add_scaled(params, h, direction), params))
         for h in (step, -step)
     )
     difference = tree_math.add_scaled(ahead, -1, behind)
@@ -292,8 +304,3 @@ def _central_difference(grad_fn: GradFn, params: PyTree, vector: PyTree) -> PyTr
 def _check_mode(mode: HvpMode) -> None:
     if mode not in HVP_MODES:
         raise ValueError(f"mode must be one of {HVP_MODES}, got {mode!r}.")
-
-
-def _cast_like(params: PyTree, tree: PyTree) -> PyTree:
-    """`tree` with the dtypes of `params`."""
-    return jax.tree.map(lambda w, x: jnp.asarray(x, jnp.result_type(w)), params, tree)

@@ -76,9 +76,11 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
 
         Args:
           grads: the gradient of `value_fn` at `self.params`.
-          value_fn: for the transformation, as in `eigensam_jax.eigen_sam`; so are
-          grad_fn: this, and
-          curvature_fn: this.
+          value_fn: params -> loss on the same batch, for the transformation.
+          grad_fn: params -> gradient, in place of `value_fn` or beside it; both as in
+            `eigensam_jax.sam`.
+          curvature_fn: params -> the loss whose Hessian is tracked, as in
+            `eigensam_jax.eigen_sam`.
           extra_args: further arguments of the transformation by name, for example
             `{"refresh": True}`, or `{"value": loss}` for `reduce_on_plateau`.
           **fields: fields of the state to replace, such as `batch_stats`.
@@ -95,6 +97,8 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
             "curvature_fn": curvature_fn,
         }
         given = {name: value for name, value in functions.items() if value is not None}
+        if not (given or extra_args):
+            return super().apply_gradients(grads=grads, **fields)  # type: ignore[no-any-return,no-untyped-call]
         tx = optax.with_extra_args_support(self.tx)
         updates, opt_state = tx.update(
             grads, self.opt_state, self.params, **given, **(extra_args or {})

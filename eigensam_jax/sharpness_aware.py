@@ -169,10 +169,11 @@ def sharpness_aware(
                 )
                 if tracker.observe_projection:
                     epsilon = tree_math.scale(projection, top.eigenvector)
+                wide = tree_math.widen(weights)
                 new = tracker.observe(
                     tracked,
-                    space.embed(_cast_like(weights, epsilon), params),
-                    space.embed(_cast_like(weights, change), params),
+                    space.embed(tree_math.cast_like(epsilon, wide), params),
+                    space.embed(tree_math.cast_like(change, wide), params),
                     state.count,
                 )
                 # Without a perturbation the change is but rounding.
@@ -245,9 +246,3 @@ def _mean_pair(
 
 def _cast(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
     return tree if dtype is None else jax.tree.map(lambda x: x.astype(dtype), tree)
-
-
-def _cast_like(weights: PyTree, tree: PyTree) -> PyTree:
-    """`tree` in the dtypes of `weights`, or float32 where these are narrower."""
-    wide = tree_math.widen(weights)
-    return jax.tree.map(lambda w, x: x.astype(w.dtype), wide, tree)

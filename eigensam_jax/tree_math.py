@@ -7,7 +7,6 @@ float32, whichever is wider, so that a million bfloat16 ones have the squared no
 """
 
 import math
-import operator
 from typing import Any, TypeVar
 
 import jax
@@ -46,6 +45,18 @@ def widen(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x, accumulation_dtype(x)), tree)
 
 
+def cast_like(tree: PyTree, other: PyTree) -> PyTree:
+    """`tree` with the dtypes of `other`, a tree of the same structure.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> tree_math.cast_like(jnp.array([1.5, 2.5]), jnp.ones(2, jnp.bfloat16)).dtype
+      dtype(bfloat16)
+    """
+    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, other)
+
+
 def zeros_like(tree: PyTree) -> PyTree:
     """Zeros with the shapes of `tree`, in float32 or wider, sharded as it is.
 
@@ -72,7 +83,7 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
       A scalar in the accumulation dtype; 0 for a tree without leaves.
 
     Raises:
-      ValueError: if the structures differ.
+      ValueError: if the structures or shapes differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,7 +92,7 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
       >>> float(tree_math.vdot(ones, ones))
       1000001.0
     """
-    products = jax.tree.map(lambda x, y: jnp.sum(x * y), widen(a), widen(b))
+    products = jax.tree.map(lambda x, y: jnp.sum(_times(x, y)), widen(a), widen(b))
     zero = jnp.zeros((), accumulation_dtype((a, b)))
     return sum(jax.tree.leaves(products), start=zero)
 
@@ -100,7 +111,7 @@ def vdots(*pairs: tuple[PyTree, PyTree]) -> tuple[jax.Array, ...]:
       A scalar for each pair, in the accumulation dtype of all of them.
 
     Raises:
-      ValueError: if the structures differ.
+      ValueError: if the structures or shapes of a pair differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -110,7 +121,7 @@ def vdots(*pairs: tuple[PyTree, PyTree]) -> tuple[jax.Array, ...]:
       [5.0, 11.0]
     """
     dtype = accumulation_dtype(pairs)
-    products = [jax.tree.map(operator.mul, widen(a), widen(b)) for a, b in pairs]
+    products = [jax.tree.map(_times, widen(a), widen(b)) for a, b in pairs]
     zeros = (jnp.zeros((), dtype),) * len(pairs)
     leaves = zip(*map(jax.tree.leaves, products), strict=True)
     sums = [
@@ -122,6 +133,16 @@ def vdots(*pairs: tuple[PyTree, PyTree]) -> tuple[jax.Array, ...]:
     # and XLA would put it into every loop over a leaf that needs the total.
     stacked = tuple(jnp.stack(of_pair) for of_pair in zip(*sums, strict=True))
     return tuple(_reduce(stacked, zeros, [0]))
+
+
+def _times(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The product of two leaves, which must not be broadcast: that is no inner one."""
+    if x.shape != y.shape:
+        raise ValueError(
+            "an inner product is of trees with the same shapes, got leaves of "
+            f"{x.shape} and {y.shape}."
+        )
+    return x * y
 
 
 def _row_sums(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

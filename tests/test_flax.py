@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 from eigensam_jax import eigen_sam, sam, trackers
@@ -145,6 +146,19 @@ def test_linen_without_a_loss_is_flaxs_own():
     for _ in range(2):
         state, own = (x.apply_gradients(grads=grads) for x in (state, own))
     assert_equal((state.params, state.opt_state), (own.params, own.opt_state))
+
+
+def test_linen_without_a_loss_overwrites_what_flax_overwrites():
+    params = {"params": jnp.ones(2), OVERWRITE_WITH_GRADIENT: {"scale": jnp.ones(3)}}
+    grads = jax.tree.map(lambda x: 2 * x, params)
+    ends = [
+        cls.create(apply_fn=None, params=params, tx=optax.sgd(0.1)).apply_gradients(
+            grads=grads
+        )
+        for cls in (TrainState, train_state.TrainState)
+    ]
+    assert_equal(*((end.params, end.opt_state) for end in ends))
+    assert isinstance(ends[0], TrainState)
 
 
 def test_linen_says_what_is_missing():

@@ -48,6 +48,14 @@ def test_without_a_perturbation_every_number_stays_what_it_is(dtype):
         np.testing.assert_array_equal(np.asarray(same), np.asarray(w))  # infinities too
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+def test_nothing_finite_becomes_infinite(dtype):
+    largest = float(jnp.finfo(dtype).max)
+    w = jnp.full(1000, largest, dtype)
+    epsilon = jnp.full(1000, largest * float(jnp.finfo(dtype).eps) / 4, jnp.float32)
+    np.testing.assert_array_equal(rounding.add(w, epsilon, jnp.int32(0)), w)
+
+
 def test_wide_dtypes_are_rounded_to_the_nearest():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)

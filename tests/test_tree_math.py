@@ -54,6 +54,14 @@ def test_trees_of_different_structure_are_refused():
         tree_math.vdot({"a": jnp.ones(2)}, {"b": jnp.ones(2)})
 
 
+def test_leaves_are_not_broadcast():
+    row, column = jnp.ones((1, 4)), jnp.ones((4, 1))
+    with pytest.raises(ValueError, match=r"got leaves of \(1, 4\) and \(4, 1\)"):
+        tree_math.vdot(row, column)
+    with pytest.raises(ValueError, match="same shapes"):
+        tree_math.vdots((row, row), (row, column))
+
+
 @pytest.mark.parametrize(
     ("x", "expected"),
     [(4.0, 0.25), (0.0, 0.0), (-1.0, 0.0), (jnp.inf, 0.0), (jnp.nan, 0.0)],

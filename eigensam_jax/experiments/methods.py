@@ -114,8 +114,7 @@ def epsilon(method: Method, grads: PyTree, params: PyTree, opt_state: Any) -> Py
 def is_norm(params: PyTree) -> PyTree:
     """Which parameters are scales and biases of normalisation layers."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: any("Norm" in jax.tree_util.keystr((key,)) for key in path),
-        params,
+        lambda path, _: "norm" in jax.tree_util.keystr(path).lower(), params
     )
 
 

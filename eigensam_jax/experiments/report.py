@@ -55,12 +55,12 @@ def run(root: Path) -> list[Path]:
         raise UserError(
             f"--root {root} holds no results under {FOLDERS[0]}; name a clone's folder"
         )
-    pages = {path: path.read_text() for path in pages_of(root)}
+    pages = {path: path.read_text("utf-8") for path in pages_of(root)}
     new = {path: rendered(text, found, path.name) for path, text in pages.items()}
     written = [path for name in found for path in _draw(root, name, found[name])]
     for path, text in new.items():
         if text != pages[path]:
-            path.write_text(text)
+            path.write_text(text, "utf-8")
             written.append(path)
     return written
 
@@ -68,7 +68,7 @@ def run(root: Path) -> list[Path]:
 def results_of(root: Path) -> dict[str, Document]:
     """The results files of a clone, by the names of their folders."""
     return {
-        path.parent.name: json.loads(path.read_text())
+        path.parent.name: json.loads(path.read_text("utf-8"))
         for folder in FOLDERS
         for path in sorted(root.glob(f"{folder}/*/*.json"))
     }

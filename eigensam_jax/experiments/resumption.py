@@ -93,7 +93,7 @@ def _document(path: Path, new: dict[str, Any]) -> dict[str, Any]:
         of the first difference, or is none.
     """
     try:
-        old = json.loads(path.read_text())
+        old = json.loads(path.read_text("utf-8"))
         for key in new:
             if type(old[key]) is not type(new[key]):
                 raise TypeError(key)
@@ -119,8 +119,8 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         one, other = before.get(key), now.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
             _check_same(out, one, other)
-        # The folder may have been moved, or be named in another way.
-        elif key != "out" and one != other:
+        # Folders may have been moved, or be named in another way.
+        elif key not in ("out", "data_dir") and one != other:
             raise UserError(
                 f"--out {out} holds results of another configuration "
                 f"({key} {one}, now {other}); name another folder"

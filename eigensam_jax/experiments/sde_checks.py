@@ -11,7 +11,7 @@ import numpy as np
 from eigensam_jax import hessian, perturbation, sde, tree_math
 from eigensam_jax.benchmarks import programs
 from eigensam_jax.experiments.sde_problem import NUM_BATCHES, Problem
-from eigensam_jax.experiments.sde_steps import ORDERS
+from eigensam_jax.experiments.sde_steps import ORDERS, sam_gradient
 from eigensam_jax.sde import expansion
 from eigensam_jax.tree_math import PyTree
 
@@ -73,8 +73,7 @@ def many_steps(problem: Problem, learning_rate: float) -> Record:
             f = lambda p: problem.value_fn(p, jax.tree.map(lambda x: x[0], whole))
 
             def step(params: PyTree, _: None) -> tuple[PyTree, None]:
-                moved = perturbation.sam(jax.grad(f)(params), rho).epsilon
-                gradient = jax.grad(f)(tree_math.add_scaled(params, 1, moved))
+                gradient = sam_gradient(f, params, rho)
                 return tree_math.add_scaled(params, -learning_rate, gradient), None
 
             return jax.lax.scan(step, params, length=FULL_BATCH_STEPS)[0]
@@ -126,8 +125,7 @@ def moments(
         def step(params: PyTree, index: jax.Array) -> tuple[PyTree, None]:
             batch = jax.tree.map(lambda x: x[index], batches)
             of_batch = lambda p: value_fn(p, batch)
-            epsilon = perturbation.sam(jax.grad(of_batch)(params), rho).epsilon
-            gradient = jax.grad(of_batch)(tree_math.add_scaled(params, 1, epsilon))
+            gradient = sam_gradient(of_batch, params, rho)
             return tree_math.add_scaled(params, -learning_rate, gradient), None
 
         drawn = jax.random.randint(key, (MOMENT_STEPS,), 0, NUM_BATCHES)

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eigensam_jax import eigen, hessian
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.experiments import losses, measures
 from eigensam_jax.experiments.data import Dataset
 from eigensam_jax.experiments.models import MLP
+from eigensam_jax.sde import equation
 from eigensam_jax.tree_math import PyTree
 
 NUM_BATCHES = 16
@@ -65,9 +65,7 @@ def make_problem(dataset: Dataset) -> Problem:
 
     @jax.jit
     def top_eigenpair(params: PyTree, v0: PyTree) -> Eigenpair:
-        matvec = hessian.mean_matvec(value_fn, params, batches)
-        pairs = eigen.top_eigenpairs(matvec, params, 1, tol=TOLERANCE, v0=v0)
-        return Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
+        return equation.top_eigenpair(value_fn, params, batches, TOLERANCE, v0)
 
     return Problem(
         init,

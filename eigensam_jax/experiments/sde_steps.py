@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from eigensam_jax import eigen_sam, perturbation, sam, sde, trackers, tree_math
 from eigensam_jax.experiments.sde_problem import NUM_BATCHES, Problem
+from eigensam_jax.hessian import ValueFn
 from eigensam_jax.sde import expansion
 from eigensam_jax.tree_math import PyTree
 
@@ -18,6 +20,13 @@ EIGENVECTOR = "lanczos(num_matvecs=3, update_interval=1)"  # of all batches' Hes
 
 State = tuple[PyTree, optax.OptState]  # of what is no optimizer's, an empty one
 Advance = Callable[[jax.Array, State, jax.Array, jax.Array], State]
+
+
+def sam_gradient(value_fn: ValueFn, params: PyTree, rho: ArrayLike) -> PyTree:
+    """∇f(w + ε) with ε = ρ·∇f(w)/‖∇f(w)‖."""
+    gradient = jax.grad(value_fn)
+    epsilon = perturbation.sam(gradient(params), rho).epsilon
+    return gradient(tree_math.add_scaled(params, 1, epsilon))
 
 
 def start(method: str, params: PyTree) -> State:
@@ -128,14 +137,11 @@ def _follow(
     params, rest = state
     value_fn, batches = problem.value_fn, problem.batches
 
-    def perturbed_gradient(params: PyTree, batch: PyTree) -> PyTree:
-        gradient = jax.grad(lambda p: value_fn(p, batch))
-        epsilon = perturbation.sam(gradient(params), rho).epsilon
-        return gradient(tree_math.add_scaled(params, 1, epsilon))
-
     def step(params: PyTree, _: None) -> tuple[PyTree, None]:
         if order is None:
-            of_batch = lambda batch: perturbed_gradient(params, batch)
+            of_batch = lambda batch: sam_gradient(
+                lambda p: value_fn(p, batch), params, rho
+            )
             mean = expansion.batch_mean(of_batch, batches)
             return tree_math.add_scaled(params, -eta, mean), None
         drift = sde.drift(value_fn, params, batches, rho, order)

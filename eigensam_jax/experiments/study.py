@@ -107,7 +107,8 @@ def run(config: Config, plan: Plan, kind: str, command: str, console: Console) -
     dataset = data.load(config.dataset, config.data_dir)
     if config.train_examples is not None:
         dataset = data.first(dataset, config.train_examples, config.dataset)
-    training.check_batch_size(config.batch_size, config.dataset, dataset)
+    smallest = data.for_tuning(dataset) if kind == "accuracy" else dataset
+    training.check_batch_size(config.batch_size, config.dataset, smallest)
     results.make_folder(config.out)
     path = config.out / config.file
     document = resumption.of_runs(path, command, _protocol(config, dataset, weights))
@@ -140,8 +141,8 @@ def _check(config: Config) -> None:
     has_norms = "train" in signature(type(model).__call__).parameters
     if "norms" in names and not has_norms:
         raise UserError(
-            f"--tables norms: {config.model} has no batch normalisation; use norm_cnn "
-            "or resnet18"
+            f"--tables norms: {config.model} has no batch normalisation; use norm_cnn, "
+            "resnet18 or efficientnet_lite0"
         )
     if "parts" in names and has_norms:
         raise UserError(

@@ -80,11 +80,11 @@ def tuning(runs: Sequence[Record]) -> list[list[str]]:
     """A row a candidate by `TUNING_HEADERS`; the best of each method is marked."""
     rows = []
     for row, of_row in by_row(runs, "tuning").items():
-        best = max(run["test_accuracy"] for run in of_row)
+        best = max(of_row, key=lambda run: run["test_accuracy"])
         for run in of_row:
             method, accuracy = run["method"], run["test_accuracy"]
             is_eigen = method["optimizer"] == "eigen_sam"
-            mark = " ←" if accuracy == best else ""
+            mark = " ←" if run is best else ""
             rows.append(
                 [
                     row,

@@ -194,7 +194,7 @@ def coefficients(
 
     weights = increments - increments.mean()
     mean = expansion.batch_mean(both, (batches, weights))
-    root = expansion.num_batches(batches) ** 0.5
+    root = hessian.num_batches(batches) ** 0.5
     return Coefficients(
         mean.value,
         tree_math.scale(-1, mean.drift),
@@ -225,7 +225,7 @@ def perturbed_gradient(
 ) -> PyTree:
     """∇f(w + ε), what SAM descends on, in float32 or wider."""
     perturbed = tree_math.add_scaled(params, 1, step.epsilon)
-    perturbed = expansion.cast_like(params, perturbed)
+    perturbed = tree_math.cast_like(perturbed, params)
     return tree_math.widen(jax.grad(value_fn)(perturbed))
 
 
@@ -252,14 +252,15 @@ def check(
 ) -> int:
     """Refuses what can't be meant, and returns the number of batches."""
     arguments.check_params(params)
+    check_method(rho, order, alpha)
+    return hessian.num_batches(batches)
+
+
+def check_method(rho: ArrayLike, order: Order, alpha: ArrayLike) -> None:
+    """Refuses numbers that no method has."""
     arguments.check_scalar("rho", rho, schedule=False)
     arguments.check_scalar("alpha", alpha, schedule=False)
-    if order not in (1, 2, 3):
-        raise ValueError(
-            f"order must be 1, 2 or 3, got {order!r}: the highest derivative of the "
-            "loss in the drift, where 1 is SGD."
-        )
-    return expansion.num_batches(batches)
+    expansion.check_order(order)
 
 
 def _eigenvector(

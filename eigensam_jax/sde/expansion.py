@@ -5,14 +5,13 @@ nested in reverse mode, so that no tensor is formed. Taylor mode
 (`jax.experimental.jet`) and forward over reverse give the same for more operations.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from eigensam_jax import tree_math
+from eigensam_jax import hessian, tree_math
 from eigensam_jax.hessian import ValueFn
 from eigensam_jax.tree_math import PyTree
 
@@ -43,6 +42,9 @@ def expanded_gradient(
     Returns:
       A tree like `params`, in float32 or in the leaf's dtype where that is wider.
 
+    Raises:
+      ValueError: for another `order`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from eigensam_jax import sde
@@ -50,7 +52,8 @@ def expanded_gradient(
       >>> [float(sde.expanded_gradient(f, w, step, order)) for order in (1, 2, 3)]
       [3.0, 6.0, 6.75]
     """
-    tangent = jax.lax.stop_gradient(cast_like(params, epsilon))
+    check_order(order)
+    tangent = jax.lax.stop_gradient(tree_math.cast_like(epsilon, params))
 
     def first(p: PyTree) -> tuple[jax.Array, jax.Array]:
         return jax.jvp(value_fn, (p,), (tangent,))
@@ -94,47 +97,38 @@ def directional(value_fn: ValueFn, direction: PyTree) -> ValueFn:
     """The function w ↦ D_a f(w), the derivative of f along a fixed direction a."""
 
     def derivative(params: PyTree) -> jax.Array:
-        tangent = cast_like(params, direction)
+        tangent = tree_math.cast_like(direction, params)
         slope: jax.Array = jax.jvp(value_fn, (params,), (tangent,))[1]
         return slope
 
     return derivative
 
 
+def check_order(order: Order) -> None:
+    """Refuses an order that there is not."""
+    if order not in (1, 2, 3):
+        raise ValueError(
+            f"order must be 1, 2 or 3, got {order!r}: the highest derivative of the "
+            "loss in the drift, where 1 is SGD."
+        )
+
+
 def batch_mean(function: Callable[[PyTree], Result], batches: PyTree) -> Result:
-    """Mean over the batches of what `function` makes of one, all its leaves in floats.
+    """Mean over the batches of what `function` makes of one, in float32 or wider.
 
     A scan that keeps the sum alone: memory does not grow with the number of batches.
     """
-    first = jax.eval_shape(lambda b: function(jax.tree.map(lambda x: x[0], b)), batches)
+
+    def wide(batch: PyTree) -> Result:
+        result: Result = tree_math.widen(function(batch))
+        return result
+
+    first = jax.eval_shape(lambda b: wide(jax.tree.map(lambda x: x[0], b)), batches)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
     def add(total: Result, batch: PyTree) -> tuple[Result, None]:
-        return jax.tree.map(jnp.add, total, function(batch)), None
+        return jax.tree.map(jnp.add, total, wide(batch)), None
 
     total, _ = jax.lax.scan(add, zeros, batches)
-    mean: Result = jax.tree.map(lambda x: x / num_batches(batches), total)
+    mean: Result = jax.tree.map(lambda x: x / hessian.num_batches(batches), total)
     return mean
-
-
-def num_batches(batches: PyTree) -> int:
-    """N, the length of the leading axis that all leaves share.
-
-    Raises:
-      ValueError: where they share none.
-    """
-    leaves = jax.tree.leaves(batches, is_leaf=lambda x: isinstance(x, Iterator))
-    axes = {np.shape(x)[:1] for x in leaves}
-    if len(axes) != 1 or not axes.isdisjoint({(), (0,)}):
-        raise ValueError(
-            "batches must be a tree of arrays with one leading axis, over the batches, "
-            f"got leaves with the leading axes {sorted(axes)}: stack batches of one "
-            "size, as in jax.tree.map(lambda *x: jnp.stack(x), *batches)."
-        )
-    (count,) = axes.pop()
-    return int(count)
-
-
-def cast_like(params: PyTree, tree: PyTree) -> PyTree:
-    """`tree` with the dtypes of `params`."""
-    return jax.tree.map(lambda w, x: jnp.asarray(x, jnp.result_type(w)), params, tree)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from eigensam_jax import arguments, tree_math
-from eigensam_jax.sde import equation, expansion
+from eigensam_jax import arguments, hessian, tree_math
+from eigensam_jax.sde import equation
 from eigensam_jax.sde.expansion import BatchValueFn, Order
 from eigensam_jax.tree_math import PyTree
 
@@ -128,12 +128,13 @@ def make_step(
       >>> f"{state.params:.3f}", float(info.drift_norm)
       ('0.700', 3.0)
     """
-    count = expansion.num_batches(batches)
+    count = hessian.num_batches(batches)
     arguments.check_scalar("eta", eta, schedule=False)
+    equation.check_method(rho, order, alpha)
 
     def one_step(key: jax.Array, state: State, dt: ArrayLike) -> tuple[State, Info]:
         params = state.params
-        equation.check(params, batches, rho, order, alpha)
+        arguments.check_params(params)
         if (state.eigenvector is None) != equation.is_sam(alpha):
             raise ValueError(
                 f"state was started for another method than alpha={alpha!r}: make it "
@@ -159,7 +160,7 @@ def make_step(
             eigenvalue,
             residual,
         )
-        after = State(expansion.cast_like(params, moved), state.time + dt, eigenvector)
+        after = State(tree_math.cast_like(moved, params), state.time + dt, eigenvector)
         return after, info
 
     return one_step

@@ -124,6 +124,21 @@ def test_the_direction_is_that_of_the_links_own_perturbation(batch):
         assert cosine > 1 - 1e-4, method
 
 
+def test_norms_are_found_where_they_have_names_of_their_own():
+    init = models.MODELS["efficientnet_lite0"](10).init
+    params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    mask = methods.is_norm(params["params"])
+    inside = [
+        x.shape for x in jax.tree.leaves(jax.tree.map(_if, mask, params["params"]))
+    ]
+    assert len(inside) == 2 * 49  # a scale and a bias for each of the convolutions
+    assert all(len(shape) == 1 for shape in inside)
+
+
+def _if(inside, x):
+    return x if inside else None
+
+
 def test_norms_are_those_of_the_network():
     params = models.NormCNN(10).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     mask = methods.is_norm(params["params"])

@@ -23,6 +23,7 @@ from eigensam_jax.experiments import (
     methods,
     models,
     results,
+    resumption,
     study_plots,
     training,
 )
@@ -231,6 +232,14 @@ def test_a_folder_that_was_moved_is_gone_on_with(unbroken, tmp_path):
     now = (tmp_path / "before").rename(tmp_path / "now")
     assert cli.main([*SMALL, "--out", str(now)]) == 0
     assert figures(now) == figures(unbroken)
+
+
+def test_data_that_were_moved_are_the_same(tmp_path):
+    path, config = tmp_path / "results.json", {"data_dir": "here", "epochs": 1}
+    results.write(path, resumption.of_runs(path, "first", config))
+    moved = resumption.of_runs(path, "second", config | {"data_dir": "there"})
+    assert moved["commands"] == ["first", "second"]
+    assert moved["config"]["data_dir"] == "there"
 
 
 def test_finished_runs_are_kept_where_the_checkpoint_is_lost(unbroken, tmp_path):

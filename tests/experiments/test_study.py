@@ -193,3 +193,8 @@ def test_what_cannot_be_run_is_refused_before_any_training(
     error = error_of([*ABLATE[:4], *arguments, "--out", str(tmp_path)], capsys)
     assert wrong in error
     assert right in error
+
+
+def test_a_batch_larger_than_what_is_tuned_on_is_refused(tmp_path, capsys):
+    command = [*ACCURACY, "--batch-size", "1400", "--out", str(tmp_path)]
+    assert "--batch-size 1400 is more than the 1293" in error_of(command, capsys)

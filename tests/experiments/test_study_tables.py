@@ -67,6 +67,12 @@ def test_the_best_of_each_method_is_marked():
     assert cells == ["50.00", "75.00 ←", "diverged"]
 
 
+def test_of_equals_the_first_is_marked_as_it_was_chosen():
+    runs = [run("tuning", "sam", 0, x) for x in (0.5, 0.75, 0.75)]
+    cells = [row[-1] for row in study_tables.tuning(runs)]
+    assert cells == ["50.00", "75.00 ←", "75.00"]
+
+
 def test_a_figure_over_training_has_a_column_a_look(runs):
     rows = study_tables.over_training(runs, "lambda_max")
     assert rows[0] == ["sgd", "3.000 ± 1.581", "2.000 ± 0.000"]

@@ -6,7 +6,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from problems import dense_hessian, flatten, network
 
-from eigensam_jax import sde, tree_math
+from eigensam_jax import hessian, sde, tree_math
 from eigensam_jax.sde import expansion
 
 
@@ -114,6 +114,20 @@ def test_the_mean_is_of_every_leaf():
     np.testing.assert_allclose(mean[1], [2, 2])
 
 
+def test_the_mean_of_narrow_numbers_is_summed_in_float32():
+    ones = jnp.ones(1000, jnp.bfloat16)  # whose sum in bfloat16 is 256
+    mean = expansion.batch_mean(lambda x: x, ones)
+    assert mean.dtype == jnp.float32
+    assert mean == 1
+
+
+@pytest.mark.parametrize("order", [0, 4])
+def test_an_order_that_there_is_not_is_refused(order):
+    w = jnp.ones(())
+    with pytest.raises(ValueError, match=f"order must be 1, 2 or 3, got {order}"):
+        sde.expanded_gradient(jnp.square, w, w, order)
+
+
 @pytest.mark.parametrize(
     "batches",
     [
@@ -126,4 +140,4 @@ def test_the_mean_is_of_every_leaf():
 )
 def test_batches_without_a_common_axis_are_refused(batches):
     with pytest.raises(ValueError, match="stack batches of one size"):
-        expansion.num_batches(batches)
+        hessian.num_batches(batches)

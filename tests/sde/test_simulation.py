@@ -252,3 +252,10 @@ def test_what_can_not_be_meant_is_refused(change, message):
     }
     with pytest.raises(ValueError, match=re.escape(message)):
         sde.simulate(**{**right, **change})
+
+
+@pytest.mark.parametrize("change", [{"rho": -1.0}, {"alpha": -1.0}, {"order": 4}])
+def test_a_step_of_no_method_is_refused_when_it_is_made(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        sde.make_step(jnp.dot, jnp.ones(2), **{"rho": 0.1, "eta": 0.1, **change})

@@ -205,8 +205,8 @@ def num_batches(batches: PyTree) -> int:
         raise ValueError(
             "batches must be a tree of arrays with one leading axis, over the batches, "
             f"got leaves with the leading axes {sorted(axes)}: stack batches of one "
-            "size, as in jax.tree.map(lambda *x: jnp.stack(x), *batches). (What makes "
-            "products only takes a function that returns an iterable of batches too.)"
+            "size, as in jax.tree.map(lambda *x: jnp.stack(x), *batches). "
+            "(hessian.mean_matvec takes a function that returns an iterable of them.)"
         )
     (count,) = axes.pop()
     return int(count)

@@ -70,7 +70,7 @@ def _rounded(x: jax.Array, dtype: jnp.dtype, count: jax.Array) -> jax.Array:
     )
     spacing = jnp.maximum(power * float(finfo.eps), smallest)
     magnitude = jnp.floor(jnp.abs(x) / spacing + uniform) * spacing
-    magnitude = jnp.minimum(magnitude, float(finfo.max))  # infinities are their own
+    magnitude = jnp.minimum(magnitude, float(finfo.max))  # what is finite stays so
     dithered = jnp.copysign(magnitude, x).astype(dtype)
     return jnp.where(nearest == x, nearest, dithered)
 

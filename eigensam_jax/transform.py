@@ -208,7 +208,7 @@ def eigen_sam(
     that a step uses is nearer to λ_max with `trackers.secant` than with the paper's
     power iteration, on all three networks at every α, for no Hessian-vector product;
     and at α = 1 λ_max ended lower than SAM's of the same radius on two of
-    them, which with power iteration it did on none of them. It needs no second derivative and
+    them, which with power iteration it did on none. It needs no second derivative and
     puts no branch into the program. `trackers.ritz` comes nearer still on some
     networks, for as many products as the paper's. The paper's Eigen-SAM is
     `tracker=trackers.power_iteration()`.

@@ -85,6 +85,7 @@ def ablate(runs: Sequence[Record], title: str, path: Path) -> None:
             axes.set(xlabel=label, title=f"{name}: {_LABELS[key]}")
             axes.grid(alpha=0.3)
         panels[0].legend(fontsize="small")
+        panels[1].set_yscale("log")
     figure.savefig(path, dpi=110)
 
 

@@ -97,12 +97,12 @@ def rendered(text: str, found: dict[str, Document], page: str) -> str:
                 f"{page} asks for the table {name} of {where}; there are "
                 f"{', '.join(ROWS)} of {', '.join(found)}"
             )
-        block, gap, after = rest.partition("\n\n")
+        block, *after = re.split(r"\A\n|\n\n", rest, maxsplit=1)
         headers = [] if name == "run" else block.splitlines()[:2]
         rows = ROWS[name]([found[folder] for folder in folders], what)
         mark = " ".join(part for part in (where, name, what) if part)
         lines = [f"<!-- report: {mark} -->", *headers, *rows]
-        result += ["\n".join(lines), gap or "\n", after]
+        result += ["\n".join(lines), "\n\n" if after else "\n", *after]
     return "".join(result)
 
 

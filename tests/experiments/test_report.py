@@ -41,6 +41,15 @@ def test_rows_are_replaced_and_headers_are_not():
     assert report.rendered(new, FOUND, "page") == new
 
 
+def test_what_follows_a_blank_line_is_kept():
+    text = "<!-- report: compare_digits run -->\n\nA line.\n\nAnother.\n"
+    page = report.rendered(text, FOUND, "page")
+    mark, line, *rest = page.split("\n")
+    assert mark == "<!-- report: compare_digits run -->"
+    assert line.startswith("3 seeds, ")
+    assert "\n".join(rest) == "\nA line.\n\nAnother.\n"
+
+
 def test_a_page_without_marks_stays_as_it_is():
     assert report.rendered("| a |\n| --- |\n| 1 |\n", FOUND, "page").endswith("| 1 |\n")
 

@@ -194,10 +194,16 @@ def mean_matvec(
 
 
 def num_batches(batches: PyTree) -> int:
-    """N, the length of the leading axis that all leaves of `batches` share.
+    """N, the number of batches along the leading axis of a tree.
+
+    Args:
+      batches: a tree of arrays whose leading axes have the same length.
+
+    Returns:
+      That length.
 
     Raises:
-      ValueError: where they share none.
+      ValueError: where leaves have no leading axis, or none in common.
     """
     leaves = jax.tree.leaves(batches, is_leaf=lambda x: isinstance(x, Iterator))
     axes = {np.shape(x)[:1] for x in leaves}

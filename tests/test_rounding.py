@@ -50,10 +50,10 @@ def test_without_a_perturbation_every_number_stays_what_it_is(dtype):
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_nothing_finite_becomes_infinite(dtype):
-    largest = float(jnp.finfo(dtype).max)
-    w = jnp.full(1000, largest, dtype)
-    epsilon = jnp.full(1000, largest * float(jnp.finfo(dtype).eps) / 4, jnp.float32)
-    np.testing.assert_array_equal(rounding.add(w, epsilon, jnp.int32(0)), w)
+    largest = jnp.finfo(dtype).max
+    epsilon = jnp.float32(largest) * jnp.float32(jnp.finfo(dtype).eps) / 8
+    rounded = jax.vmap(lambda count: rounding.add(largest, epsilon, count))
+    np.testing.assert_array_equal(rounded(jnp.arange(1000)), largest)
 
 
 def test_wide_dtypes_are_rounded_to_the_nearest():

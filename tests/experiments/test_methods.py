@@ -126,17 +126,14 @@ def test_the_direction_is_that_of_the_links_own_perturbation(batch):
 
 def test_norms_are_found_where_they_have_names_of_their_own():
     init = models.MODELS["efficientnet_lite0"](10).init
-    params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    mask = methods.is_norm(params["params"])
+    variables = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    params = variables["params"]
+    mask = jax.tree.leaves(methods.is_norm(params))
     inside = [
-        x.shape for x in jax.tree.leaves(jax.tree.map(_if, mask, params["params"]))
+        x for x, is_in in zip(jax.tree.leaves(params), mask, strict=True) if is_in
     ]
     assert len(inside) == 2 * 49  # a scale and a bias for each of the convolutions
-    assert all(len(shape) == 1 for shape in inside)
-
-
-def _if(inside, x):
-    return x if inside else None
+    assert all(x.ndim == 1 for x in inside)
 
 
 def test_norms_are_those_of_the_network():

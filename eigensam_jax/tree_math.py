@@ -48,6 +48,8 @@ def widen(tree: PyTree) -> PyTree:
 def cast_like(tree: PyTree, other: PyTree) -> PyTree:
     """`tree` with the dtypes of `other`, a tree of the same structure.
 
+    As `optax.tree.cast_like`, of Python numbers too.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from eigensam_jax import tree_math

@@ -96,10 +96,15 @@ def with_label_noise(dataset: Dataset, share: float) -> Dataset:
     return dataset._replace(train_labels=jnp.asarray(noisy))
 
 
+def num_for_tuning(dataset: Dataset) -> int:
+    """The number of training images that `for_tuning` keeps."""
+    return len(dataset.train_labels) * 9 // 10
+
+
 def for_tuning(dataset: Dataset) -> Dataset:
     """Nine tenths of the training set; the last tenth, drawn at random, is the test."""
     order = np.random.default_rng(0).permutation(len(dataset.train_labels))
-    kept, held = np.split(order, [len(order) * 9 // 10])
+    kept, held = np.split(order, [num_for_tuning(dataset)])
     images, labels = dataset.train_images, dataset.train_labels
     return Dataset(images[kept], labels[kept], images[held], labels[held])
 

@@ -84,9 +84,10 @@ def run(config: Config, command: str, console: Console) -> None:
       UserError: for what can't be run, before any training; or when training diverges.
     """
     dataset = data.load(config.dataset, config.data_dir)
-    training.check_batch_size(config.batch_size, config.dataset, dataset)
+    available = len(dataset.train_images)
+    training.check_batch_size(config.batch_size, config.dataset, available)
     dimension = _check(config, dataset)
-    examples = config.examples or min(EXAMPLES, len(dataset.train_images))
+    examples = config.examples or min(EXAMPLES, available)
     config = config._replace(examples=examples)
     results.make_folder(config.out)
     start = time.perf_counter()

@@ -107,8 +107,10 @@ def run(config: Config, plan: Plan, kind: str, command: str, console: Console) -
     dataset = data.load(config.dataset, config.data_dir)
     if config.train_examples is not None:
         dataset = data.first(dataset, config.train_examples, config.dataset)
-    smallest = data.for_tuning(dataset) if kind == "accuracy" else dataset
-    training.check_batch_size(config.batch_size, config.dataset, smallest)
+    examples = len(dataset.train_labels)
+    if kind == "accuracy":
+        examples = data.num_for_tuning(dataset)
+    training.check_batch_size(config.batch_size, config.dataset, examples)
     results.make_folder(config.out)
     path = config.out / config.file
     document = resumption.of_runs(path, command, _protocol(config, dataset, weights))

@@ -95,9 +95,8 @@ class Run(Protocol[Measurement]):
 Measure = Callable[[Method, TrainState, Any], tuple[Measurement, Any]]
 
 
-def check_batch_size(batch_size: int, name: str, dataset: Dataset) -> None:
-    """Raises UserError where the training set is less than a batch."""
-    examples = len(dataset.train_images)
+def check_batch_size(batch_size: int, name: str, examples: int) -> None:
+    """Raises UserError where so many training images are less than a batch."""
     if batch_size > examples:
         raise UserError(
             f"--batch-size {batch_size} is more than the {examples} training images of "

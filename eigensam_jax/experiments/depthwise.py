@@ -1,6 +1,7 @@
 """A convolution of each channel by itself, quick on CPUs too."""
 
 from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,7 +31,7 @@ class Depthwise(nn.Module):
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         result: jax.Array = jax.lax.platform_dependent(
             *(x, kernel),
-            cpu=lambda x, kernel: _depthwise(x, kernel[:, :, 0], self.stride),
+            cpu=lambda x, kernel: _on_cpu(x, kernel[:, :, 0], self.stride),
             default=lambda x, kernel: jax.lax.conv_general_dilated(
                 *(x, kernel, (self.stride, self.stride), "SAME"),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -40,50 +41,107 @@ class Depthwise(nn.Module):
         return result
 
 
+class _Axis(NamedTuple):
+    """How a kernel moves over one axis of the images.
+
+    Attributes:
+      side: of the images.
+      size: of the kernel.
+      stride: between the places of the output.
+      places: of the output.
+      low: zeros before the images.
+      high: zeros after them.
+    """
+
+    side: int
+    size: int
+    stride: int
+    places: int
+    low: int
+    high: int
+
+    def seen(self, i: int) -> slice:
+        """What element i of the kernel sees of the images with their zeros."""
+        return slice(i, i + (self.places - 1) * self.stride + 1, self.stride)
+
+    def met(self, i: int) -> tuple[slice, slice]:
+        """What it sees of the images alone, and at which places of the output."""
+        first = max(0, -((i - self.low) // self.stride))
+        last = min(self.places - 1, (self.side - 1 + self.low - i) // self.stride)
+        start = first * self.stride + i - self.low
+        end = start + (last - first) * self.stride + 1
+        return slice(start, end, self.stride), slice(first, last + 1)
+
+
+_Axes = tuple[_Axis, _Axis]
+
+
+def _on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """The convolution with "SAME" zeros, by the part of the kernel that sees images.
+
+    Of small images the rest sees zeros alone, at every place.
+    """
+    sides, sizes, axes = x.shape[1:3], kernel.shape[:2], []
+    pads = jax.lax.padtype_to_pads(sides, sizes, (stride, stride), "SAME")
+    for i, (side, size, (low, _)) in enumerate(zip(sides, sizes, pads, strict=True)):
+        places = -(-side // stride)
+        before = (places - 1) * stride
+        start, end = max(0, low - before), min(size, side + low)
+        kernel = jax.lax.slice_in_dim(kernel, start, end, axis=i)
+        high = before + end - side - low
+        axes.append(_Axis(side, end - start, stride, places, low - start, high))
+    return _depthwise(x, kernel, (axes[0], axes[1]))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    return _forward(x, kernel, stride)[0]
+def _depthwise(x: jax.Array, kernel: jax.Array, axes: _Axes) -> jax.Array:
+    return _forward(x, kernel, axes)[0]
 
 
 def _forward(
-    x: jax.Array, kernel: jax.Array, stride: int
+    x: jax.Array, kernel: jax.Array, axes: _Axes
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    pads = _pads(x.shape, len(kernel), stride)
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    return _over_places(padded, kernel, stride), (x, kernel)
+    padded = jnp.pad(x, ((0, 0), *((axis.low, axis.high) for axis in axes), (0, 0)))
+    return _over_elements(padded, kernel, axes), (x, kernel)
 
 
 def _backward(
-    stride: int, saved: tuple[jax.Array, jax.Array], back: jax.Array
+    axes: _Axes, saved: tuple[jax.Array, jax.Array], back: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Two more sums over the places of the kernel.
+    """Two more sums, over the elements of the kernel and over the images.
 
-    The transpose that JAX would make adds a padded array for each place, and XLA's sums
-    over all but the last axis take many times longer than one image after the other.
+    The transpose that JAX would make adds a padded array for each element, and XLA's
+    sums over all but the last axis take many times longer than one image after the
+    other.
     """
     x, kernel = saved
-    size = len(kernel)
     back = jax.lax.optimization_barrier(back)  # type: ignore[no-untyped-call]
-    pads = _pads(x.shape, size, stride)
-    edges = [
-        (size - 1 - low, side + low - (places - 1) * stride - 1, stride - 1)
-        for (low, _), side, places in zip(
-            pads, x.shape[1:3], back.shape[1:3], strict=True
-        )
-    ]
+    edges, dense = [], []
+    for axis in axes:
+        low = axis.size - 1 - axis.low
+        high = axis.side + axis.low - (axis.places - 1) * axis.stride - 1
+        edges.append((low, high, axis.stride - 1))
+        dense.append(axis._replace(stride=1, places=axis.side))
     none = (0, 0, 0)
     spread = jax.lax.pad(back, jnp.zeros((), back.dtype), (none, *edges, none))
-    to_x = _over_places(spread, kernel[::-1, ::-1], 1)
+    to_x = _over_elements(spread, kernel[::-1, ::-1], (dense[0], dense[1]))
+
+    def products(image: jax.Array, back: jax.Array) -> list[jax.Array]:
+        met = [[axis.met(i) for i in range(axis.size)] for axis in axes]
+        return [
+            image[rows, columns] * back[to_rows, to_columns]
+            for rows, to_rows in met[0]
+            for columns, to_columns in met[1]
+        ]
 
     def add(
-        totals: list[jax.Array], image: tuple[jax.Array, jax.Array]
+        totals: list[jax.Array], pair: tuple[jax.Array, jax.Array]
     ) -> tuple[list[jax.Array], None]:
-        seen = _seen(image[0], size, stride)
-        return [t + s * image[1] for t, s in zip(totals, seen, strict=True)], None
+        return jax.tree.map(jnp.add, totals, products(*pair)), None
 
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    totals = [jnp.zeros(back.shape[1:], back.dtype)] * size**2
-    totals, _ = jax.lax.scan(add, totals, (padded, back))
+    shapes = jax.eval_shape(products, x[0], back[0])
+    totals = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+    totals, _ = jax.lax.scan(add, totals, (x, back))
     to_kernel = jnp.stack([total.sum((0, 1)) for total in totals])
     return to_x, to_kernel.reshape(kernel.shape)
 
@@ -91,30 +149,17 @@ def _backward(
 _depthwise.defvjp(_forward, _backward)
 
 
-def _pads(shape: tuple[int, ...], size: int, stride: int) -> list[tuple[int, int]]:
-    """What "SAME" adds above and below, left and right."""
-    pads = jax.lax.padtype_to_pads(shape[1:3], (size, size), (stride, stride), "SAME")
-    return list(pads)
-
-
-def _over_places(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """The sum over the places of the kernel of what each sees, times its element."""
-    # Else XLA makes x anew for each place.
+def _over_elements(x: jax.Array, kernel: jax.Array, axes: _Axes) -> jax.Array:
+    """The sum over the kernel's elements of what each sees, times the element."""
+    # Else XLA makes x anew for each of them.
     x = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
-    rows = kernel.reshape(-1, kernel.shape[-1])
-    products = map(jnp.multiply, _seen(x, len(kernel), stride), rows)
-    total: jax.Array = sum(products, jnp.zeros((), x.dtype))
+    rows, columns = axes
+    total: jax.Array = sum(
+        (
+            x[:, rows.seen(i), columns.seen(j)] * kernel[i, j]
+            for i in range(rows.size)
+            for j in range(columns.size)
+        ),
+        jnp.zeros((), x.dtype),
+    )
     return total
-
-
-def _seen(x: jax.Array, size: int, stride: int) -> list[jax.Array]:
-    """What each place of the kernel sees of x, of shape (..., height, width, channels).
-
-    From the first place that an element of the kernel sees to its last.
-    """
-    height, width = ((n - size) // stride * stride + 1 for n in x.shape[-3:-1])
-    return [
-        x[..., i : i + height : stride, j : j + width : stride, :]
-        for i in range(size)
-        for j in range(size)
-    ]

@@ -69,6 +69,17 @@ def test_links_lead_somewhere(name):
             assert anchor in anchors(page), link
 
 
+def test_every_plot_is_shown():
+    plots = set(ROOT.glob("eigensam_jax/*/results/**/*.png"))
+    shown = {
+        (ROOT / name).parent / path
+        for name, page in PAGES.items()
+        for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
+    }
+    assert plots
+    assert plots <= shown
+
+
 def code_spans(page):
     """What stands between single backquotes, each in one line."""
     spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCED.sub("", page))

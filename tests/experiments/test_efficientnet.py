@@ -202,6 +202,8 @@ def test_it_is_the_network_of_those_names(resolution):
         (5, 1, (2, 6, 7, 3)),
         (5, 2, (2, 6, 7, 3)),
         (5, 2, (1, 1, 2, 4)),
+        (5, 1, (2, 2, 1, 3)),
+        (3, 2, (2, 2, 4, 3)),
     ],
 )
 def test_a_depthwise_convolution_is_one_in_groups(size, stride, shape):
@@ -227,6 +229,21 @@ def test_a_depthwise_convolution_is_one_in_groups(size, stride, shape):
     compared = jax.jit(lambda: (derived(ours), derived(theirs)))
     for one, other in zip(*compared(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_sees_zeros_alone_costs_nothing():
+    x = jnp.ones((2, 1, 1, 3))
+
+    def operations(size):
+        kernel = jnp.ones((size, size, 1, 3))
+        layer = depthwise.Depthwise(size, 1)
+        value = lambda *args: jnp.sum(
+            layer.apply({"params": {"kernel": args[1]}}, args[0])
+        )
+        gradient = jax.jit(jax.grad(value, (0, 1)))
+        return gradient.lower(x, kernel).compile().cost_analysis()["flops"]
+
+    assert operations(5) == operations(1)
 
 
 @pytest.mark.usefixtures("small")

@@ -34,7 +34,8 @@ def add_spectrum(commands: Any) -> None:
         description="Train a network, and find the largest eigenvalues of the Hessian "
         "of its training loss, with residuals, and how all of them are spread. Prints "
         "a table and leaves results.json and spectrum.png in --out, in place of those "
-        "of an earlier run.",
+        "of an earlier run; a training that was interrupted goes on by the same "
+        "command.",
     )
     add, usual = spectrum.add_argument, _SPECTRUM_USUAL
     trained = tuple(name for name in options.OPTIMIZERS if name != "sam_matched")

@@ -24,7 +24,7 @@ from eigensam_jax.experiments import (
     plots,
     sde,
     sde_tables,
-    spectrum,
+    spectrum_tables,
     study_plots,
     study_tables,
 )
@@ -147,7 +147,7 @@ ROWS: dict[str, Callable[[list[Document], str], list[str]]] = {
     "bench_across": _of_runs(bench_tables.across),
     "growth": _of_runs(bench_tables.growth_summary),
     "devices": _of_runs(bench_tables.devices_summary),
-    "spectrum": _table(lambda d, count: spectrum.summary(d[0])[: int(count)]),
+    "spectrum": _table(lambda d, count: spectrum_tables.summary(d[0])[: int(count)]),
     "distances": _of_runs(sde_tables.distances),
     "sde_differences": _of_runs(sde_tables.differences),
     "slopes": _of_runs(sde_tables.slopes),

@@ -105,20 +105,27 @@ def _document(path: Path, new: dict[str, Any]) -> dict[str, Any]:
             f"command ({error!r}); name another folder"
         ) from error
     for key in ("config", "versions", "device"):
-        _check_same(path.parent, old[key], new[key])
+        check_same(path.parent, old[key], new[key])
     kept: dict[str, Any] = {key: old[key] for key in ("wall_time_s", "runs")}
     kept["commands"] = list(dict.fromkeys([*old["commands"], *new["commands"]]))
     if "trackers" in new:
         kept["trackers"] = new["trackers"] | old["trackers"]
-        _check_same(path.parent, kept["trackers"], kept["trackers"] | new["trackers"])
+        check_same(path.parent, kept["trackers"], kept["trackers"] | new["trackers"])
     return new | kept
 
 
-def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError where one configuration is not the other, but for folders.
+
+    Args:
+      out: the folder of `--out`, to be named.
+      before: the configuration of what is there.
+      now: that of this call.
+    """
     for key in {**before, **now}:
         one, other = before.get(key), now.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
-            _check_same(out, one, other)
+            check_same(out, one, other)
         # Folders may have been moved, or be named in another way.
         elif key not in ("out", "data_dir") and one != other:
             raise UserError(

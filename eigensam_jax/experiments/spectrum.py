@@ -1,25 +1,29 @@
 """`eigensam spectrum`: the eigenvalues of the Hessian of a trained network."""
 
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 from rich.console import Console
-from rich.table import Table
 
 from eigensam_jax import eigen, hessian
 from eigensam_jax.experiments import (
     augmentation,
+    checkpoints,
     data,
     losses,
     measures,
     methods,
     plots,
     results,
-    tables,
+    resumption,
+    spectrum_tables,
     training,
 )
 from eigensam_jax.experiments.errors import UserError
@@ -31,7 +35,8 @@ from eigensam_jax.tree_math import PyTree
 
 TOLERANCE = 1e-4  # of the residuals, relative to λ_max
 EXAMPLES = 2_000  # training images, where not said
-NEAR_ZERO = 0.01  # times λ_max: an eigenvalue within it counts as close to zero
+CHECKPOINT = "checkpoint.msgpack"
+CHECKPOINTS = 10  # of the training, the last of them before its end
 _CHUNK = 250  # images per product: convolutions of more take longer for each, on CPUs
 
 
@@ -75,6 +80,9 @@ class Trained(NamedTuple):
 def run(config: Config, command: str, console: Console) -> None:
     """Trains a network; leaves `results.json` and `spectrum.png` in `config.out`.
 
+    Whatever ends the command, the same one goes on from the last checkpoint of the
+    training.
+
     Args:
       config: what to train, and what to find of its Hessian.
       command: the command line, for the results file.
@@ -90,9 +98,28 @@ def run(config: Config, command: str, console: Console) -> None:
     examples = config.examples or min(EXAMPLES, available)
     config = config._replace(examples=examples)
     results.make_folder(config.out)
-    start = time.perf_counter()
-    with console.status("training"):
-        trained = train(config, dataset)
+    head = {
+        "config": {
+            **config._asdict(),
+            "data_dir": config.data_dir and str(config.data_dir),
+            "out": str(config.out),
+            **training.protocol(dataset),
+            "tolerance": TOLERANCE,
+            "near_zero": spectrum_tables.NEAR_ZERO,
+        },
+        **results.environment(),
+    }
+    begun = _begun(config.out, head)
+    keep = lambda progress: checkpoints.write(
+        config.out / CHECKPOINT, {"head": json.dumps(head), "progress": progress}
+    )
+    start = time.perf_counter() - (begun["seconds"] if begun else 0.0)
+    try:
+        with console.status("training"):
+            trained = train(config, dataset, begun, keep)
+    except training.DivergedError:
+        (config.out / CHECKPOINT).unlink(missing_ok=True)
+        raise
     matvec, products = _counted(
         make_matvec(
             config.model, dataset, examples, trained.params, trained.batch_stats
@@ -119,15 +146,7 @@ def run(config: Config, command: str, console: Console) -> None:
         )
     document: dict[str, Any] = {
         "command": command,
-        "config": {
-            **config._asdict(),
-            "data_dir": config.data_dir and str(config.data_dir),
-            "out": str(config.out),
-            **training.protocol(dataset),
-            "tolerance": TOLERANCE,
-            "near_zero": NEAR_ZERO,
-        },
-        **results.environment(),
+        **head,
         "wall_time_s": time.perf_counter() - start,
         "top_wall_time_s": seconds,
         "top_matvecs": top_products,
@@ -136,32 +155,50 @@ def run(config: Config, command: str, console: Console) -> None:
         "test_accuracy": trained.test_accuracy,
         "eigenvalues": top.eigenvalue.tolist(),
         "residuals": top.residual.tolist(),
-        **summarise(density, dimension, float(top.eigenvalue[0])),
+        **spectrum_tables.summarise(density, dimension, float(top.eigenvalue[0])),
         "nodes": density.nodes.tolist(),
         "weights": density.weights.tolist(),
     }
     path, plot = config.out / "results.json", config.out / "spectrum.png"
     results.write(path, document)
+    (config.out / CHECKPOINT).unlink(missing_ok=True)
     title = f"{config.dataset}, {config.model}, {config.optimizer}"
     plots.spectrum(document, title, plot)
-    console.print(table(document, title))
-    console.print(sentence(document))
+    console.print(spectrum_tables.table(document, title))
+    console.print(spectrum_tables.sentence(document))
     console.print(
         f"Results: {path}   Plot: {plot}   Wall time: {document['wall_time_s']:.0f} s"
     )
 
 
-def train(config: Config, dataset: data.Dataset) -> Trained:
-    """The network at the end of training."""
+def train(
+    config: Config,
+    dataset: data.Dataset,
+    begun: dict[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda progress: None,
+) -> Trained:
+    """The network at the end of training.
+
+    Args:
+      config: what to train.
+      dataset: by what.
+      begun: what was kept of a training to go on with; None to begin.
+      keep: called `CHECKPOINTS` times on the way with what there is to keep.
+    """
     settings = training.Settings(
-        *(config.epochs, config.batch_size, config.learning_rate, 1),
+        *(config.epochs, config.batch_size, config.learning_rate, CHECKPOINTS + 1),
         augmentation.of(config.dataset, config.augment),
     )
+    steps = len(dataset.train_labels) // config.batch_size * config.epochs
     model = MODELS[config.model](dataset.num_classes)
     means = measures.make_means(model)
 
-    def measure(method: Method, state: TrainState, top: Any) -> tuple[Trained, None]:
+    def measure(
+        method: Method, state: TrainState, top: Any
+    ) -> tuple[Trained | None, None]:
         del method, top
+        if int(state.step) < steps:
+            return None, None
         params, batch_stats = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
         train_loss, _ = means(
             params, dataset.train_images, dataset.train_labels, batch_stats
@@ -174,8 +211,14 @@ def train(config: Config, dataset: data.Dataset) -> Trained:
         return Trained(params, train_loss, accuracy, batch_stats), None
 
     method = methods.named(config.optimizer, config.rho, config.alpha)
-    *_, end = training.make_run(model, dataset, measure, settings)(method, config.seed)
-    return end.measurement
+    run = training.make_run(model, dataset, measure, settings)
+    trained = None
+    for point in run(method, config.seed, begun):
+        trained = point.measurement
+        if 0 < point.step < steps:
+            keep(serialization.to_state_dict(point.progress))
+    assert trained is not None
+    return trained
 
 
 def make_matvec(
@@ -200,62 +243,14 @@ def make_matvec(
     )
 
 
-def summarise(
-    density: eigen.SpectralDensity, dimension: int, lambda_max: float
-) -> dict[str, float]:
-    """Figures of the whole spectrum; ± is a standard error over the random vectors."""
-    nodes, weights = (np.asarray(x, np.float64) for x in density)
-    samples = len(nodes)
-    traces = samples * dimension * (nodes * weights).sum(1)
-    counts = dimension * weights
-    bound = NEAR_ZERO * abs(lambda_max)
-    return {
-        "trace": float(traces.mean()),
-        "trace_error": float(traces.std(ddof=min(1, samples - 1)) / np.sqrt(samples)),
-        "num_above": float(counts[nodes > bound].sum()),
-        "num_below": float(counts[nodes < -bound].sum()),
-        "smallest_node": float(nodes.min()),
-    }
-
-
-def table(document: dict[str, Any], title: str) -> Table:
-    """The rows of `summary` for a terminal."""
-    headers = ("i", "λ_i", "λ_i / λ_1", "% of trace", "‖Hv − λv‖")
-    return tables.table(title, headers, summary(document))
-
-
-def summary(document: dict[str, Any]) -> list[list[str]]:
-    """A row an eigenvalue: number, value, ratio to the largest, share, residual."""
-    values, trace = document["eigenvalues"], document["trace"]
-    return [
-        [
-            str(i),
-            f"{value:.4f}",
-            f"{value / values[0]:.3f}",
-            f"{100 * value / trace:.1f}",
-            f"{residual:.0e}",
-        ]
-        for i, (value, residual) in enumerate(
-            zip(values, document["residuals"], strict=True), 1
-        )
-    ]
-
-
-def sentence(document: dict[str, Any]) -> str:
-    """What else there is to say of the spectrum, in words."""
-    config = document["config"]
-    k, top = config["k"], sum(document["eigenvalues"])
-    return (
-        f"Hessian of {document['parameters']} parameters on {config['examples']} "
-        f"training images. Trace {document['trace']:.3f} ± "
-        f"{document['trace_error']:.3f}; the {k} above add up to {top:.3f}. About "
-        f"{document['num_above']:.0f} eigenvalues are above {NEAR_ZERO:.0%} of λ_1, "
-        f"{document['num_below']:.0f} as far below zero, down to "
-        f"{document['smallest_node']:.4f}. Products: {document['top_matvecs']} for the "
-        f"eigenvalues ({document['top_wall_time_s']:.0f} s), {config['num_samples']} × "
-        f"{config['num_matvecs']} for the density. Training loss "
-        f"{document['train_loss']:.4f}, test accuracy {document['test_accuracy']:.1%}."
-    )
+def _begun(out: Path, head: dict[str, Any]) -> dict[str, Any] | None:
+    """What there is to go on with of a training of the same configuration."""
+    saved = checkpoints.read(out / CHECKPOINT)
+    if saved is None:
+        return None
+    resumption.check_same(out, json.loads(saved["head"]), head)
+    progress: dict[str, Any] = saved["progress"]
+    return progress
 
 
 def _check(config: Config, dataset: data.Dataset) -> int:

@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import assert_refused
+from command_line import assert_refused, error_of
 from jax.flatten_util import ravel_pytree
 
 from eigensam_jax import eigen, hessian
 from eigensam_jax.experiments import (
+    checkpoints,
     cli,
     commands,
     data,
@@ -18,6 +19,7 @@ from eigensam_jax.experiments import (
     methods,
     models,
     spectrum,
+    spectrum_tables,
     training,
 )
 
@@ -56,7 +58,7 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     assert results["device"]["platform"] in ("cpu", "gpu", "tpu")
     config = {**results["config"], "data_dir": None, "out": SMOKE.out}
     assert {key: config[key] for key in SMOKE._fields} == SMOKE._asdict()
-    for row in spectrum.summary(results):
+    for row in spectrum_tables.summary(results):
         assert row in [line.split() for line in lines]
     assert results["wall_time_s"] > results["top_wall_time_s"] > 0
 
@@ -112,7 +114,7 @@ def test_the_product_is_that_of_all_images_at_once():
 def test_figures_of_the_whole_spectrum():
     nodes = jnp.array([[-3.0, -0.005, 0.5], [-1.0, 0.005, 1.0]])
     weights = jnp.array([[0.1, 0.3, 0.1], [0.2, 0.2, 0.1]])
-    figures = spectrum.summarise(eigen.SpectralDensity(nodes, weights), 100, 1.0)
+    figures = spectrum_tables.summarise(eigen.SpectralDensity(nodes, weights), 100, 1.0)
     traces = [200 * (-0.3 - 0.0015 + 0.05), 200 * (-0.2 + 0.001 + 0.1)]
     np.testing.assert_allclose(figures["trace"], np.mean(traces), rtol=1e-5)
     error = abs(traces[0] - traces[1]) / 2  # two values: their deviation over √2
@@ -121,7 +123,7 @@ def test_figures_of_the_whole_spectrum():
     np.testing.assert_allclose(figures["num_below"], 30, rtol=1e-5)
     assert figures["smallest_node"] == -3
     one = eigen.SpectralDensity(nodes[:1], 2 * weights[:1])
-    assert spectrum.summarise(one, 100, 1.0)["trace_error"] == 0
+    assert spectrum_tables.summarise(one, 100, 1.0)["trace_error"] == 0
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,39 @@ def test_a_bad_option_ends_with_one_line(
 ):
     monkeypatch.setattr(spectrum, "train", None)  # training would fail
     assert_refused("spectrum", options, wrong, right, capsys, monkeypatch, tmp_path)
+
+
+def test_killed_in_training_it_comes_to_the_same(tmp_path, monkeypatch, capsys):
+    command = ["spectrum", "--smoke", "--optimizer", "eigen_sam"]
+    command += ["--num-samples", "1", "--out"]
+    write, kept = checkpoints.write, []
+
+    def killing(path, tree):
+        kept.append(int(tree["progress"]["state"]["step"]))
+        write(path, tree)
+        if len(kept) == 4:
+            raise KeyboardInterrupt
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert cli.main([*command, str(whole)]) == 0
+    monkeypatch.setattr(checkpoints, "write", killing)
+    assert cli.main([*command, str(killed)]) == 130
+    assert [p.name for p in killed.iterdir()] == [spectrum.CHECKPOINT]
+
+    capsys.readouterr()
+    other = [*command, str(killed), "--epochs", "3"]
+    assert "(epochs 2, now 3); name another folder" in error_of(other, capsys)
+
+    assert cli.main([*command, str(killed)]) == 0
+    assert kept == sorted(set(kept))
+    assert len(kept) == spectrum.CHECKPOINTS
+    found = [json.loads((out / "results.json").read_text()) for out in (whole, killed)]
+    for results in found:
+        del results["command"], results["config"]["out"]
+        assert results.pop("wall_time_s") > results.pop("top_wall_time_s") > 0
+    assert found[0] == found[1]
+    names = ["results.json", "spectrum.png"]
+    assert sorted(p.name for p in killed.iterdir()) == names
 
 
 def test_training_that_diverges_ends_with_what_to_do(tmp_path, capsys):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from eigensam_jax import eigen, hessian
 from eigensam_jax.experiments import (
@@ -24,6 +25,7 @@ from eigensam_jax.experiments import (
     results,
     resumption,
     spectrum_tables,
+    tables,
     training,
 )
 from eigensam_jax.experiments.errors import UserError
@@ -109,37 +111,46 @@ def run(config: Config, command: str, console: Console) -> None:
         },
         **results.environment(),
     }
-    begun = _begun(config.out, head)
-    keep = lambda progress: checkpoints.write(
-        config.out / CHECKPOINT, {"head": json.dumps(head), "progress": progress}
-    )
+    begun, checkpoint = _begun(config.out, head), config.out / CHECKPOINT
     start = time.perf_counter() - (begun["seconds"] if begun else 0.0)
-    try:
-        with console.status("training"):
+    with tables.progress_bar(console) as bar:
+
+        def keep(point: training.Point[Any]) -> None:
+            progress = serialization.to_state_dict(point.progress)
+            content = {"head": json.dumps(head), "progress": progress}
+            checkpoints.write(checkpoint, content)
+            bar.update(task, completed=point.step)
+
+        steps = available // config.batch_size * config.epochs
+        task = bar.add_task("training", total=steps)
+        try:
             trained = train(config, dataset, begun, keep)
-    except training.DivergedError:
-        (config.out / CHECKPOINT).unlink(missing_ok=True)
-        raise
-    matvec, products = _counted(
-        make_matvec(
-            config.model, dataset, examples, trained.params, trained.batch_stats
-        )
-    )
-    with console.status("top eigenvalues"):
-        began = time.perf_counter()
+        except training.DivergedError:
+            checkpoint.unlink(missing_ok=True)
+            raise
+        bar.update(task, completed=steps)
+        params, batch_stats = trained.params, trained.batch_stats
+        product = make_matvec(config.model, dataset, examples, params, batch_stats)
+
+        task, began = bar.add_task("top eigenvalues", total=None), time.perf_counter()
         top = eigen.top_eigenpairs(
-            matvec, trained.params, config.k, tol=TOLERANCE, host_loop=True
+            *(_shown(product, bar, task), params, config.k),
+            tol=TOLERANCE,
+            host_loop=True,
         )
-        seconds, top_products = time.perf_counter() - began, products[0]
-    with console.status("spectral density"):
+        seconds = time.perf_counter() - began
+        top_products = int(bar.tasks[-1].completed)
+
+        count = config.num_matvecs * config.num_samples
+        task = bar.add_task("spectral density", total=count)
         density = eigen.spectral_density(
-            matvec,
-            trained.params,
+            *(_shown(product, bar, task), params),
             num_matvecs=config.num_matvecs,
             num_samples=config.num_samples,
             host_loop=True,
         )
     if not all(np.isfinite(x).all() for x in (top.residual, density.nodes)):
+        checkpoint.unlink(missing_ok=True)
         raise UserError(
             "the Hessian's products are not finite; lower --learning-rate (now "
             f"{config.learning_rate:g})"
@@ -161,7 +172,7 @@ def run(config: Config, command: str, console: Console) -> None:
     }
     path, plot = config.out / "results.json", config.out / "spectrum.png"
     results.write(path, document)
-    (config.out / CHECKPOINT).unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     title = f"{config.dataset}, {config.model}, {config.optimizer}"
     plots.spectrum(document, title, plot)
     console.print(spectrum_tables.table(document, title))
@@ -175,7 +186,7 @@ def train(
     config: Config,
     dataset: data.Dataset,
     begun: dict[str, Any] | None = None,
-    keep: Callable[[dict[str, Any]], None] = lambda progress: None,
+    keep: Callable[[training.Point[Any]], None] = lambda point: None,
 ) -> Trained:
     """The network at the end of training.
 
@@ -183,7 +194,7 @@ def train(
       config: what to train.
       dataset: by what.
       begun: what was kept of a training to go on with; None to begin.
-      keep: called `CHECKPOINTS` times on the way with what there is to keep.
+      keep: called `CHECKPOINTS` times on the way, to keep where it is.
     """
     settings = training.Settings(
         *(config.epochs, config.batch_size, config.learning_rate, CHECKPOINTS + 1),
@@ -216,7 +227,7 @@ def train(
     for point in run(method, config.seed, begun):
         trained = point.measurement
         if 0 < point.step < steps:
-            keep(serialization.to_state_dict(point.progress))
+            keep(point)
     assert trained is not None
     return trained
 
@@ -272,12 +283,11 @@ def _check(config: Config, dataset: data.Dataset) -> int:
     return dimension
 
 
-def _counted(matvec: Matvec) -> tuple[Matvec, list[int]]:
-    """`matvec`, and a list whose only entry counts its products."""
-    products = [0]
+def _shown(matvec: Matvec, bar: Progress, task: TaskID) -> Matvec:
+    """`matvec`, whose products `bar` counts."""
 
-    def counted(vector: PyTree) -> PyTree:
-        products[0] += 1
+    def shown(vector: PyTree) -> PyTree:
+        bar.advance(task)
         return matvec(vector)
 
-    return counted, products
+    return shown

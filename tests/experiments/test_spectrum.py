@@ -47,7 +47,7 @@ OPTIONS = "spectrum --smoke --optimizer sam --seed 3 --examples 300 --out"
 def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     out = tmp_path / "results"
     assert cli.main([*OPTIONS.split(), str(out)]) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().out.lstrip()
     lines = printed.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0].strip() == "digits, mlp, sam"

@@ -157,6 +157,7 @@ ROWS: dict[str, Callable[[list[Document], str], list[str]]] = {
     "tuning": _of_runs(study_tables.tuning),
     "summary": _of_study(study_tables.summary),
     "paired": _of_study(study_tables.paired),
+    "against_first": _of_study(study_tables.against_first),
     "over_training": _of_study(study_tables.over_training),
 }
 

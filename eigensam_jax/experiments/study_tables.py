@@ -36,7 +36,7 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
             continue
         rows = [[row, *cells] for row, _, _, *cells in summary(runs, name)]
         result.append(tables.table(heading, ("", *PAIRED_HEADERS), rows))
-        if pairs := paired(runs, name):
+        if pairs := paired(runs, name) or against_first(runs, name):
             result.append(tables.table("differences", ("", *PAIRED_HEADERS), pairs))
     return result
 
@@ -64,6 +64,15 @@ def paired(runs: Sequence[Record], table: str) -> list[list[str]]:
         if other in found:
             rows.append([f"{row} − {other}", *difference(found[row], found[other])])
     return rows
+
+
+def against_first(runs: Sequence[Record], table: str) -> list[list[str]]:
+    """As `paired`, of every method of a table with its first."""
+    found = by_row(runs, table)
+    first, *others = found
+    return [
+        [f"{row} − {first}", *difference(found[row], found[first])] for row in others
+    ]
 
 
 def difference(one: Sequence[Record], other: Sequence[Record]) -> list[str]:

@@ -60,6 +60,21 @@ def test_an_ablation_is_paired_within_its_setting():
     assert found[:2] == ["eigen_sam, α 1 − sam_matched, α 1", "-10.00"]
 
 
+def test_where_nothing_is_matched_all_are_held_against_the_first():
+    accuracies = {"sam": (0.5, 0.75), "secant": (0.75, 0.5), "ritz": (0.75, 1.0)}
+    runs = [
+        run("tracker", row, seed, accuracy)
+        for row, of_seeds in accuracies.items()
+        for seed, accuracy in enumerate(of_seeds)
+    ]
+    (secant, ritz) = study_tables.against_first(runs, "tracker")
+    half = stats.t.ppf(0.975, 1) * 25  # deviation over the root of two seeds
+    assert secant[:2] == ["secant − sam", f"+0.00 ± {half:.2f}"]
+    assert ritz[:2] == ["ritz − sam", "+25.00 ± 0.00"]
+    tables = study_tables.all_tables(runs, "digits")
+    assert [table.title for table in tables] == ["tracker: digits", "differences"]
+
+
 def test_the_best_of_each_method_is_marked():
     runs = [run("tuning", "sam", 0, x) for x in (0.5, 0.75)]
     runs.append(run("tuning", "sam", 0, 0.0, diverged="the training loss is nan"))

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 class Depthwise(nn.Module):
     """A convolution of each channel by itself.
 
-    On a CPU it is a sum over the places of the kernel, for XLA's convolution in groups
-    takes many times as long there, above all its derivatives. Gradients can be pushed
-    forward, for products with the Hessian, but the values can't, for `jax.custom_vjp`
-    has no forward mode. The kernel is of the shape that `nn.Conv` would give it.
+    On a CPU it is a sum over the elements of the kernel, for XLA's convolution in
+    groups takes many times as long there, above all its derivatives. Gradients can be
+    pushed forward, for products with the Hessian, but the values can't, for
+    `jax.custom_vjp` has no forward mode. The kernel is of the shape that `nn.Conv`
+    would give it.
 
     Attributes:
       size: of the kernel.
@@ -49,8 +50,8 @@ class _Axis(NamedTuple):
       size: of the kernel.
       stride: between the places of the output.
       places: of the output.
-      low: zeros before the images.
-      high: zeros after them.
+      low: how many zeros stand before the images.
+      high: how many stand after them.
     """
 
     side: int
@@ -61,11 +62,11 @@ class _Axis(NamedTuple):
     high: int
 
     def seen(self, i: int) -> slice:
-        """What element i of the kernel sees of the images with their zeros."""
+        """Where images with their zeros are multiplied by element i of the kernel."""
         return slice(i, i + (self.places - 1) * self.stride + 1, self.stride)
 
     def met(self, i: int) -> tuple[slice, slice]:
-        """What it sees of the images alone, and at which places of the output."""
+        """Where images without zeros are, and the places of the output it goes to."""
         first = max(0, -((i - self.low) // self.stride))
         last = min(self.places - 1, (self.side - 1 + self.low - i) // self.stride)
         start = first * self.stride + i - self.low
@@ -77,18 +78,18 @@ _Axes = tuple[_Axis, _Axis]
 
 
 def _on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """The convolution with "SAME" zeros, by the part of the kernel that sees images.
+    """The convolution with "SAME" zeros, without the elements that see these alone.
 
-    Of small images the rest sees zeros alone, at every place.
+    There are such elements where images are smaller than the kernel.
     """
     sides, sizes, axes = x.shape[1:3], kernel.shape[:2], []
     pads = jax.lax.padtype_to_pads(sides, sizes, (stride, stride), "SAME")
-    for i, (side, size, (low, _)) in enumerate(zip(sides, sizes, pads, strict=True)):
+    for k, (side, size, (low, _)) in enumerate(zip(sides, sizes, pads, strict=True)):
         places = -(-side // stride)
-        before = (places - 1) * stride
-        start, end = max(0, low - before), min(size, side + low)
-        kernel = jax.lax.slice_in_dim(kernel, start, end, axis=i)
-        high = before + end - side - low
+        last = (places - 1) * stride
+        start, end = max(0, low - last), min(size, side + low)
+        kernel = jax.lax.slice_in_dim(kernel, start, end, axis=k)
+        high = max(0, last + end - side - low)
         axes.append(_Axis(side, end - start, stride, places, low - start, high))
     return _depthwise(x, kernel, (axes[0], axes[1]))
 
@@ -126,8 +127,9 @@ def _backward(
     spread = jax.lax.pad(back, jnp.zeros((), back.dtype), (none, *edges, none))
     to_x = _over_elements(spread, kernel[::-1, ::-1], (dense[0], dense[1]))
 
+    met = [[axis.met(i) for i in range(axis.size)] for axis in axes]
+
     def products(image: jax.Array, back: jax.Array) -> list[jax.Array]:
-        met = [[axis.met(i) for i in range(axis.size)] for axis in axes]
         return [
             image[rows, columns] * back[to_rows, to_columns]
             for rows, to_rows in met[0]
@@ -139,8 +141,8 @@ def _backward(
     ) -> tuple[list[jax.Array], None]:
         return jax.tree.map(jnp.add, totals, products(*pair)), None
 
-    shapes = jax.eval_shape(products, x[0], back[0])
-    totals = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+    shapes = jax.eval_shape(jax.vmap(products), x, back)
+    totals = [jnp.zeros(shape.shape[1:], shape.dtype) for shape in shapes]
     totals, _ = jax.lax.scan(add, totals, (x, back))
     to_kernel = jnp.stack([total.sum((0, 1)) for total in totals])
     return to_x, to_kernel.reshape(kernel.shape)

@@ -115,12 +115,15 @@ def _document(path: Path, new: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises UserError where one configuration is not the other, but for folders.
+    """Holds what is in a folder against what a command is called for.
 
     Args:
-      out: the folder of `--out`, to be named.
-      before: the configuration of what is there.
-      now: that of this call.
+      out: the folder of `--out`.
+      before: the configuration, versions or device of what is there.
+      now: those of this call. Paths of folders may be others.
+
+    Raises:
+      UserError: by the name of the first difference.
     """
     for key in {**before, **now}:
         one, other = before.get(key), now.get(key)

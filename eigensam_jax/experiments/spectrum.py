@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,8 @@ from eigensam_jax.tree_math import PyTree
 
 TOLERANCE = 1e-4  # of the residuals, relative to λ_max
 EXAMPLES = 2_000  # training images, where not said
-CHECKPOINT = "checkpoint.msgpack"
-CHECKPOINTS = 10  # of the training, the last of them before its end
+CHECKPOINT = "training.msgpack"
+CHECKPOINTS = 10  # of a training, beside the one at its end
 _CHUNK = 250  # images per product: convolutions of more take longer for each, on CPUs
 
 
@@ -83,7 +83,8 @@ def run(config: Config, command: str, console: Console) -> None:
     """Trains a network; leaves `results.json` and `spectrum.png` in `config.out`.
 
     Whatever ends the command, the same one goes on from the last checkpoint of the
-    training.
+    training, or from its end. Where the network or its Hessian is not finite, the next
+    one begins again.
 
     Args:
       config: what to train, and what to find of its Hessian.
@@ -100,51 +101,47 @@ def run(config: Config, command: str, console: Console) -> None:
     examples = config.examples or min(EXAMPLES, available)
     config = config._replace(examples=examples)
     results.make_folder(config.out)
-    head = {
-        "config": {
-            **config._asdict(),
-            "data_dir": config.data_dir and str(config.data_dir),
-            "out": str(config.out),
-            **training.protocol(dataset),
-            "tolerance": TOLERANCE,
-            "near_zero": spectrum_tables.NEAR_ZERO,
-        },
-        **results.environment(),
-    }
-    begun, checkpoint = _begun(config.out, head), config.out / CHECKPOINT
-    start = time.perf_counter() - (begun["seconds"] if begun else 0.0)
+    checkpoint, described = config.out / CHECKPOINT, _described(config, dataset)
+    saved = checkpoints.read(checkpoint) or {"step": 0, "seconds": 0.0}
+    if "described" in saved:
+        resumption.check_same(config.out, json.loads(saved["described"]), described)
+    start = time.perf_counter() - saved["seconds"]
     with tables.progress_bar(console) as bar:
+        total = _total_steps(config, dataset)
+        training_task = bar.add_task("training", total=total, completed=saved["step"])
 
-        def keep(point: training.Point[Any]) -> None:
-            progress = serialization.to_state_dict(point.progress)
-            content = {"head": json.dumps(head), "progress": progress}
-            checkpoints.write(checkpoint, content)
-            bar.update(task, completed=point.step)
+        def keep(step: int, what: dict[str, Any]) -> None:
+            bar.update(training_task, completed=step)
+            checkpoints.write(
+                checkpoint,
+                {
+                    "described": json.dumps(described),
+                    "step": step,
+                    "seconds": time.perf_counter() - start,
+                    **what,
+                },
+            )
 
-        steps = available // config.batch_size * config.epochs
-        task = bar.add_task("training", total=steps)
         try:
-            trained = train(config, dataset, begun, keep)
+            trained = train(config, dataset, saved, keep)
         except training.DivergedError:
-            checkpoint.unlink(missing_ok=True)
+            checkpoint.unlink(missing_ok=True)  # a lower rate may use this folder
             raise
-        bar.update(task, completed=steps)
         params, batch_stats = trained.params, trained.batch_stats
         product = make_matvec(config.model, dataset, examples, params, batch_stats)
 
         task, began = bar.add_task("top eigenvalues", total=None), time.perf_counter()
+        matvec, products = _counted(product, bar, task)
         top = eigen.top_eigenpairs(
-            *(_shown(product, bar, task), params, config.k),
-            tol=TOLERANCE,
-            host_loop=True,
+            matvec, params, config.k, tol=TOLERANCE, host_loop=True
         )
-        seconds = time.perf_counter() - began
-        top_products = int(bar.tasks[-1].completed)
+        seconds, top_products = time.perf_counter() - began, products[0]
 
         count = config.num_matvecs * config.num_samples
         task = bar.add_task("spectral density", total=count)
         density = eigen.spectral_density(
-            *(_shown(product, bar, task), params),
+            _counted(product, bar, task)[0],
+            params,
             num_matvecs=config.num_matvecs,
             num_samples=config.num_samples,
             host_loop=True,
@@ -157,7 +154,15 @@ def run(config: Config, command: str, console: Console) -> None:
         )
     document: dict[str, Any] = {
         "command": command,
-        **head,
+        "config": {
+            **config._asdict(),
+            "data_dir": config.data_dir and str(config.data_dir),
+            "out": str(config.out),
+            **training.protocol(dataset),
+            "tolerance": TOLERANCE,
+            "near_zero": spectrum_tables.NEAR_ZERO,
+        },
+        **results.environment(),
         "wall_time_s": time.perf_counter() - start,
         "top_wall_time_s": seconds,
         "top_matvecs": top_products,
@@ -172,9 +177,9 @@ def run(config: Config, command: str, console: Console) -> None:
     }
     path, plot = config.out / "results.json", config.out / "spectrum.png"
     results.write(path, document)
-    checkpoint.unlink(missing_ok=True)
     title = f"{config.dataset}, {config.model}, {config.optimizer}"
     plots.spectrum(document, title, plot)
+    checkpoint.unlink(missing_ok=True)
     console.print(spectrum_tables.table(document, title))
     console.print(spectrum_tables.sentence(document))
     console.print(
@@ -185,22 +190,31 @@ def run(config: Config, command: str, console: Console) -> None:
 def train(
     config: Config,
     dataset: data.Dataset,
-    begun: dict[str, Any] | None = None,
-    keep: Callable[[training.Point[Any]], None] = lambda point: None,
+    saved: dict[str, Any] | None = None,
+    keep: Callable[[int, dict[str, Any]], None] = lambda step, what: None,
 ) -> Trained:
     """The network at the end of training.
 
     Args:
-      config: what to train.
-      dataset: by what.
-      begun: what was kept of a training to go on with; None to begin.
-      keep: called `CHECKPOINTS` times on the way, to keep where it is.
+      config: how it is trained.
+      dataset: what it is trained on.
+      saved: what was kept of an interrupted training, to go on with.
+      keep: called on the way and at the end, with the steps so far and what there is
+        to go on with.
+
+    Raises:
+      DivergedError: if the loss is not finite.
     """
+    saved = saved or {}
+    if "trained" in saved:
+        trained = Trained(**saved["trained"])
+        arrays = jax.tree.map(jnp.asarray, (trained.params, trained.batch_stats))
+        return trained._replace(params=arrays[0], batch_stats=arrays[1])
+    steps = _total_steps(config, dataset)
     settings = training.Settings(
         *(config.epochs, config.batch_size, config.learning_rate, CHECKPOINTS + 1),
         augmentation.of(config.dataset, config.augment),
     )
-    steps = len(dataset.train_labels) // config.batch_size * config.epochs
     model = MODELS[config.model](dataset.num_classes)
     means = measures.make_means(model)
 
@@ -223,12 +237,12 @@ def train(
 
     method = methods.named(config.optimizer, config.rho, config.alpha)
     run = training.make_run(model, dataset, measure, settings)
-    trained = None
-    for point in run(method, config.seed, begun):
-        trained = point.measurement
+    for point in run(method, config.seed, saved.get("progress")):
         if 0 < point.step < steps:
-            keep(point)
-    assert trained is not None
+            progress = serialization.to_state_dict(point.progress)
+            keep(point.step, {"progress": progress})
+    trained = cast(Trained, point.measurement)
+    keep(steps, {"trained": trained._asdict()})
     return trained
 
 
@@ -254,14 +268,15 @@ def make_matvec(
     )
 
 
-def _begun(out: Path, head: dict[str, Any]) -> dict[str, Any] | None:
-    """What there is to go on with of a training of the same configuration."""
-    saved = checkpoints.read(out / CHECKPOINT)
-    if saved is None:
-        return None
-    resumption.check_same(out, json.loads(saved["head"]), head)
-    progress: dict[str, Any] = saved["progress"]
-    return progress
+def _total_steps(config: Config, dataset: data.Dataset) -> int:
+    return len(dataset.train_labels) // config.batch_size * config.epochs
+
+
+def _described(config: Config, dataset: data.Dataset) -> dict[str, Any]:
+    """All that the trained network depends on."""
+    later = ("k", "num_matvecs", "num_samples", "examples", "data_dir", "out")
+    fields = {key: x for key, x in config._asdict().items() if key not in later}
+    return {**fields, **training.protocol(dataset), **results.environment()}
 
 
 def _check(config: Config, dataset: data.Dataset) -> int:
@@ -283,11 +298,13 @@ def _check(config: Config, dataset: data.Dataset) -> int:
     return dimension
 
 
-def _shown(matvec: Matvec, bar: Progress, task: TaskID) -> Matvec:
-    """`matvec`, whose products `bar` counts."""
+def _counted(matvec: Matvec, bar: Progress, task: TaskID) -> tuple[Matvec, list[int]]:
+    """`matvec`, and a list whose only entry counts its products, as `bar` does."""
+    products = [0]
 
-    def shown(vector: PyTree) -> PyTree:
-        bar.advance(task)
+    def counted(vector: PyTree) -> PyTree:
+        products[0] += 1
+        bar.update(task, completed=products[0])
         return matvec(vector)
 
-    return shown
+    return counted, products

@@ -16,6 +16,10 @@ from rich.progress import (
 from rich.table import Column, Table
 from scipy import stats
 
+_SPEED_PERIOD = (
+    86_400.0  # seconds; with rich's own 30, long runs would show no time left
+)
+
 
 def progress_bar(console: Console) -> Progress:
     """A bar with what is running, how much is done, and the time it took and takes."""
@@ -26,7 +30,9 @@ def progress_bar(console: Console) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True)
+    return Progress(
+        *columns, console=console, transient=True, speed_estimate_period=_SPEED_PERIOD
+    )
 
 
 def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -204,6 +204,8 @@ def test_it_is_the_network_of_those_names(resolution):
         (5, 2, (1, 1, 2, 4)),
         (5, 1, (2, 2, 1, 3)),
         (3, 2, (2, 2, 4, 3)),
+        (3, 4, (2, 8, 5, 3)),
+        (3, 1, (0, 6, 7, 3)),
     ],
 )
 def test_a_depthwise_convolution_is_one_in_groups(size, stride, shape):

@@ -159,24 +159,33 @@ def test_killed_in_training_it_comes_to_the_same(tmp_path, monkeypatch, capsys):
     write, kept = checkpoints.write, []
 
     def killing(path, tree):
-        kept.append(int(tree["progress"]["state"]["step"]))
+        kept.append(tree["step"])
         write(path, tree)
         if len(kept) == 4:
             raise KeyboardInterrupt
 
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert cli.main([*command, str(whole)]) == 0
+    command.append(str(killed))
     monkeypatch.setattr(checkpoints, "write", killing)
-    assert cli.main([*command, str(killed)]) == 130
+    assert cli.main(command) == 130
     assert [p.name for p in killed.iterdir()] == [spectrum.CHECKPOINT]
-
     capsys.readouterr()
-    other = [*command, str(killed), "--epochs", "3"]
-    assert "(epochs 2, now 3); name another folder" in error_of(other, capsys)
+    other = error_of([*command, "--epochs", "3"], capsys)
+    assert "(epochs 2, now 3); name another folder" in other
 
-    assert cli.main([*command, str(killed)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(eigen, "top_eigenpairs", interrupted)
+        assert cli.main([*command, "--k", "1"]) == 130
     assert kept == sorted(set(kept))
-    assert len(kept) == spectrum.CHECKPOINTS
+    assert len(kept) == spectrum.CHECKPOINTS + 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "make_run", None)  # there is nothing to train
+        assert cli.main(command) == 0
     found = [json.loads((out / "results.json").read_text()) for out in (whole, killed)]
     for results in found:
         del results["command"], results["config"]["out"]

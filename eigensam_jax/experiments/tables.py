@@ -16,9 +16,8 @@ from rich.progress import (
 from rich.table import Column, Table
 from scipy import stats
 
-_SPEED_PERIOD = (
-    86_400.0  # seconds; with rich's own 30, long runs would show no time left
-)
+# In seconds; by rich's own 30, parts that take longer would show no time left.
+_SPEED_PERIOD = 86_400.0
 
 
 def progress_bar(console: Console) -> Progress:

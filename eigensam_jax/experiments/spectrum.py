@@ -107,7 +107,7 @@ def run(config: Config, command: str, console: Console) -> None:
         resumption.check_same(config.out, json.loads(saved["described"]), described)
     start = time.perf_counter() - saved["seconds"]
     with tables.progress_bar(console) as bar:
-        total = _total_steps(config, dataset)
+        total = training.num_steps(dataset, config.batch_size, config.epochs)
         training_task = bar.add_task("training", total=total, completed=saved["step"])
 
         def keep(step: int, what: dict[str, Any]) -> None:
@@ -210,7 +210,7 @@ def train(
         trained = Trained(**saved["trained"])
         arrays = jax.tree.map(jnp.asarray, (trained.params, trained.batch_stats))
         return trained._replace(params=arrays[0], batch_stats=arrays[1])
-    steps = _total_steps(config, dataset)
+    steps = training.num_steps(dataset, config.batch_size, config.epochs)
     settings = training.Settings(
         *(config.epochs, config.batch_size, config.learning_rate, CHECKPOINTS + 1),
         augmentation.of(config.dataset, config.augment),
@@ -266,10 +266,6 @@ def make_matvec(
     return hessian.mean_matvec(
         lambda p, batch: loss(p, *batch, batch_stats), params, lambda: batches
     )
-
-
-def _total_steps(config: Config, dataset: data.Dataset) -> int:
-    return len(dataset.train_labels) // config.batch_size * config.epochs
 
 
 def _described(config: Config, dataset: data.Dataset) -> dict[str, Any]:

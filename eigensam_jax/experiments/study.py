@@ -269,7 +269,7 @@ class _Trainer:
             )
             classes = self.dataset.num_classes
             model = models.make(config.model, classes, config.resolution)
-            steps = len(dataset.train_labels) // config.batch_size * config.epochs
+            steps = training.num_steps(dataset, config.batch_size, config.epochs)
             at_look = min(LOOK_EXAMPLES, config.curvature_examples)
             at_end = at_look if job.tuning else config.curvature_examples
             measure = _make_measure(model, dataset, settings, at_look, at_end, steps)

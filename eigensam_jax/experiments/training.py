@@ -114,6 +114,11 @@ def protocol(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def num_steps(dataset: Dataset, batch_size: int, epochs: int) -> int:
+    """The steps of a run: what is left over of an epoch makes none."""
+    return len(dataset.train_labels) // batch_size * epochs
+
+
 def evaluation_steps(total_steps: int, evaluations: int) -> list[int]:
     """The steps after which to measure: none, and `evaluations` or all, to the end."""
     evaluations = min(evaluations, total_steps)
@@ -155,8 +160,8 @@ def make_run(
     """
     images, labels = dataset.train_images, dataset.train_labels
     steps_per_epoch = len(images) // settings.batch_size
-    total_steps = steps_per_epoch * settings.epochs
-    descent = sgd(settings.learning_rate, total_steps)
+    steps = num_steps(dataset, settings.batch_size, settings.epochs)
+    descent = sgd(settings.learning_rate, steps)
     loss, augment = training_loss(model), settings.augment
 
     def init(method: Method, seed: int) -> TrainState:
@@ -203,13 +208,13 @@ def make_run(
     ) -> Iterator[Point[Measurement]]:
         start_epoch = shuffle(method.structure)
         kinds = [
-            (acts, acts and method.refreshes(i, total_steps))
-            for i in range(total_steps)
-            for acts in (method.acts(i, total_steps),)
+            (acts, acts and method.refreshes(i, steps))
+            for i in range(steps)
+            for acts in (method.acts(i, steps),)
         ]
         programs = {kind: program(method.structure, *kind) for kind in set(kinds)}
         scalars = jnp.float32(method.rho), jnp.float32(method.alpha)
-        stops, done = evaluation_steps(total_steps, settings.evaluations), 0
+        stops, done = evaluation_steps(steps, settings.evaluations), 0
         if saved is None:
             state, top, seconds = init(method, seed), None, 0.0
         else:
@@ -234,10 +239,11 @@ def make_run(
                     f"lower --learning-rate (now {settings.learning_rate:g}) or --rho "
                     f"(now {method.rho:g})"
                 ) from error
-            steps = max(done, 1)
             perturbed = sum(acts for acts, _ in kinds[:done])
             radius = float(state.radius_sum) / max(perturbed, 1)
             progress = Progress(state, top, seconds)
-            yield Point(done, radius, 1e3 * seconds / steps, measurement, progress)
+            yield Point(
+                done, radius, 1e3 * seconds / max(done, 1), measurement, progress
+            )
 
     return run

@@ -39,7 +39,7 @@ from eigensam_jax.experiments.training_steps import TrainState
 LOOK_EXAMPLES = 1_000
 TOLERANCE = 1e-2
 CHECKPOINT = "checkpoint.msgpack"
-_NUM_VECTORS = 6  # of the search for λ_max; it begins near the last eigenvector
+_NUM_VECTORS = 8  # of the search for the top eigenvector
 
 Look = Measurement | None
 Curves = dict[str, list[Any]]

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from eigensam_jax import devices
+from eigensam_jax import devices, tree_math
 from eigensam_jax.devices import Axes, AxisName
 from eigensam_jax.hessian import GradFn, ValueFn
 from eigensam_jax.tree_math import PyTree
@@ -145,7 +145,7 @@ def check_update(
         )
 
 
-def check_params(params: PyTree) -> None:
+def check_params(params: PyTree, selected=None) -> None:
     """Refuses parameters that are not real floating-point arrays, or have holes."""
     is_hole = lambda x: isinstance(x, optax.MaskedNode)
     if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
@@ -245,7 +245,7 @@ def gradient_function(
     """`params -> (value, gradient)`; the value is NaN where `grad_fn` is given."""
     if grad_fn is not None:
         return lambda params: (
-            jnp.array(jnp.nan),
+            jnp.zeros((), tree_math.accumulation_dtype(params)),
             like_params(
                 "grad_fn(params)",
                 _called("grad_fn", grad_fn, params),

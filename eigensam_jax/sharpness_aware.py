@@ -218,7 +218,7 @@ def _mean_matvec(
         def grad_in_subspace(weights: list[jax.Array]) -> list[jax.Array]:
             return space.select(grad_fn(space.merge(weights, at)))
 
-        own = hessian.matvec(grad_in_subspace, space.select(at), mode=mode)(v)
+        own = hessian.matvec(grad_in_subspace, space.select(at), hvp_mode=mode)(v)
         return space.embed(devices.mean(own, axes), params)
 
     return mean_product

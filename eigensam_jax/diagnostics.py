@@ -81,7 +81,7 @@ def sharpness(
     gradient = jax.grad(arguments.scalar_valued("value_fn", value_fn))
 
     def product(params: PyTree, vector: PyTree) -> PyTree:
-        return hessian.matvec(gradient, params, mode=hvp_mode)(vector)
+        return hessian.matvec(gradient, params, hvp_mode=hvp_mode)(vector)
 
     if host_loop:
         product = jax.jit(product)

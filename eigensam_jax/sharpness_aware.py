@@ -157,8 +157,8 @@ def sharpness_aware(
                     arguments.scalar_valued("curvature_fn", curvature_fn, axes)
                 )
             matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
-            # Written out, convolutions are fast on a CPU; elsewhere they are in loops.
-            matvec.unroll = bool(refresh) and jax.default_backend() == "cpu"  # type: ignore[attr-defined]
+            # Inside the branch that decides by itself, that would be of no use.
+            matvec.unroll = bool(refresh)  # type: ignore[attr-defined]
             due = refresh
             if due is None:
                 due = _is_due(number, tracker.refresh_interval)
@@ -268,7 +268,7 @@ def _mean_matvec(
         def grad_in_subspace(weights: list[jax.Array]) -> list[jax.Array]:
             return space.select(grad_fn(space.merge(weights, at)))
 
-        own = hessian.matvec(grad_in_subspace, space.select(at), mode=hvp_mode)(v)
+        own = hessian.matvec(grad_in_subspace, space.select(at), hvp_mode=hvp_mode)(v)
         return devices.mean(own, axes)
 
     return mean_product

@@ -136,7 +136,8 @@ def _refreshing(
         v = state.eigenvector
         is_first = tree_math.vdot(v, v) == 0
         start = tree_math.where(is_first, rounding.noise_like(v, seed), v)
-        new = EigenpairState(*solve(matvec, start, num_matvecs))
+        unroll = getattr(matvec, "unroll", False)
+        new = EigenpairState(*solve(matvec, start, num_matvecs, unroll=unroll))
         # Of a Hessian that is zero there is no top eigenvector.
         found = (new.eigenvalue != 0) | (new.residual > 0)
         found &= jnp.isfinite(new.eigenvalue) & jnp.isfinite(new.residual)

@@ -26,7 +26,8 @@ class Tracker(NamedTuple):
         or wider; structure, shapes and dtypes of a state never change.
       refresh: `refresh(state, matvec) -> state`, before the perturbation. `matvec(v)`
         is the product of v, a list like `params`, with the Hessian at the current
-        parameters.
+        parameters. Its attribute `unroll` is what `eigen.power_iteration` takes: True
+        where the caller has fixed the refresh.
       observe: `observe(state, gradient_change, projection, radius) -> state`, after the
         perturbed gradient: d = ∇L(w + ε) − ∇L(w), a list like `params`, which is
         H·ε + O(‖ε‖²); ⟨ε, v⟩; and ‖ε‖. Where ‖∇L(w)‖ is beyond 10^±9, all three are

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import jax
@@ -28,9 +28,9 @@ def require(valid: bool, name: str, value: Any, what: str, remedy: str = "") -> 
 
 def check_positive_int(name: str, value: int, meaning: str) -> None:
     """Refuses a count that is not an integer of at least 1."""
-    valid = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
     remedy = f": the number of {meaning}"
-    require(valid, name, value, "an integer of at least 1", remedy)
+    require(is_int and value >= 1, name, value, "an integer of at least 1", remedy)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -56,7 +56,8 @@ def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
 
 def check_fraction(name: str, value: Any) -> None:
     """Refuses anything but a number of at least 0 and less than 1."""
-    valid = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < 1
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    valid = is_number and 0 <= float(value) < 1
     require(valid, name, value, "a number of at least 0 and less than 1")
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
@@ -159,6 +159,88 @@ def test_linen_without_a_loss_overwrites_what_flax_overwrites():
     ]
     assert_equal(*((end.params, end.opt_state) for end in ends))
     assert isinstance(ends[0], TrainState)
+
+
+@pytest.mark.filterwarnings("ignore:The Fp8DotGeneralOp is deprecated")
+@pytest.mark.parametrize("given", ["value_fn", "grad_fn"])
+@pytest.mark.parametrize("op", [nn.Fp8DotGeneralOp, nn.Fp8DirectDotGeneralOp])
+def test_linen_perturbs_no_scales_and_histories_of_fp8(op, given):
+    """The weights descend along ∇L(w + ε); the rest is what Flax's own makes of it."""
+
+    class Low(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(8, dot_general_cls=op)(x))
+            return nn.Dense(3, dot_general_cls=op)(x)
+
+    model, rho = Low(), 0.1
+    tx = optax.chain(eigen_sam(rho, 0.5), optax.sgd(1.0))
+    create = partial(TrainState.create, apply_fn=model.apply)
+    state = create(params=model.init(jax.random.key(0), IMAGES[0]), tx=tx)
+
+    @jax.jit
+    def step(state, i):
+        loss = lambda params: cross_entropy(model.apply(params, IMAGES[i]), i)
+        function = {"value_fn": loss, "grad_fn": jax.grad(loss)}[given]
+        grads = jax.grad(loss)(state.params)
+        new = state.apply_gradients(grads=grads, **{given: function})
+        plain = train_state.TrainState.create(
+            apply_fn=model.apply, params=state.params, tx=optax.sgd(1.0)
+        ).apply_gradients(grads=grads)
+        return new, plain.params, grads
+
+    for i in range(3):
+        before = state
+        state, plain, grads = step(state, i)
+        overwritten = state.params[OVERWRITE_WITH_GRADIENT]
+        assert_equal(overwritten, plain[OVERWRITE_WITH_GRADIENT])
+        assert_equal(overwritten, grads[OVERWRITE_WITH_GRADIENT])
+        assert all(jnp.all(x >= 0) for x in jax.tree.leaves(overwritten))
+        assert jax.tree.structure(state.params) == jax.tree.structure(before.params)
+        norm = optax.tree.norm(grads["params"])
+        assert_close(optax.tree.get(state.opt_state, "grad_norm"), norm)
+        v = optax.tree.get(state.opt_state, "eigenvector")
+        assert jax.tree.structure(v) == jax.tree.structure(grads["params"])
+        if i == 0:  # plain SAM, as there is no v yet
+
+            def sharp(w):
+                perturbed = before.params | {"params": w}
+                return cross_entropy(model.apply(perturbed, IMAGES[0]), 0)
+
+            w, g = before.params["params"], grads["params"]
+            at = jax.tree.map(lambda x, d: x + rho * d / norm, w, g)
+            expected = jax.tree.map(lambda x, d: x - d, w, jax.jit(jax.grad(sharp))(at))
+            assert_close(state.params["params"], expected)
+    assert any(jnp.any(x > 0) for x in jax.tree.leaves(overwritten))
+
+
+def test_linen_takes_fields_without_defaults_in_subclasses():
+    """As Flax's ImageNet example has them, and with `batch_stats` declared anew."""
+
+    class Scaled(TrainState):
+        dynamic_scale: object
+
+    class Anew(TrainState):
+        batch_stats: object
+        dynamic_scale: object
+
+    for kind in (Scaled, Anew):
+        state = kind.create(
+            apply_fn=MODEL.apply,
+            params=VARIABLES["params"],
+            tx=CHAINS["secant"](),
+            batch_stats=VARIABLES["batch_stats"],
+            dynamic_scale=None,
+        )
+        state = linen_step(state, 0)
+        assert_equal(
+            state.params, linen_step(linen_state(CHAINS["secant"]()), 0).params
+        )
+        assert isinstance(state, kind)
+        restored = serialization.from_bytes(state, serialization.to_bytes(state))
+        assert_equal(restored.batch_stats, state.batch_stats)
+    create = partial(TrainState.create, apply_fn=None, params=jnp.ones(2), tx=sam())
+    assert create().batch_stats is None
 
 
 def test_linen_says_what_is_missing():

@@ -331,3 +331,46 @@ def test_nnx_parameters_of_another_kind():
     optimizer.update(model, grads, value_fn=of_batch)
     assert_equal(model.first.kernel[...], first)
     assert jnp.any(model.last.kernel[...] != last)
+
+
+class GivenRngs(nnx.Module):
+    """Dropout by the random numbers of each call, as in Flax's MNIST example."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(5, 8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5)
+        self.last = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x, rngs):
+        return self.last(self.dropout(nnx.relu(self.first(x)), rngs=rngs))
+
+
+def test_nnx_loss_that_is_given_rngs_draws_the_same_masks_in_both_passes():
+    def loss_fn(model, rngs, batch):
+        logits = model(batch["image"], rngs)
+        return cross_entropy(logits, batch["index"])
+
+    @nnx.jit
+    def step(model, optimizer, rngs, batch):
+        at_clean_pass = value_fn(model, loss_fn, rngs, batch)
+        loss, grads = nnx.value_and_grad(loss_fn)(model, rngs, batch)
+        optimizer.update(model, grads, value_fn=at_clean_pass)
+        return loss
+
+    model, rngs = GivenRngs(nnx.Rngs(0)), nnx.Rngs(dropout=1)
+    tx = optax.chain(sam(0.0), optax.sgd(0.1))  # the passes differ in nothing else
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    plain = GivenRngs(nnx.Rngs(0)), nnx.Rngs(dropout=1)
+    for i in range(3):
+        batch = {"image": IMAGES[i], "index": i}
+        expected = loss_fn(*plain, batch)
+        loss = step(model, optimizer, rngs, batch)
+        assert_close(loss, expected)
+        assert loss == optax.tree.get(optimizer.opt_state, "perturbed_value")[...]
+        assert rngs.dropout.count[...] == i + 1
+        nnx.update(plain[0], nnx.state(model))
+    same_mask = value_fn(model, loss_fn, nnx.Rngs(dropout=1), batch)
+    other_mask = value_fn(model, loss_fn, rngs, batch)
+    params = nnx.state(model, nnx.Param)
+    assert same_mask(params) == same_mask(params)
+    assert same_mask(params) != other_mask(params)

@@ -34,8 +34,8 @@ def value_fn(
     Args:
       model: the live model.
       loss_fn: from a model and `args` to a scalar, the loss on the current batch.
-      *args: what else `loss_fn` takes, such as `nnx.Rngs` and the batch. What belongs to
-        nnx among them is copied for each call, as the model is.
+      *args: what else `loss_fn` takes, such as `nnx.Rngs` and the batch. Those of nnx
+        are copied for each call, as the model is.
       wrt: which variables are parameters, as in `nnx.Optimizer`.
 
     Returns:

@@ -17,6 +17,7 @@ from eigensam_jax import (
     trackers,
     tree_math,
 )
+from eigensam_jax._info import info
 from eigensam_jax.diagnostics import sharpness
 from eigensam_jax.transform import asam, eigen_sam, sam
 
@@ -28,6 +29,7 @@ __all__ = [
     "eigen",
     "eigen_sam",
     "hessian",
+    "info",
     "perturbation",
     "sam",
     "sde",

@@ -147,11 +147,23 @@ def check_params(params: PyTree) -> None:
             "mask=... instead, and put the wrapper around what follows it."
         )
     for path, leaf in jax.tree.leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        is_number = isinstance(leaf, Real) and not isinstance(leaf, bool)
+        dtype = getattr(leaf, "dtype", jnp.result_type(leaf) if is_number else None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            remedy = (
+                "keep other leaves out of the parameters, by eqx.partition(model, "
+                "eqx.is_inexact_array) of an equinox module, by wrt=nnx.Param of a "
+                "Flax nnx model."
+            )
+            if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+                remedy = (
+                    "split complex ones into real and imaginary parts, and join them "
+                    "by jax.lax.complex in the loss. (optax.contrib."
+                    "split_real_and_imaginary does not hand on value_fn.)"
+                )
             raise ValueError(
                 f"params{jax.tree_util.keystr(path)} must be real floating-point, got "
-                f"{jnp.result_type(leaf)}: keep other leaves out of the parameters, "
-                "and split complex ones into real and imaginary parts."
+                f"{leaf if dtype is None else dtype}: {remedy}"
             )
 
 
@@ -202,7 +214,10 @@ def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any
             "the parameters have another structure than yours, a wrapper that changes "
             "it, such as optax.flatten, is around this transformation: put it around "
             "what follows it in the chain. Of a Flax nnx model, make value_fn by "
-            "eigensam_jax.nnx.value_fn, with the wrt of the optimizer."
+            "eigensam_jax.nnx.value_fn, with the wrt of the optimizer; nnx.Rngs that "
+            "the loss draws from are an argument there. Of an equinox module, join "
+            f"the parameters with the rest of it, {name}=lambda p: "
+            f"{example.replace('p,', 'eqx.combine(p, static),')}."
         )
         raise
 

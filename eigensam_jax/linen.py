@@ -1,10 +1,14 @@
 """Flax linen: a `TrainState` that hands the loss on to the transformation."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.core
+import jax
 import optax
+from flax import struct
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 from eigensam_jax.hessian import GradFn, ValueFn
@@ -25,6 +29,11 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
     On a mesh, put the whole state there, `jax.device_put(state, replicated)`: as for
     Flax's own, the scalars that `create` makes are on no device in particular, and the
     second step would compile again.
+
+    The scales and amax histories of fp8 layers, Flax's collection of parameters that
+    their "gradient" overwrites, are treated as Flax's own treats them: the link and the
+    optimizer see `params["params"]` alone, and the clean gradient overwrites the rest.
+    The functions given here get all of `params`, in both passes with the same scales.
 
     Attributes:
       batch_stats: running statistics of batch normalisation, or whatever else the
@@ -60,7 +69,11 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
       1
     """
 
-    batch_stats: flax.core.FrozenDict[str, Any] | dict[str, Any] | None = None
+    # By keyword and without a class attribute: subclasses may add fields without
+    # defaults, and declare this one anew, as Flax's ImageNet example does.
+    batch_stats: flax.core.FrozenDict[str, Any] | dict[str, Any] | None = struct.field(
+        default_factory=lambda: None, kw_only=True
+    )  # type: ignore[no-untyped-call]
 
     def apply_gradients(
         self,
@@ -96,15 +109,32 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
             "grad_fn": grad_fn,
             "curvature_fn": curvature_fn,
         }
-        given = {name: value for name, value in functions.items() if value is not None}
-        if not (given or extra_args):
-            return super().apply_gradients(grads=grads, **fields)  # type: ignore[no-any-return,no-untyped-call]
-        tx = optax.with_extra_args_support(self.tx)
-        updates, opt_state = tx.update(
-            grads, self.opt_state, self.params, **given, **(extra_args or {})
+        given = {
+            name: _of_perturbed(function, self.params)
+            for name, function in functions.items()
+            if function is not None
+        }
+        # Flax's own takes what is left of a transformation that has its arguments.
+        update = partial(
+            optax.with_extra_args_support(self.tx).update, **given, **(extra_args or {})
         )
-        params = optax.apply_updates(self.params, updates)
-        new: TrainState = self.replace(
-            step=self.step + 1, params=params, opt_state=opt_state, **fields
+        with_loss = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
+        new: TrainState = super(TrainState, with_loss).apply_gradients(  # type: ignore[no-untyped-call]
+            grads=grads, **{"tx": self.tx} | fields
         )
         return new
+
+
+def _of_perturbed(function: Callable[..., Any], params: PyTree) -> Callable[..., Any]:
+    """`function` of what a link sees of `params`; of gradients, the same part."""
+    if not _is_overwritten(params):
+        return function
+    perturbed = lambda x: x["params"] if _is_overwritten(x) else x
+    return lambda part: jax.tree.map(
+        perturbed, function({**params, "params": part}), is_leaf=_is_overwritten
+    )
+
+
+def _is_overwritten(tree: PyTree) -> bool:
+    """Whether a part of these parameters is overwritten by its gradient."""
+    return isinstance(tree, Mapping) and OVERWRITE_WITH_GRADIENT in tree

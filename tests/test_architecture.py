@@ -19,7 +19,7 @@ LAYERS = [
     {"trackers"},
     {"sharpness_aware"},
     {"transform"},
-    {"diagnostics", "linen", "nnx"},
+    {"_info", "diagnostics", "linen", "nnx"},
     {"sde"},
     {"__init__"},
     {"experiments", "benchmarks"},  # which may import each other

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
@@ -161,6 +161,87 @@ def test_linen_without_a_loss_overwrites_what_flax_overwrites():
     assert isinstance(ends[0], TrainState)
 
 
+@pytest.mark.filterwarnings("ignore:The Fp8DotGeneralOp is deprecated")
+@pytest.mark.parametrize("given", ["value_fn", "grad_fn"])
+@pytest.mark.parametrize("op", [nn.Fp8DotGeneralOp, nn.Fp8DirectDotGeneralOp])
+def test_linen_perturbs_no_scales_and_histories_of_fp8(op, given):
+    """The weights descend along ∇L(w + ε); the rest is what Flax's own makes of it."""
+
+    class Low(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(8, dot_general_cls=op)(x))
+            return nn.Dense(3, dot_general_cls=op)(x)
+
+    model, rho = Low(), 0.1
+    tx = optax.chain(eigen_sam(rho, 0.5), optax.sgd(1.0))
+    create = partial(TrainState.create, apply_fn=model.apply)
+    start = model.init(jax.random.key(0), IMAGES[0])
+    state = create(params=start, tx=tx)
+
+    @jax.jit
+    def step(state, i):
+        loss = lambda params: cross_entropy(model.apply(params, IMAGES[i]), i)
+        function = {"value_fn": loss, "grad_fn": jax.grad(loss)}[given]
+        grads = jax.grad(loss)(state.params)
+        new = state.apply_gradients(grads=grads, **{given: function})
+        plain = train_state.TrainState.create(
+            apply_fn=model.apply, params=state.params, tx=optax.sgd(1.0)
+        ).apply_gradients(grads=grads)
+        return new, plain.params, grads
+
+    def sharp(w):
+        return cross_entropy(model.apply(start | {"params": w}, IMAGES[0]), 0)
+
+    w = start["params"]
+    g = jax.grad(sharp)(w)  # the first step is SAM's, as there is no v yet
+    at = jax.tree.map(lambda x, d: x + rho * d / optax.tree.norm(g), w, g)
+    expected = jax.tree.map(lambda x, d: x - d, w, jax.jit(jax.grad(sharp))(at))
+    assert_close(step(state, 0)[0].params["params"], expected)
+
+    for i in range(3):
+        state, plain, grads = step(state, i)
+        overwritten = state.params[OVERWRITE_WITH_GRADIENT]
+        assert_equal(overwritten, plain[OVERWRITE_WITH_GRADIENT])
+        assert_equal(overwritten, grads[OVERWRITE_WITH_GRADIENT])
+        assert all(jnp.all(x >= 0) for x in jax.tree.leaves(overwritten))
+        assert jax.tree.structure(state.params) == jax.tree.structure(start)
+        norm = optax.tree.norm(grads["params"])
+        assert_close(optax.tree.get(state.opt_state, "grad_norm"), norm)
+        v = optax.tree.get(state.opt_state, "eigenvector")
+        assert jax.tree.structure(v) == jax.tree.structure(grads["params"])
+    assert any(jnp.any(x > 0) for x in jax.tree.leaves(overwritten))
+
+
+def test_linen_takes_fields_without_defaults_in_subclasses():
+    """As Flax's ImageNet example has them, and with `batch_stats` declared anew."""
+
+    class Scaled(TrainState):
+        dynamic_scale: object
+
+    class Anew(TrainState):
+        batch_stats: object
+        dynamic_scale: object
+
+    for kind in (Scaled, Anew):
+        state = kind.create(
+            apply_fn=MODEL.apply,
+            params=VARIABLES["params"],
+            tx=CHAINS["secant"](),
+            batch_stats=VARIABLES["batch_stats"],
+            dynamic_scale=None,
+        )
+        state = linen_step(state, 0)
+        assert_equal(
+            state.params, linen_step(linen_state(CHAINS["secant"]()), 0).params
+        )
+        assert isinstance(state, kind)
+        restored = serialization.from_bytes(state, serialization.to_bytes(state))
+        assert_equal(restored.batch_stats, state.batch_stats)
+    create = partial(TrainState.create, apply_fn=None, params=jnp.ones(2), tx=sam())
+    assert create().batch_stats is None
+
+
 def test_linen_says_what_is_missing():
     state = linen_state(CHAINS["secant"]())
     grads = jax.tree.map(jnp.ones_like, state.params)
@@ -250,3 +331,46 @@ def test_nnx_parameters_of_another_kind():
     optimizer.update(model, grads, value_fn=of_batch)
     assert_equal(model.first.kernel[...], first)
     assert jnp.any(model.last.kernel[...] != last)
+
+
+class GivenRngs(nnx.Module):
+    """Dropout by the random numbers of each call, as in Flax's MNIST example."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(5, 8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5)
+        self.last = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x, rngs):
+        return self.last(self.dropout(nnx.relu(self.first(x)), rngs=rngs))
+
+
+def test_nnx_loss_that_is_given_rngs_draws_the_same_masks_in_both_passes():
+    def loss_fn(model, rngs, batch):
+        logits = model(batch["image"], rngs)
+        return cross_entropy(logits, batch["index"])
+
+    @nnx.jit
+    def step(model, optimizer, rngs, batch):
+        at_clean_pass = value_fn(model, loss_fn, rngs, batch)
+        loss, grads = nnx.value_and_grad(loss_fn)(model, rngs, batch)
+        optimizer.update(model, grads, value_fn=at_clean_pass)
+        return loss
+
+    model, rngs = GivenRngs(nnx.Rngs(0)), nnx.Rngs(dropout=1)
+    tx = optax.chain(sam(0.0), optax.sgd(0.1))  # the passes differ in nothing else
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    plain = GivenRngs(nnx.Rngs(0)), nnx.Rngs(dropout=1)
+    for i in range(3):
+        batch = {"image": IMAGES[i], "index": i}
+        expected = loss_fn(*plain, batch)
+        loss = step(model, optimizer, rngs, batch)
+        assert_close(loss, expected)
+        assert loss == optax.tree.get(optimizer.opt_state, "perturbed_value")[...]
+        assert rngs.dropout.count[...] == i + 1
+        nnx.update(plain[0], nnx.state(model))
+    same_mask = value_fn(model, loss_fn, nnx.Rngs(dropout=1), batch)
+    other_mask = value_fn(model, loss_fn, rngs, batch)
+    params = nnx.state(model, nnx.Param)
+    assert same_mask(params) == same_mask(params)
+    assert same_mask(params) != other_mask(params)

@@ -518,6 +518,21 @@ def test_flatten_around_it_is_said_to_be_the_cause(name):
 
 
 @pytest.mark.parametrize("name", ["sam", "secant"])
+def test_what_hands_over_a_part_of_the_parameters_is_refused(name):
+    is_out = {"hidden": {"w": False, "b": False}, "out": {"w": True}}
+    chain = optax.chain(LINKS[name](), SGD)
+    for tx in (
+        optax.selective_transform(chain, freeze_mask=is_out),
+        optax.masked(chain, is_out),
+        optax.partition({"a": chain, "b": SGD}, {"hidden": "a", "out": "b"}),
+    ):
+        with pytest.raises(
+            ValueError, match=r"params have holes .*mask=\.\.\. instead"
+        ):
+            train(tx)
+
+
+@pytest.mark.parametrize("name", ["sam", "secant"])
 def test_multi_steps_around_it_sees_the_last_mini_batch_alone(name):
     """As the page warns: ε of the mean gradient, the gradient of one mini-batch."""
     wrapped = optax.MultiSteps(optax.chain(LINKS[name](), SGD), 2)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 import eigensam_jax
 from eigensam_jax.experiments import cli
@@ -86,7 +87,13 @@ def code_spans(page):
     return [" ".join(span.split()) for span in spans]
 
 
-ROOTS = {"eigensam_jax": eigensam_jax, "jax": jax, "jnp": jnp, "optax": optax}
+ROOTS = {
+    "eigensam_jax": eigensam_jax,
+    "jax": jax,
+    "jnp": jnp,
+    "nnx": nnx,  # of Flax, as everywhere on the pages
+    "optax": optax,
+}
 
 
 def find(name):

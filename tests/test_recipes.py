@@ -199,12 +199,11 @@ def test_an_eigenvector_dtype_that_is_none_is_refused(bad):
 def path_mask(is_chosen):
     """A mask by the names on the way to a leaf."""
 
-    def mask(params):
-        return jax.tree.map_with_path(
-            lambda path, x: is_chosen([key.key for key in path], x), params
-        )
+    def mask(path, x):
+        names = jax.tree_util.keystr(path, simple=True, separator="/")
+        return is_chosen(names.split("/"), x)
 
-    return mask
+    return lambda params: jax.tree.map_with_path(mask, params)
 
 
 is_norm = lambda path: any(key.startswith("norm") for key in path)
@@ -353,6 +352,43 @@ def test_equinox_is_its_arrays_in_a_dict(name):
     chex.assert_trees_all_close(
         eqx.combine(arrays, static).weights(), expected, atol=1e-6
     )
+
+
+def test_equinox_that_is_not_combined_is_told_how():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0))
+    loss = lambda model: model(jnp.ones(2))[0]
+    arrays, static = eqx.partition(model, eqx.is_inexact_array)
+    grads = eqx.filter_grad(loss)(model)
+    tx = eigen_sam()
+    with pytest.raises(TypeError, match="not callable") as error:
+        tx.update(grads, tx.init(arrays), arrays, value_fn=loss)
+    notes = "".join(error.value.__notes__)
+    assert "value_fn=lambda p: loss(eqx.combine(p, static), batch)" in notes
+    value_fn = lambda arrays: loss(eqx.combine(arrays, static))
+    tx.update(grads, tx.init(arrays), arrays, value_fn=value_fn)
+
+
+def test_complex_parameters_are_two_real_trees():
+    """The recipe: a step in them is the step in ℝ²ⁿ, with the gradient's conjugate."""
+    z = {"w": jnp.array([1.0 + 2.0j, -0.5j]), "b": jnp.array(0.3 + 0.1j)}
+    matrix = jnp.array([[2.0, 1.0j], [-1.0j, 3.0]])
+    loss = lambda z: jnp.real(jnp.conj(z["w"]) @ matrix @ z["w"]) + jnp.abs(z["b"]) ** 4
+
+    parts = jax.tree.map(jnp.real, z), jax.tree.map(jnp.imag, z)
+    joined = lambda parts: jax.tree.map(jax.lax.complex, *parts)
+    tx = optax.chain(sam(0.1), optax.sgd(0.01))
+    run = train(tx, parts, lambda _: lambda parts: loss(joined(parts)))
+    for _ in range(4):
+        grads = jax.tree.map(jnp.conj, jax.grad(loss)(z))
+        norm = jnp.sqrt(sum(jnp.sum(jnp.abs(g) ** 2) for g in grads.values()))
+        at = jax.tree.map(lambda x, g, n=norm: x + 0.1 * g / n, z, grads)
+        z = jax.tree.map(lambda x, g: x - 0.01 * jnp.conj(g), z, jax.grad(loss)(at))
+    chex.assert_trees_all_close(joined(run[0]), z, atol=1e-6)
+
+    around = optax.contrib.split_real_and_imaginary(tx)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'value_fn'"):
+        around.update(z, around.init(z), z, value_fn=loss)
 
 
 # --- other recipes --------------------------------------------------------------------

@@ -83,40 +83,41 @@ def cast(tree: PyTree, dtype: DTypeLike, count: jax.Array) -> PyTree:
     return jax.tree.map(lambda x: _rounded(x, jnp.dtype(dtype), count), tree)
 
 
-def noise_like(tree: PyTree, seed: int) -> PyTree:
-    """Numbers that look random, evenly spread from −1 to 1, sharded as `tree` is.
+def spread_like(tree: PyTree, seed: int) -> PyTree:
+    """Numbers spread evenly from −1 to 1, in no order that a network has.
 
-    A few operations on integers each, which compile several times faster than
-    `jax.random`: enough for a vector to start from, and for nothing that asks for
-    independent numbers.
+    A multiplication each, which compiles ten times faster than `jax.random`: enough for
+    a vector to start from, and for nothing that asks for independent numbers.
 
     Args:
       tree: a tree of real arrays.
       seed: seed of the numbers.
 
     Returns:
-      A tree like `tree`, in its dtypes.
+      A tree like `tree`, in its dtypes, sharded as it is.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from eigensam_jax import rounding
-      >>> x = rounding.noise_like(jnp.zeros(10_000), seed=0)
+      >>> x = rounding.spread_like(jnp.zeros(10_000), seed=0)
       >>> f"{x.min():.1f} {x.max():.1f}", bool(abs(x.mean()) < 0.02)
       ('-1.0 1.0', True)
+
+    References:
+      Weyl, "Über die Gleichverteilung von Zahlen mod. Eins", 1916.
     """
     leaves, treedef = jax.tree.flatten(tree)
+    starts = np.random.default_rng(seed).integers(2**32, size=len(leaves))
 
-    def noise(index: int, x: jax.Array) -> jax.Array:
-        position = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
-        start = (seed * len(leaves) + index) % 2**32
-        bits = _hash(position * jnp.uint32(0x9E3779B1), jnp.uint32(start))
-        uniform = (bits >> 8).astype(jnp.float32) * 2.0**-23 - 1
+    def spread(start: int, x: jax.Array) -> jax.Array:
+        position = jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape)
+        # Multiples of the golden ratio in units of 2⁻³², which wrap around.
+        turns = position * jnp.int32(-1640531527) + jnp.uint32(start).astype(jnp.int32)
         # Added to zeros, the numbers are sharded as these.
-        return jnp.where(False, x, 0) + uniform.astype(x.dtype)
+        return jnp.where(False, x, 0) + turns.astype(x.dtype) * 2.0**-31
 
-    return jax.tree.unflatten(treedef, [noise(i, x) for i, x in enumerate(leaves)])
-
-
+    pairs = zip(starts, leaves, strict=True)
+    return jax.tree.unflatten(treedef, [spread(int(i), x) for i, x in pairs])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

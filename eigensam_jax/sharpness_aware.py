@@ -105,8 +105,8 @@ def sharpness_aware(
         return stored(started, space, params, jnp.zeros((), jnp.int32))
 
     def init_fn(params: PyTree) -> SharpnessAwareState:
+        arguments.check_params(params)
         space = masking.subspace(mask, params)
-        arguments.check_params(params, space.selected)
         # A buffer for each scalar: one that stood for two could not be donated.
         zeros = [jnp.zeros((), tree_math.accumulation_dtype(params)) for _ in range(4)]
         info, tracked = Info(*zeros), None
@@ -129,8 +129,8 @@ def sharpness_aware(
     ) -> tuple[PyTree, SharpnessAwareState]:
         del extra_args
         arguments.check_update(params, value_fn, grad_fn, curvature_fn, refresh)
+        arguments.check_params(params)
         space = masking.subspace(mask, params)
-        arguments.check_params(params, space.selected)
         updates = arguments.like_params(
             "updates", updates, params, "Hand in jax.grad(value_fn)(params) as it is."
         )

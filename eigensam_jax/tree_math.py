@@ -204,8 +204,8 @@ def norm(tree: PyTree) -> jax.Array:
     """Euclidean norm ‖x‖ = √⟨x, x⟩ over all leaves, in the accumulation dtype.
 
     Right over the whole range of that dtype: where the squares over- or underflow, they
-    are summed once more, rescaled, in a branch that costs nothing elsewhere. The
-    derivative is ⟨x/‖x‖, dx⟩, and 0 at x = 0.
+    are summed once more, rescaled. Elsewhere that costs nothing. The derivative is
+    ⟨x/‖x‖, dx⟩, and 0 at x = 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -218,17 +218,34 @@ def norm(tree: PyTree) -> jax.Array:
 
 @jax.custom_jvp
 def _norm(tree: PyTree) -> jax.Array:
-    squared = vdot(tree, tree)
-    exponents = np.finfo(squared.dtype).maxexp
+    dtype = accumulation_dtype(tree)
+    exponents = np.finfo(dtype).maxexp
     low, high, step = (2.0 ** (exponents * x) for x in (-0.75, 0.75, 0.625))
+    one = jnp.ones((), dtype)
 
-    def rescaled(tree: PyTree) -> jax.Array:
-        factor = jnp.where(squared > 1, 1 / step, step).astype(squared.dtype)
-        small = scale(factor, tree)
-        return jnp.sqrt(vdot(small, small)) / factor
+    def attempt(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        factor, *_ = carry
+        scaled = scale(factor, tree)
+        squared = vdot(scaled, scaled)
+        rescaled = jnp.where(squared < low, step * one, one)
+        rescaled = jnp.where(squared > high, one / step, rescaled)
+        following = jnp.where(factor == 1, rescaled, factor)
+        return following, squared, following == factor
 
-    out_of_range = (squared < low) | (squared > high)
-    return branch(out_of_range, rescaled, lambda _: jnp.sqrt(squared), tree)
+    first = attempt((one,))
+    if not isinstance(first[1], jax.core.Tracer):
+        factor, squared, _ = first if first[2] else attempt(first)
+        return jnp.sqrt(squared) / factor
+    # A loop, so that the sums over all leaves are in the program once.
+    start = jax.tree.map(lambda x, y: _varying_as(y, x), first, (one, one, one > 1))
+    factor, squared, _ = jax.lax.while_loop(lambda carry: ~carry[2], attempt, start)
+    return jnp.sqrt(squared) / factor
+
+
+def _varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` as a value that varies over the axes of `shard_map` that `like` varies over."""
+    axes = tuple(jax.typeof(like).manual_axis_type.varying)
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 @_norm.defjvp

@@ -34,6 +34,11 @@ class RitzState(NamedTuple):
     curvature: jax.Array
     num_products: jax.Array
 
+    @property
+    def usable(self) -> jax.Array:
+        """Whether there may be a positive eigenvalue within the residual of λ."""
+        return self.eigenvalue + self.residual >= 0
+
 
 def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> Tracker:
     """Rayleigh–Ritz in a plane that follows the gradients: a product now and then.
@@ -109,50 +114,37 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
         count = jnp.zeros((), jnp.int32)
         return RitzState(v, eigenvalue, residual, p, scatter, curvature, count)
 
-    def refresh(
-        state: RitzState, matvec: Matvec, count: jax.Array, due: bool | None
-    ) -> RitzState:
-        def multiplied(state: RitzState) -> RitzState:
-            v, p = state.eigenvector, state.companion
-            turns, turn = state.num_products >> 1, state.num_products & 1
-            turn = jnp.where(tree_math.norm(p) > 0, turn, 0)
-            x = tree_math.where(turn == 0, v, p)
-            product = jax.tree.map(lambda u, y: y.astype(u.dtype), x, matvec(x))
-            along_v, along_p, squared = tree_math.vdots(
-                (v, product), (p, product), (product, product)
-            )
-            residual = jnp.sqrt(jnp.maximum(squared - along_v**2, 0))
-            new = state._replace(
-                residual=jnp.where(turn == 0, residual, state.residual),
-                curvature=_averaged(
-                    state.curvature,
-                    turn,
-                    jnp.stack([along_v, along_p]),
-                    # Of the first products the mean; then an average with a memory.
-                    jnp.maximum(gain, 1 / (1 + turns.astype(squared.dtype))),
-                ),
-                num_products=state.num_products + 1,
-            )
-            usable = (squared > 0) & jnp.isfinite(squared)
-            return tree_math.where(usable, _turned(new, product, 1.0, gain), state)
-
-        if due is None:
-            is_due = count % update_interval == 0
-            state = jax.lax.cond(is_due, multiplied, lambda same: same, state)
-        elif due:
-            state = multiplied(state)
-        return state
+    def refresh(state: RitzState, matvec: Matvec) -> RitzState:
+        v, p = state.eigenvector, state.companion
+        turns, turn = state.num_products >> 1, state.num_products & 1
+        turn = jnp.where(tree_math.vdot(p, p) > 0, turn, 0)
+        x = tree_math.where(turn == 0, v, p)
+        product = tree_math.cast_like(matvec(x), x)
+        length = tree_math.norm(product)
+        unit = tree_math.scale(tree_math.safe_inverse(length), product)
+        along = length * jnp.stack(tree_math.vdots((v, unit), (p, unit)))
+        cosine = jnp.minimum(jnp.abs(tree_math.safe_divide(along[0], length)), 1)
+        residual = length * tree_math.safe_sqrt(1 - cosine**2)
+        # Of the first products the mean; then an average with a memory.
+        rate = jnp.maximum(gain, 1 / (1 + turns).astype(length.dtype))
+        new = state._replace(
+            residual=jnp.where(turn == 0, residual, state.residual),
+            curvature=_averaged(state.curvature, turn, along, rate),
+            num_products=state.num_products + 1,
+        )
+        usable = (length > 0) & jnp.isfinite(length)
+        return tree_math.where(usable, _turned(new, unit, 1.0, gain), state)
 
     def observe(
         state: RitzState,
-        perturbation: PyTree,
         gradient_change: PyTree,
-        count: jax.Array,
+        projection: jax.Array,
+        radius: jax.Array,
     ) -> RitzState:
-        del perturbation, count
+        del projection, radius
         return _turned(state, gradient_change, decay, 1 - decay)
 
-    return Tracker(init, refresh, observe)
+    return Tracker(init, refresh, observe, update_interval)
 
 
 def _averaged(

@@ -1,6 +1,7 @@
 """The checks of what users hand in, and the errors that say what to do instead."""
 
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -10,28 +11,31 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from eigensam_jax import devices
+from eigensam_jax import devices, tree_math
 from eigensam_jax.devices import Axes, AxisName
 from eigensam_jax.hessian import GradFn, ValueFn
 from eigensam_jax.tree_math import PyTree
 
 _CALL = "tx.update(grads, opt_state, params, value_fn=lambda p: loss(p, batch))"
-_GRAD_REMEDY = "Give the gradient alone: jax.grad(loss), not jax.value_and_grad(loss)."
+_GRAD_REMEDY = "Return the gradient, or (value, gradient) as jax.value_and_grad does."
+
+
+def require(valid: bool, name: str, value: Any, what: str, remedy: str = "") -> None:
+    """Refuses the value of the argument `name` unless it is `valid`."""
+    if not valid:
+        raise ValueError(f"{name} must be {what}, got {value!r}{remedy}.")
 
 
 def check_positive_int(name: str, value: int, meaning: str) -> None:
     """Refuses a count that is not an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(
-            f"{name} must be an integer of at least 1, got {value!r}: the number of "
-            f"{meaning}."
-        )
+    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    remedy = f": the number of {meaning}"
+    require(is_int and value >= 1, name, value, "an integer of at least 1", remedy)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuses a name that is not among the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+    """Refuses an unknown name."""
+    require(value in choices, name, value, f"one of {choices}")
 
 
 def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
@@ -45,44 +49,37 @@ def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
         return
     is_array = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (is_array or is_number) or not 0 <= float(value) < float("inf"):
-        others = ", a scalar array or a schedule" if schedule else " or a scalar array"
-        raise ValueError(
-            f"{name} must be a finite number of at least 0{others}, got {value!r}."
-        )
+    valid = (is_array or is_number) and 0 <= float(value) < float("inf")
+    others = ", a scalar array or a schedule" if schedule else " or a scalar array"
+    require(valid, name, value, f"a finite number of at least 0{others}")
 
 
 def check_fraction(name: str, value: Any) -> None:
-    """Refuses what is not a number of at least 0 and less than 1."""
+    """Refuses anything but a number of at least 0 and less than 1."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < 1:
-        raise ValueError(
-            f"{name} must be a number of at least 0 and less than 1, got {value!r}."
-        )
+    valid = is_number and 0 <= float(value) < 1
+    require(valid, name, value, "a number of at least 0 and less than 1")
 
 
 def check_floating(name: str, dtype: DTypeLike | None) -> None:
-    """Refuses a dtype that is given and is not a floating-point one."""
+    """Refuses a dtype that is not floating-point or has fewer than 16 bits."""
     try:
-        is_floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        known = jnp.dtype(jnp.float32 if dtype is None else dtype)
+        valid = jnp.issubdtype(known, jnp.floating) and known.itemsize >= 2
     except TypeError:
-        is_floating = False
-    if not is_floating:
-        raise ValueError(
-            f"{name} must be a floating-point dtype, for example jnp.bfloat16, or None,"
-            f" got {dtype!r}."
-        )
+        valid = False
+    remedy = ": give jnp.bfloat16 for the least memory, or None"
+    require(valid, name, dtype, "a floating-point dtype of 16 bits or more", remedy)
 
 
 def check_axis_name(axis_name: AxisName, per_device: bool) -> None:
     """Refuses names of axes that are none, and `per_device` where there are none."""
     names = devices.as_tuple(axis_name)
     is_name = all(isinstance(name, str) for name in names)
-    if axis_name == () or not is_name or len({*names}) < len(names):
-        raise ValueError(
-            f"axis_name must be a string, a tuple of strings or None, got {axis_name!r}"
-            ": the axes of pmap, shard_map or vmap over which batches differ."
-        )
+    valid = axis_name != () and is_name and len({*names}) == len(names)
+    remedy = ": the axes of pmap, shard_map or vmap over which batches differ"
+    what = "a string, a tuple of strings or None"
+    require(valid, "axis_name", axis_name, what, remedy)
     if per_device and not names:
         raise ValueError(
             "per_device=True needs axis_name, got None: name the axis over which each "
@@ -133,16 +130,11 @@ def check_update(
         )
     functions = {"value_fn": value_fn, "grad_fn": grad_fn, "curvature_fn": curvature_fn}
     for name, function in functions.items():
-        if function is not None and not callable(function):
-            raise ValueError(
-                f"{name} must be a function of the parameters, got {function!r}. "
-                f"Call {_CALL}"
-            )
-    if refresh is not None and not isinstance(refresh, bool | np.bool_):
-        raise ValueError(
-            f"refresh must be True, False or None, got {refresh!r}: it is fixed at "
-            "trace time. Make it a static argument of the jitted step, or leave it out."
-        )
+        valid, what = function is None or callable(function), "a function of params"
+        require(valid, name, function, what, f": call {_CALL}")
+    valid = isinstance(refresh, bool | np.bool_ | None)
+    remedy = ": make it a static argument of the jitted step, or leave it out"
+    require(valid, "refresh", refresh, "True, False or None", remedy)
 
 
 def check_params(params: PyTree) -> None:
@@ -176,10 +168,9 @@ def check_params(params: PyTree) -> None:
 
 
 def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
-    """`value_fn`, with a clear error where it returns anything but a scalar.
+    """`value_fn`, with an error unless it returns a scalar of this device's own batch.
 
-    And where it is known to be a mean over devices already, whose gradients would be as
-    many times too small.
+    The gradients of a mean over devices would be as many times too small.
     """
 
     def checked(params: PyTree) -> jax.Array:
@@ -236,37 +227,41 @@ def like_params(name: str, tree: PyTree, params: PyTree, remedy: str) -> PyTree:
 
     Trees that differ in their containers alone (a dict and a frozen dict) are alike.
     """
-
-    def shapes(x: PyTree) -> dict[str, tuple[int, ...]]:
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): getattr(
-                leaf, "shape", ()
-            )
-            for path, leaf in jax.tree.leaves_with_path(x)
-        }
-
-    got, expected = shapes(tree), shapes(params)
-    if list(got.items()) != list(expected.items()):
+    got, expected = _shapes(tree), _shapes(params)
+    if got != expected:
         raise ValueError(
-            f"{name} must be a tree like params, with leaves of the shapes {expected}, "
-            f"got {got}. {remedy}"
+            f"{name} must be a tree like params, with leaves of the shapes "
+            f"{dict(expected)}, got {dict(got)}. {remedy}"
         )
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(tree))
+
+
+def _shapes(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    leaves = jax.tree.leaves_with_path(tree)
+    return [(name(path), getattr(leaf, "shape", ())) for path, leaf in leaves]
 
 
 def gradient_function(
     value_fn: ValueFn | None, grad_fn: GradFn | None, axes: Axes = ()
 ) -> Callable[[PyTree], tuple[jax.Array, PyTree]]:
-    """`params -> (value, gradient)`; the value is NaN where `grad_fn` is given."""
-    if grad_fn is not None:
-        return lambda params: (
-            jnp.array(jnp.nan),
-            like_params(
-                "grad_fn(params)",
-                _called("grad_fn", grad_fn, params),
-                params,
-                _GRAD_REMEDY,
-            ),
-        )
-    assert value_fn is not None  # check_update has seen to it
-    return jax.value_and_grad(scalar_valued("value_fn", value_fn, axes))
+    """`params -> (value, gradient)`; the value is 0 where `grad_fn` gives none.
+
+    What `grad_fn` returns is a gradient if it is a tree like `params`. If not, it may
+    be a pair of a scalar and such a tree. No tree is both.
+    """
+    if grad_fn is None:
+        assert value_fn is not None  # check_update has seen to it
+        return jax.value_and_grad(scalar_valued("value_fn", value_fn, axes))
+
+    def value_and_gradient(params: PyTree) -> tuple[jax.Array, PyTree]:
+        value = jnp.zeros((), tree_math.accumulation_dtype(params))
+        result = _called("grad_fn", grad_fn, params)
+        is_pair = isinstance(result, tuple | list) and len(result) == 2
+        if is_pair and _shapes(result) != _shapes(params):
+            first, rest = result
+            if _shapes(first) == [("", ())]:
+                value, result = jnp.asarray(first), rest
+        return value, like_params("grad_fn(params)", result, params, _GRAD_REMEDY)
+
+    return value_and_gradient

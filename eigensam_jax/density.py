@@ -1,5 +1,6 @@
 """The spectral density of a matrix from its products with random vectors."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -53,7 +54,7 @@ def spectral_density(
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.
-      like: a tree with the shapes of the vectors, such as the parameters.
+      like: as in `top_eigenpairs`.
       num_matvecs: m, products per random vector, at least 1.
       num_samples: how many random vectors, at least 1.
       seed: seed of the random vectors.
@@ -87,16 +88,16 @@ def spectral_density(
     """
     arguments.check_positive_int("num_matvecs", num_matvecs, "products per sample")
     arguments.check_positive_int("num_samples", num_samples, "random vectors")
-    key = jax.random.key(seed)
+    key, like = jax.random.key(seed), krylov.zeros_like(like)
     start = krylov.compiled(host_loop, _random_start, static_argnums=2)
     get = krylov.compiled(host_loop, krylov.get)
-    extend = krylov.compiled(host_loop, krylov.extend, donate_argnums=1)
+    grow = krylov.compiled(host_loop, krylov.grow, donate_argnums=1)
 
     def product(
         carry: tuple[jax.Array, krylov.Tridiagonal],
     ) -> tuple[jax.Array, krylov.Tridiagonal]:
         i, space = carry
-        return i + 1, extend(i, space, matvec(get(space.basis, i)))
+        return i + 1, grow(i, space, matvec(get(space.basis, i)))
 
     def sample(
         carry: tuple[jax.Array, SpectralDensity],
@@ -109,9 +110,7 @@ def spectral_density(
             product,
             (jnp.zeros((), jnp.int32), space),
         )
-        values, vectors = jnp.linalg.eigh(
-            krylov.dense(space.diagonal, space.off_diagonal)
-        )
+        values, vectors = krylov.eigh(krylov.dense(space.diagonal, space.off_diagonal))
         shares = vectors[0] ** 2
         shares /= shares.sum() * num_samples
         return i + 1, SpectralDensity(
@@ -130,8 +129,7 @@ def spectral_density(
 
 
 def _random_start(key: jax.Array, like: PyTree, num_matvecs: int) -> krylov.Tridiagonal:
-    start = krylov.random_direction(key, krylov.empty_basis(like, 1))
-    return krylov.tridiagonal(start, num_matvecs)
+    return krylov.tridiagonal(krylov.random_vector(key, like), num_matvecs)
 
 
 def smooth_density(
@@ -170,6 +168,13 @@ def smooth_density(
             "width must be above 0, got 0: the curve would be infinite at every node. "
             "Take about a hundredth of the range of the eigenvalues."
         )
-    distances = (jnp.asarray(grid)[..., None] - density.nodes.ravel()) / width
-    heights = jnp.exp(-(distances**2) / 2) / (width * jnp.sqrt(2 * jnp.pi))
-    return jnp.sum(density.weights.ravel() * heights, -1)
+    nodes, weights = (x.ravel() for x in density)
+    points = jnp.asarray(grid, nodes.dtype)[..., None]
+    width = jnp.asarray(width, nodes.dtype)
+    nodes, weights = (
+        jnp.expand_dims(x, range(points.ndim - 1)) for x in (nodes, weights)
+    )
+    heights = jnp.exp(-(((points - nodes) / width) ** 2) / 2) / (
+        width * math.sqrt(2 * math.pi)
+    )
+    return jnp.sum(weights * heights, -1)

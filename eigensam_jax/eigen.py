@@ -38,31 +38,31 @@ class Eigenpair(NamedTuple):
 
 
 def power_iteration(
-    matvec: Matvec, v0: PyTree, num_iters: int, *, unroll: bool = False
+    matvec: Matvec, v0: PyTree, num_matvecs: int, *, unroll: bool = False
 ) -> Eigenpair:
     """Power iteration v ← Hv/‖Hv‖: the eigenvalue of H that is largest in magnitude.
 
     Each iteration makes one product and multiplies the angle to the eigenvector by
-    about |λ₂/λ₁|. A negative eigenvalue of the largest magnitude is found as such, with
-    its sign: look at `eigenvalue` before taking the result for the top of the spectrum.
+    about |λ₂/λ₁|. If that eigenvalue is negative it is found with its sign: look at
+    `eigenvalue` before taking the result for the top of the spectrum.
 
-    `eigenvalue` and `residual` belong to v′, the input of the last product, and
-    `eigenvector` is that product, normalised: one step better than they say, for no
-    further product. (Where v′ is an eigenvector, so is the result.)
+    `eigenvalue` and `residual` belong to v, the input of the last product, and
+    `eigenvector` is Hv/‖Hv‖: one iteration better, for no further product.
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.
-      v0: where to start, a tree of real arrays; need not have norm 1. Zero stays zero.
-      num_iters: the number of products, at least 1.
-      unroll: whether to write the loop out. A longer program, but on XLA's CPU
-        backend convolutions inside a loop run many times slower than outside.
+      v0: where to start, a tree of real arrays of any norm. Zero stays zero.
+      num_matvecs: the number of products, at least 1.
+      unroll: True writes the loop out on a CPU if a product has convolutions, which
+        XLA's CPU backend runs many times slower inside a loop; this takes longer to
+        compile. Otherwise it has no effect.
 
     Returns:
-      An `Eigenpair`. Where Hv = 0 the iteration stays at v, with λ = 0. A product that
-      is not finite makes λ or the residual so, and is otherwise skipped.
+      An `Eigenpair`. Where Hv = 0 the iteration stays at v, with λ = 0. A non-finite
+      product makes λ or the residual non-finite and leaves v unchanged.
 
     Raises:
-      ValueError: if `num_iters` is less than 1.
+      ValueError: if `num_matvecs` is less than 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,24 +75,37 @@ def power_iteration(
     References:
       Golub and Van Loan, "Matrix Computations", 4th edition, section 8.2, 2013.
     """
-    arguments.check_positive_int("num_iters", num_iters, "matrix-vector products")
+    arguments.check_positive_int("num_matvecs", num_matvecs, "matrix-vector products")
     v0 = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v0)), v0)
     zero = jnp.zeros((), tree_math.accumulation_dtype(v0))
 
-    def body(_: int, pair: Eigenpair) -> Eigenpair:
-        v = pair.eigenvector
+    def body(_: int, step: _Step) -> _Step:
+        v = step.after
         product = jax.tree.map(lambda x, p: p.astype(x.dtype), v, matvec(v))
-        eigenvalue = tree_math.vdot(v, product)
-        residual = tree_math.norm(tree_math.add_scaled(product, -eigenvalue, v))
-        inverse = tree_math.safe_inverse(tree_math.norm(product))
+        length = tree_math.norm(product)
+        inverse = tree_math.safe_inverse(length)
         moved = tree_math.scale(inverse, product)
-        return Eigenpair(tree_math.where(inverse > 0, moved, v), eigenvalue, residual)
+        return _Step(v, tree_math.where(inverse > 0, moved, v), length)
 
-    start = Eigenpair(v0, zero, zero)
-    pair: Eigenpair = jax.lax.fori_loop(
-        0, num_iters, body, start, unroll=unroll or None
+    before, after, length = jax.lax.fori_loop(
+        0,
+        num_matvecs,
+        body,
+        _Step(v0, v0, zero),
+        unroll=_unrolls(unroll, matvec, v0),
     )
-    return pair
+    # Hv = length · after, so that λ = length · cosine.
+    cosine = tree_math.vdot(before, after)
+    sine = tree_math.norm(tree_math.add_scaled(after, -cosine, before))
+    return Eigenpair(after, length * cosine, length * sine)
+
+
+class _Step(NamedTuple):
+    """A step of the power iteration: v, Hv/‖Hv‖ and ‖Hv‖."""
+
+    before: PyTree
+    after: PyTree
+    length: jax.Array
 
 
 def lanczos(
@@ -102,28 +115,27 @@ def lanczos(
 
     The best that `num_matvecs` products can do from `v0`: the Rayleigh quotient
     ⟨v, Hv⟩ is maximised over the Krylov space of v0, Hv0, …, H^(m−1) v0, which contains
-    what power iteration finds after m − 1 products. A negative eigenvalue, however
-    large its magnitude, is not taken for the top.
+    what power iteration finds after m − 1 products. Negative eigenvalues of larger
+    magnitude are not taken for the top.
 
-    `eigenvalue` and `residual` belong to that maximiser y. The recurrence knows Hy too,
-    so that `eigenvector` is one step of a shifted power iteration better, for no
-    further product: H y shifted by the smallest Ritz value, if that is negative, so
-    that negative eigenvalues do not grow.
+    `eigenvalue` and `residual` belong to that maximiser y. `eigenvector` is one step of
+    a shifted power iteration further, for no further product, as the recurrence knows
+    Hy: (H − μ)y, normalised, with μ the smallest Ritz value or 0, whichever is smaller.
 
-    Orthogonalisation is full and done twice, so that rounding makes no spurious copies
-    of eigenvalues. That holds `num_matvecs` + 3 vectors and costs 4 · `num_matvecs`²
-    vector operations, meant for a few to a few dozen products.
+    Every vector is orthogonalised twice against all others, so that rounding makes no
+    spurious copies of eigenvalues. That holds `num_matvecs` + 3 vectors and costs
+    4 · `num_matvecs`² vector operations: meant for up to a few dozen products.
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.
-      v0: where to start, a tree of real arrays; need not have norm 1. Zero stays zero.
-      num_matvecs: m, the number of products, at least 1. Where the Krylov space is
-        exhausted before, the rest of them change nothing.
+      v0: where to start, a tree of real arrays of any norm. Zero stays zero.
+      num_matvecs: m, the number of products, at least 1. Once the Krylov space is
+        exhausted, further products change nothing.
       unroll: as in `power_iteration`.
 
     Returns:
       An `Eigenpair`: the top Ritz vector, its Ritz value, and ‖Hv − λv‖ from the last
-      coefficient of the recurrence, without a product more.
+      coefficient of the recurrence.
 
     Raises:
       ValueError: if `num_matvecs` is less than 1.
@@ -142,24 +154,34 @@ def lanczos(
       Computations", 4th edition, chapter 10, 2013.
     """
     arguments.check_positive_int("num_matvecs", num_matvecs, "matrix-vector products")
-    v0 = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v0)), v0)
+    v0 = tree_math.widen(v0)
     basis, diagonal, off_diagonal = jax.lax.fori_loop(
         0,
         num_matvecs,
-        lambda i, s: krylov.extend(i, s, matvec(krylov.get(s.basis, i))),
+        lambda i, s: krylov.grow(i, s, matvec(krylov.get(s.basis, i))),
         krylov.tridiagonal(v0, num_matvecs),
-        unroll=unroll or None,
+        unroll=_unrolls(unroll, matvec, v0),
     )
     # A zero says that the space was exhausted: there is no basis vector after it.
-    known = jnp.cumprod(jnp.append(1, off_diagonal[:-1] > 0)) > 0
+    known = jnp.cumsum(off_diagonal[:-1] == 0) == 0
+    known = jnp.append(jnp.ones((), bool), known)
     diagonal = jnp.where(known, diagonal, 0)
-    values, vectors = krylov.eigh(krylov.dense(diagonal, off_diagonal), known)
+    values, vectors = krylov.eigh_known(krylov.dense(diagonal, off_diagonal), known)
     bottom, top, weights = jnp.minimum(values[0], 0), values[-1], vectors[:, -1]
     # H y = λ y + beyond · q, with q the basis vector that the last product led to.
     beyond = off_diagonal[-1] * weights[-1]
     beyond_shifted = beyond * tree_math.safe_inverse(top - bottom)
     weights = jnp.append(weights, beyond_shifted) / jnp.hypot(1, beyond_shifted)
     return Eigenpair(krylov.combine(weights, basis), top, jnp.abs(beyond))
+
+
+def _unrolls(unroll: bool, matvec: Matvec, v: PyTree) -> bool | None:
+    """Whether to write a loop over products out: see `unroll` of `power_iteration`."""
+    return (
+        unroll
+        and jax.default_backend() == "cpu"
+        and "conv_general_dilated" in str(jax.make_jaxpr(matvec)(v))
+    ) or None
 
 
 def top_eigenpairs(
@@ -177,22 +199,21 @@ def top_eigenpairs(
     """Thick-restart Lanczos iteration: the k largest eigenvalues of H, to a tolerance.
 
     Products are made until ‖Hvᵢ − λᵢvᵢ‖ ≤ `tol` · |λ₁| for all k pairs, as far as
-    rounding allows, or until the next would exceed `max_matvecs`. The residuals that
-    come out are not those of the recurrence: k products at the end measure them.
+    rounding allows, or until the next would exceed `max_matvecs`. The residuals
+    returned are measured, by k products at the end.
 
-    Eigenvalues are found as often as they are eigenvalues: where the Krylov space is
-    exhausted, and for k > 1 also once where the iteration has converged, it goes on
+    Multiple eigenvalues are found with their multiplicity: where the Krylov space is
+    exhausted, and for k > 1 also once after the iteration has converged, it continues
     from a random vector orthogonal to what was found, until nothing new comes.
 
     Cost: at least min(n, max(20, 2k + 10)) + k products in n dimensions, for k > 1
     about twice as many, as no pair is believed before the basis has once been full. The
-    basis holds one vector more than that, for a moment twice. Orthogonalisation is full
-    and done twice.
+    basis holds one vector more than that, for a moment twice.
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.
-      like: a tree with the shapes of the vectors, such as the parameters; its values
-        are not looked at.
+      like: a tree with the shapes of the vectors, such as the parameters or their
+        `jax.ShapeDtypeStruct`; its values are not used.
       k: how many eigenpairs, at least 1 and at most the number of parameters.
       which: "algebraic" for the largest eigenvalues, "magnitude" for those of largest
         magnitude, with their signs.
@@ -202,19 +223,18 @@ def top_eigenpairs(
       v0: where to start, a tree like `like`, for example an eigenvector found before;
         None or zeros for a random vector.
       seed: seed of the random vectors.
-      host_loop: False to loop inside the compiled program. True for a loop of Python's
-        that calls `matvec` once per product: for a `matvec` that reads its data on the
-        host, and for a jitted one of a convolutional network on a CPU, where XLA runs
-        convolutions inside a loop many times slower. It can't itself be jitted.
+      host_loop: False loops inside the compiled program. True loops in Python and
+        can't be jitted: for a `matvec` that reads data on the host, and for a jitted
+        one with convolutions on a CPU, which XLA runs many times slower in a loop.
 
     Returns:
       An `Eigenpair` whose leaves have a leading axis of length k, in descending order
-      (of magnitude, for "magnitude"). Its eigenvectors are orthonormal. A product that
-      is not finite ends the search with NaN in all of them.
+      (of magnitude, for "magnitude"). Its eigenvectors are orthonormal. A non-finite
+      product ends the search with NaN in all of them.
 
     Raises:
-      ValueError: if `k`, `which`, `tol` or `max_matvecs` is none of the above, or `v0`
-        is not like `like`.
+      ValueError: if `k`, `which`, `tol` or `max_matvecs` is invalid, or `v0` is not
+        like `like`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -228,12 +248,13 @@ def top_eigenpairs(
       Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue
       problems", SIAM Journal on Matrix Analysis and Applications, 2000.
     """
+    like = krylov.zeros_like(like)
     dimension = sum(jnp.size(x) for x in jax.tree.leaves(like))
     _check_top_eigenpairs(k, which, tol, max_matvecs, dimension)
     plan = thick_restart.plan(k, dimension, which == "magnitude")
-    key, like = jax.random.key(seed), tree_math.widen(like)
+    key = jax.random.key(seed)
     if v0 is None:
-        v0 = tree_math.zeros_like(like)
+        v0 = like
     v0 = arguments.like_params("v0", v0, like, "Start from a tree like `like`.")
     compiled = partial(krylov.compiled, host_loop)
     get = compiled(krylov.get)

@@ -1,5 +1,7 @@
 """Products with the Hessian and the Gauss–Newton matrix, without ever forming them."""
 
+import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
@@ -23,26 +25,26 @@ def hvp(
     params: PyTree,
     vector: PyTree,
     *,
-    mode: HvpMode = "forward_over_reverse",
+    hvp_mode: HvpMode = "forward_over_reverse",
 ) -> PyTree:
     """Hessian-vector product ∇²f(w)·v.
 
     By default the directional derivative of the gradient, ∂/∂t ∇f(w + t·v) at t = 0, by
-    `jax.jvp` of `jax.grad`: a small multiple of a gradient's operations and memory.
+    `jax.jvp` of `jax.grad`: about the operations and memory of two gradients.
 
     Args:
       value_fn: f, a function of the parameters alone that returns a real scalar.
       params: w, a tree of real arrays.
       vector: v, a tree of the same structure and shapes; it is cast to the dtypes of
         `params`, in which the product is made.
-      mode: how the gradient is differentiated, see `matvec`.
+      hvp_mode: how the gradient is differentiated, see `matvec`.
 
     Returns:
       The product, with the structure and shapes of `params`, in float32 or in the
       leaf's dtype where that is wider.
 
     Raises:
-      ValueError: for a `mode` that there is not.
+      ValueError: for an unknown `hvp_mode`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,46 +58,43 @@ def hvp(
     References:
       Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994.
     """
-    return matvec(jax.grad(value_fn), params, mode=mode)(vector)
+    return matvec(jax.grad(value_fn), params, hvp_mode=hvp_mode)(vector)
 
 
 def matvec(
-    grad_fn: GradFn, params: PyTree, *, mode: HvpMode = "forward_over_reverse"
+    grad_fn: GradFn, params: PyTree, *, hvp_mode: HvpMode = "forward_over_reverse"
 ) -> Matvec:
     """Builds v ↦ ∇²f(w)·v from the gradient function of f.
 
-    What the solvers of `eigensam_jax.eigen` take. Each call differentiates anew and
-    keeps nothing: a linearisation would hold all activations between products.
+    What the solvers of `eigensam_jax.eigen` take. Each call differentiates anew: a
+    linearisation would hold all activations between products.
 
-    "forward_over_reverse" is the `jax.jvp` of the gradient, "reverse_over_reverse" its
-    `jax.vjp`, the same since H is symmetric: for a kernel whose custom backward pass is
-    itself a `jax.custom_vjp`, which can't be pushed forward. It takes as long on dense
-    networks and several times as long on convolutional ones.
+    "forward_over_reverse" is the `jax.jvp` of the gradient. "reverse_over_reverse" is
+    its `jax.vjp`, the same since H is symmetric: for a kernel whose custom backward
+    pass is itself a `jax.custom_vjp`, which has no forward derivative. It is as fast on
+    dense networks and several times slower on convolutional ones.
 
     "finite_difference" is for a kernel that has no second derivative at all:
 
         Hv ≈ ‖v‖·(∇f(w + h·v/‖v‖) − ∇f(w − h·v/‖v‖))/(2h),   h = eps^⅓,
 
     with eps that of the coarsest dtype in `params`, which balances rounding, about
-    eps·‖∇f‖/h, with truncation, about h². The step is not scaled with ‖w‖: the distance
-    over which curvature changes does not grow with it. Relative errors are least along
-    the top eigenvector; along a random vector, whose product is many times shorter,
-    they are larger. It serves smooth networks in float32 or wider. Where the step
-    crosses a kink, as with ReLU, the gradient jumps, which a derivative does not see
-    and a difference divides by h, so that a smaller step is no remedy: don't rely on it
-    there, nor in bfloat16.
+    eps·‖∇f‖/h, with truncation, about h². Relative errors are smallest along the top
+    eigenvector and larger along a random vector, whose product is shorter. Use it for
+    smooth networks in float32 or wider. It is unreliable in bfloat16, and with ReLU,
+    where the gradient jumps and a smaller h makes the error larger.
 
     Args:
       grad_fn: ∇f, a function of the parameters alone that returns their gradient, for
         example `jax.grad(value_fn)`.
       params: w, a tree of real arrays.
-      mode: "forward_over_reverse", "reverse_over_reverse" or "finite_difference".
+      hvp_mode: "forward_over_reverse", "reverse_over_reverse" or "finite_difference".
 
     Returns:
       A function from a tree like `params` to a tree like `params`, as `hvp`.
 
     Raises:
-      ValueError: for a `mode` that there is not.
+      ValueError: for an unknown `hvp_mode`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -105,18 +104,36 @@ def matvec(
       >>> product(jnp.array([1.0, 1.0]))
       Array([ 6., 12.], dtype=float32)
     """
-    _check_mode(mode)
+    _check_mode(hvp_mode)
 
     def product(vector: PyTree) -> PyTree:
-        if mode == "finite_difference":
+        if hvp_mode == "finite_difference":
             return _central_difference(grad_fn, params, vector)
-        if mode == "reverse_over_reverse":
-            grads, pullback = jax.vjp(grad_fn, params)
-            return tree_math.widen(pullback(tree_math.cast_like(vector, grads))[0])
         tangent = tree_math.cast_like(vector, params)
-        return tree_math.widen(jax.jvp(grad_fn, (params,), (tangent,))[1])
+        with _noted():
+            if hvp_mode == "forward_over_reverse":
+                return tree_math.widen(jax.jvp(grad_fn, (params,), (tangent,))[1])
+            grads, pullback = jax.vjp(grad_fn, params)
+            return tree_math.widen(pullback(tree_math.cast_like(tangent, grads))[0])
 
     return product
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[None]:
+    """Adds a remedy to JAX's error where an operation lacks a derivative."""
+    try:
+        yield
+    except Exception as error:
+        if re.search("differentia|jvp|vjp", str(error), re.IGNORECASE):
+            error.add_note(
+                "A Hessian-vector product differentiates the gradient again, and the "
+                "loss has an operation without that derivative. Of the other values of "
+                "hvp_mode, 'reverse_over_reverse' needs no forward derivative and "
+                "'finite_difference' needs the gradient alone. trackers.secant() makes "
+                "no Hessian-vector products."
+            )
+        raise
 
 
 def mean_matvec(
@@ -124,35 +141,35 @@ def mean_matvec(
     params: PyTree,
     batches: PyTree | Callable[[], Iterable[PyTree]],
     *,
-    mode: HvpMode = "forward_over_reverse",
+    hvp_mode: HvpMode = "forward_over_reverse",
 ) -> Matvec:
     """Builds v ↦ Σ nᵢ ∇²fᵢ(w)·v / Σ nᵢ, the Hessian of a data set, batch by batch.
 
-    fᵢ is the mean loss of batch i and nᵢ the number of its examples, so that it is the
-    Hessian of the mean over all examples, with the activations of one batch alive at a
-    time. Of arrays it is a `jax.lax.scan`. (XLA's CPU backend runs convolutions inside
-    a scan many times slower than outside.)
+    fᵢ is the mean loss of batch i and nᵢ the number of its examples, so that this is
+    the Hessian of the mean over all examples; the activations of one batch are alive at
+    a time.
+    Arrays are scanned by `jax.lax.scan`. (XLA's CPU backend runs convolutions inside a
+    scan many times slower than outside.)
 
-    As a function, `batches` stay on the host: it is called once per product, and each
-    batch makes one product, jitted, which is traced again for a batch of another shape.
-    That works neither inside `jit` nor inside a solver's compiled loop, for which
-    `eigen.top_eigenpairs` has `host_loop=True`.
+    A function leaves `batches` on the host: it is called once per product, and each
+    batch makes one jitted product, traced again for a batch of another shape. That
+    works neither inside `jit` nor inside a solver's compiled loop: use
+    `eigen.top_eigenpairs(..., host_loop=True)`.
 
     Args:
       value_fn: from the parameters and a batch to a scalar, the mean over the batch.
       params: w, a tree of real arrays.
       batches: a tree of arrays with a leading axis over the batches, all of one size;
-        or a function without arguments that returns an iterable of batches, of any
-        sizes: nᵢ is the length of the first leaf of a batch, or 1 for a scalar. It must
-        give the same batches each time, or each product is with another matrix. (A list
-        of batches is no such tree: give `lambda: batches`.)
-      mode: how the gradient is differentiated, see `matvec`.
+        or a function without arguments that returns an iterable of batches of any
+        sizes, the same each time: nᵢ is the length of the first leaf of a batch, or 1
+        for a scalar. (For a list of batches give `lambda: batches`.)
+      hvp_mode: how the gradient is differentiated, see `matvec`.
 
     Returns:
       A function from a tree like `params` to a tree like `params`, as `hvp`.
 
     Raises:
-      ValueError: for a `mode` that there is not, for arrays without a common leading
+      ValueError: for an unknown `hvp_mode`, for arrays without a common leading
         axis; from a product, where there are no batches, and on the host under `jit`.
 
     Example:
@@ -167,13 +184,13 @@ def mean_matvec(
       >>> float(product(jnp.array(1.0)))
       6.0
     """
-    _check_mode(mode)
+    _check_mode(hvp_mode)
 
     def add(
         total: PyTree, params: PyTree, vector: PyTree, batch: PyTree, weight: ArrayLike
     ) -> PyTree:
         gradient = jax.grad(lambda p: value_fn(p, batch))
-        batch_product = matvec(gradient, params, mode=mode)(vector)
+        batch_product = matvec(gradient, params, hvp_mode=hvp_mode)(vector)
         return tree_math.add_scaled(total, weight, batch_product)
 
     if callable(batches):
@@ -223,7 +240,7 @@ def _mean_on_the_host(
     params: PyTree,
     batches: Callable[[], Iterable[PyTree]],
 ) -> Matvec:
-    """`mean_matvec` by a loop of Python's over what `batches` returns."""
+    """`mean_matvec` by a Python loop over what `batches` returns."""
 
     def product(vector: PyTree) -> PyTree:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vector)):
@@ -252,23 +269,31 @@ def gauss_newton_matvec(
     predict_fn: Callable[[PyTree], PyTree],
     loss_fn: Callable[[PyTree], jax.Array],
     params: PyTree,
+    *,
+    hvp_mode: HvpMode = "forward_over_reverse",
 ) -> Matvec:
     """Builds v ↦ Jᵀ ∇²ℓ J v, the generalised Gauss–Newton matrix of ℓ(f(w)).
 
     J is the Jacobian of the outputs f at w, and ∇²ℓ the Hessian of the loss with
     respect to the outputs. It is the Hessian without the curvature of the model,
     Σ ∂ℓ/∂fᵢ ∇²fᵢ: equal to it where f is linear, close to it where the outputs fit, and
-    for a loss that is convex in the outputs positive semidefinite everywhere. Of a
-    cross entropy with its logits it is the Fisher information matrix.
+    positive semidefinite for a loss that is convex in the outputs. For a cross entropy
+    of logits it is the Fisher information matrix.
 
     Args:
       predict_fn: f, from the parameters to the outputs on the batch, a tree of real
         arrays.
       loss_fn: ℓ, from these outputs to a scalar.
       params: w, a tree of real arrays.
+      hvp_mode: how J v and the product with ∇²ℓ are made: by `jax.jvp`; without forward
+        derivatives, J v as the `jax.vjp` of u ↦ Jᵀu; or by central differences as in
+        `matvec`, for which J is not differentiated. Jᵀ is a `jax.vjp` in each.
 
     Returns:
       A function from a tree like `params` to a tree like `params`, as `hvp`.
+
+    Raises:
+      ValueError: for an unknown `hvp_mode`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -282,31 +307,45 @@ def gauss_newton_matvec(
       Schraudolph, "Fast curvature matrix-vector products for second-order gradient
       descent", Neural Computation 2002.
     """
+    _check_mode(hvp_mode)
 
     def product(vector: PyTree) -> PyTree:
         direction = tree_math.cast_like(vector, params)
-        outputs, tangent = jax.jvp(predict_fn, (params,), (direction,))
-        cotangent = jax.jvp(jax.grad(loss_fn), (outputs,), (tangent,))[1]
-        return tree_math.widen(jax.vjp(predict_fn, params)[1](cotangent)[0])
+        with _noted():
+            outputs, pullback = jax.vjp(predict_fn, params)
+            if hvp_mode == "forward_over_reverse":
+                tangent = jax.jvp(predict_fn, (params,), (direction,))[1]
+            elif hvp_mode == "reverse_over_reverse":
+                zeros = jax.tree.map(jnp.zeros_like, outputs)
+                transposed = jax.vjp(lambda u: pullback(u)[0], zeros)[1]
+                tangent = transposed(direction)[0]
+            else:
+                tangent = _central_difference(predict_fn, params, vector)
+        inner = matvec(jax.grad(loss_fn), outputs, hvp_mode=hvp_mode)(tangent)
+        return tree_math.widen(pullback(tree_math.cast_like(inner, outputs))[0])
 
     return product
 
 
-def _central_difference(grad_fn: GradFn, params: PyTree, vector: PyTree) -> PyTree:
-    """‖v‖·(∇f(w + h·v/‖v‖) − ∇f(w − h·v/‖v‖))/(2h); 0 for v = 0."""
+def _central_difference(
+    function: Callable[[PyTree], PyTree], params: PyTree, vector: PyTree
+) -> PyTree:
+    """‖v‖·(F(w + h·v/‖v‖) − F(w − h·v/‖v‖))/(2h), with h = eps^⅓; 0 for v = 0."""
     leaves = jax.tree.leaves(params)
     eps = [jnp.finfo(jnp.result_type(x)).eps for x in leaves]  # type: ignore[no-untyped-call]
     step = float(max(eps, default=1)) ** (1 / 3)
     length = tree_math.norm(vector)
     direction = tree_math.scale(tree_math.safe_inverse(length), vector)
     ahead, behind = (
-        grad_fn(tree_math.cast_like(tree_math.add_scaled(params, h, direction), params))
+        function(
+            tree_math.cast_like(tree_math.add_scaled(params, h, direction), params)
+        )
         for h in (step, -step)
     )
     difference = tree_math.add_scaled(ahead, -1, behind)
     return tree_math.scale(length / (2 * step), difference)
 
 
-def _check_mode(mode: HvpMode) -> None:
-    if mode not in HVP_MODES:
-        raise ValueError(f"mode must be one of {HVP_MODES}, got {mode!r}.")
+def _check_mode(hvp_mode: HvpMode) -> None:
+    if hvp_mode not in HVP_MODES:
+        raise ValueError(f"hvp_mode must be one of {HVP_MODES}, got {hvp_mode!r}.")

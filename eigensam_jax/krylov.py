@@ -1,8 +1,8 @@
 """Orthonormal bases on pytrees: what the Krylov methods of `eigen` are built of.
 
-A basis is a tree like its vectors with one leading axis more, over the vectors q₀, q₁,
-…; a row of zeros is no vector and adds nothing to any sum. Everything is done leaf by
-leaf, so that leaves keep their sharding, and in float32 or wider.
+A basis is a tree like its vectors with a leading axis over the vectors q₀, q₁, …; a
+row of zeros stands for no vector. Everything is done leaf by leaf, so that leaves keep
+their sharding, and in float32 or wider.
 """
 
 from collections.abc import Callable
@@ -32,18 +32,18 @@ class Tridiagonal(NamedTuple):
     off_diagonal: jax.Array
 
 
-class Remainder(NamedTuple):
-    """A vector taken apart: x = Σ cᵢ qᵢ + length · direction.
+class Extension(NamedTuple):
+    """A vector decomposed in a basis, x = Σ cᵢ qᵢ + length · q, and the basis with q.
 
     Attributes:
-      coefficients: the cᵢ, one for every row of the basis.
-      length: the norm of what is beside the basis; 0 where that is but rounding.
-      direction: a unit vector orthogonal to the basis, or 0 if `length` is.
+      basis: the basis with q, a unit vector, or zero where `length` is.
+      coefficients: the cᵢ, one for each row of the basis; 0 for the row of q.
+      length: the norm of the part outside the basis; 0 where that is rounding error.
     """
 
+    basis: PyTree
     coefficients: jax.Array
     length: jax.Array
-    direction: PyTree
 
 
 def while_loop(
@@ -52,7 +52,7 @@ def while_loop(
     body: Callable[[Carry], Carry],
     carry: Carry,
 ) -> Carry:
-    """`jax.lax.while_loop`, or with `host_loop` a loop of Python's."""
+    """`jax.lax.while_loop`, or with `host_loop` a Python loop."""
     if not host_loop:
         last: Carry = jax.lax.while_loop(cond, body, carry)
         return last
@@ -64,36 +64,43 @@ def while_loop(
 def compiled(
     host_loop: bool, function: Callable[..., Any], **options: Any
 ) -> Callable[..., Any]:
-    """`function`, jitted if the loop around it is Python's and nothing else will do so.
-
-    Other loops trace it; those of Python would run it operation by operation.
-    """
+    """`function`, jitted if a Python loop is around it, which does not compile it."""
     return jax.jit(function, **options) if host_loop else function
 
 
-def empty_basis(like: PyTree, num_vectors: int) -> PyTree:
-    """Zeros for `num_vectors` vectors like `like`, with its sharding."""
-    nowhere = jnp.zeros(num_vectors, bool)
+def zeros_like(like: PyTree) -> PyTree:
+    """A zero vector like `like`, a tree of arrays or of `jax.ShapeDtypeStruct`."""
+    is_struct = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    arrays = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if is_struct(x) else x, like
+    )
+    return tree_math.zeros_like(arrays)
+
+
+def basis_of(vector: PyTree, num_vectors: int) -> PyTree:
+    """`num_vectors` rows with the sharding of `vector`: that one first, then zeros."""
+    is_first = jnp.arange(num_vectors, dtype=jnp.int32) == 0
     return jax.tree.map(
-        lambda x: jax.vmap(lambda here: jnp.where(here, x, 0))(nowhere),
-        tree_math.widen(like),
+        lambda x: jax.vmap(lambda here: jnp.where(here, x, 0))(is_first), vector
     )
 
 
 def get(basis: PyTree, index: jax.Array) -> PyTree:
     """The vector at `index`."""
-    return jax.tree.map(lambda b: b[index], basis)
+    take = jax.lax.dynamic_index_in_dim  # indexing would check bounds for each leaf
+    return jax.tree.map(lambda b: take(b, index, keepdims=False), basis)
 
 
 def put(basis: PyTree, index: jax.Array | int, vector: PyTree) -> PyTree:
     """`basis` with `vector` at `index`."""
-    return jax.tree.map(lambda b, x: b.at[index].set(x), basis, vector)
+    update = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda b, x: update(b, x, index, 0), basis, vector)
 
 
 def combine(coefficients: jax.Array, basis: PyTree) -> PyTree:
-    """Sums of the vectors of `basis`, each times its coefficient.
+    """Linear combinations of the vectors of `basis`.
 
-    Coefficients of shape (vectors,) give one sum, of shape (sums, vectors) a basis.
+    Coefficients of shape (vectors,) give one vector, of shape (sums, vectors) a basis.
     """
     return jax.tree.map(
         lambda b: jnp.tensordot(
@@ -103,46 +110,77 @@ def combine(coefficients: jax.Array, basis: PyTree) -> PyTree:
     )
 
 
-def remainder(vector: PyTree, basis: PyTree) -> Remainder:
-    """Takes `vector` apart along `basis`, twice, so that what is left is orthogonal."""
+def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
+    """Orthogonalises `vector` against `basis` and writes it, normalised, at `index`.
+
+    Classical Gram–Schmidt, twice, which leaves it orthogonal up to rounding. The row at
+    `index` is the workspace, so that one matrix product both subtracts and normalises.
+    """
     vector = jax.tree.map(lambda b, x: jnp.asarray(x, b.dtype), basis, vector)
-    coefficients, rest = jnp.zeros(()), vector
-    for _ in range(2):
-        along = jax.vmap(tree_math.vdot, in_axes=(0, None))(basis, rest)
-        rest = jax.tree.map(jnp.subtract, rest, combine(along, basis))
-        coefficients = coefficients + along
-    length = tree_math.norm(rest)
-    # What rounding leaves of a vector inside the space is no new direction. (Of a
-    # vector that is not finite, the length is not either, and stays so.)
-    rounding = 10 * np.finfo(length.dtype).eps * tree_math.norm(vector)
-    length = jnp.where((length <= rounding) & jnp.isfinite(length), 0, length)
-    direction = tree_math.scale(tree_math.safe_inverse(length), rest)
-    return Remainder(coefficients, length, direction)
+    norm = tree_math.norm(vector)
+    eps = np.finfo(norm.dtype).eps
+    scaled = tree_math.scale(tree_math.safe_inverse(norm), vector)
+    num_vectors = jax.tree.leaves(basis)[0].shape[0]
+    is_new = jnp.arange(num_vectors, dtype=jnp.int32) == index
+
+    def orthogonalise(_: int, step: Extension) -> Extension:
+        products = _inner_products(step.basis, get(step.basis, index))
+        along = jnp.where(is_new, 0, products)
+        # ‖x‖² − Σ⟨qᵢ,x⟩². The first time it may be mere rounding, and then only scales.
+        square = products[index] - jnp.sum(along**2)
+        rest = jnp.sqrt(jnp.maximum(square, eps))
+        length = step.length * rest
+        # Two lengths at their bounds make eps: such a vector was inside the space.
+        scale = jnp.where(length <= 10 * eps, 0, 1 / rest)
+        row = combine(scale * jnp.where(is_new, 1, -along), step.basis)
+        coefficients = step.coefficients + step.length * along
+        return Extension(put(step.basis, index, row), coefficients, length)
+
+    start = Extension(
+        put(basis, index, scaled),
+        jnp.zeros(num_vectors, norm.dtype),
+        jnp.ones((), norm.dtype),
+    )
+    basis, coefficients, length = jax.lax.fori_loop(0, 2, orthogonalise, start)
+    length = jnp.where(length <= 10 * eps, 0, norm * length)
+    return Extension(basis, norm * coefficients, length)
 
 
-def random_direction(key: jax.Array, basis: PyTree) -> PyTree:
-    """A random unit vector orthogonal to `basis`, all directions equally likely."""
-    leaves, treedef = jax.tree.flatten(basis)
+def _inner_products(basis: PyTree, vector: PyTree) -> jax.Array:
+    """⟨qᵢ, x⟩ for every row of the basis, in the accumulation dtype."""
+    dtype = tree_math.accumulation_dtype(vector)
+    row = lambda b, x: jax.vmap(lambda q: jnp.sum(q * x))(b).astype(dtype)
+    # Stacked: a chain of additions would be put into the loop over each leaf.
+    return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(row, basis, vector))), axis=0)
+
+
+def random_vector(key: jax.Array, like: PyTree) -> PyTree:
+    """A normal random vector, whose direction is uniform, like zeros `like`.
+
+    Added to these, so that it is sharded as they are.
+    """
+    leaves, treedef = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
     normal = [
-        jax.random.normal(key, b.shape[1:], b.dtype)
-        for key, b in zip(keys, leaves, strict=True)
+        x + jax.random.normal(key, x.shape, x.dtype)
+        for key, x in zip(keys, leaves, strict=True)
     ]
-    return remainder(jax.tree.unflatten(treedef, normal), basis).direction
+    return jax.tree.unflatten(treedef, normal)
 
 
 def tridiagonal(v0: PyTree, num_matvecs: int) -> Tridiagonal:
-    """The Krylov space of a unit vector before its first of `num_matvecs` products."""
-    dtype = tree_math.accumulation_dtype(v0)
-    basis = put(empty_basis(v0, num_matvecs + 1), 0, v0)
-    return Tridiagonal(basis, *(jnp.zeros(num_matvecs, dtype) for _ in range(2)))
+    """The Krylov space of a vector before its first of `num_matvecs` products."""
+    norm = tree_math.norm(v0)
+    unit = tree_math.scale(tree_math.safe_inverse(norm), v0)
+    zeros = (jnp.zeros(num_matvecs, norm.dtype) for _ in range(2))
+    return Tridiagonal(basis_of(unit, num_matvecs + 1), *zeros)
 
 
-def extend(index: jax.Array | int, space: Tridiagonal, product: PyTree) -> Tridiagonal:
+def grow(index: jax.Array | int, space: Tridiagonal, product: PyTree) -> Tridiagonal:
     """The space and its matrix after the product with the vector at `index`."""
-    step = remainder(product, space.basis)
+    step = extend(space.basis, index + 1, product)
     return Tridiagonal(
-        put(space.basis, index + 1, step.direction),
+        step.basis,
         space.diagonal.at[index].set(step.coefficients[index]),
         space.off_diagonal.at[index].set(step.length),
     )
@@ -154,13 +192,42 @@ def dense(diagonal: jax.Array, off_diagonal: jax.Array) -> jax.Array:
     return jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
 
 
-def eigh(matrix: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues, ascending, and eigenvectors of a matrix known in part.
+def eigh_known(matrix: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`eigh` of a matrix of which only the rows and columns in `known` are known.
 
-    Rows and columns that are not `known` must be zero; they come out first, as
-    eigenvalues below all others, and mix into no eigenvector of the known part.
+    The others must be zero; they come out first, as eigenvalues below all others, and
+    mix into no eigenvector of the known part.
     """
-    bound = jnp.abs(matrix).sum(1).max()
+    bound = jax.lax.stop_gradient(jnp.abs(matrix).sum(1).max())
     below = -2 * jnp.where(bound > 0, bound, 1)
-    values, vectors = jnp.linalg.eigh(matrix + jnp.diag(jnp.where(known, 0, below)))
+    return eigh(matrix + jnp.diag(jnp.where(known, 0, below)))
+
+
+@jax.custom_jvp
+def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, ascending, and eigenvectors (columns) of a small symmetric matrix.
+
+    Its derivatives are finite: with the eigenvectors V and the differential dM,
+
+        dλᵢ = (VᵀdM V)ᵢᵢ,    dV = V·(F ∘ VᵀdM V),    Fᵢⱼ = 1/(λⱼ − λᵢ),
+
+    but F is 0 where eigenvalues agree up to rounding, as their eigenvectors have no
+    derivative.
+    """
+    values, vectors = jnp.linalg.eigh(matrix)
     return values, vectors
+
+
+@eigh.defjvp
+def _eigh_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    values, vectors = eigh(*primals)
+    with jax.default_matmul_precision("highest"):
+        inside = vectors.T @ (tangents[0] + tangents[0].T) @ vectors / 2
+        gaps = values[None, :] - values[:, None]
+        rounding = 10 * np.finfo(values.dtype).eps * jnp.abs(values).max()
+        distinct = jnp.abs(gaps) > rounding
+        factors = jnp.where(distinct, 1 / jnp.where(distinct, gaps, 1), 0)
+        moved = vectors @ (factors * inside)
+    return (values, vectors), (jnp.diagonal(inside), moved)

@@ -17,19 +17,27 @@ from eigensam_jax.tree_math import PyTree
 
 
 class Perturbation(NamedTuple):
-    """A perturbation and the scalars that were made on the way.
+    """A perturbation and the scalars that were computed on the way.
 
     Attributes:
       epsilon: ε, a tree like the gradient.
       norm: ‖ε‖, the radius.
       grad_norm: ‖g‖.
-      alignment: |⟨ε, v⟩|/‖ε‖, between 0 and 1; 0 where ε = 0, None where there is no v.
+      projection: ⟨ε, v⟩, which has the sign of ⟨g, v⟩; None where there is no v.
     """
 
     epsilon: PyTree
     norm: jax.Array
     grad_norm: jax.Array
-    alignment: jax.Array | None = None
+    projection: jax.Array | None = None
+
+    @property
+    def alignment(self) -> jax.Array | None:
+        """|⟨ε, v⟩|/‖ε‖, between 0 and 1; 0 where ε = 0, None where there is no v."""
+        if self.projection is None:
+            return None
+        cosine = tree_math.safe_divide(jnp.abs(self.projection), self.norm)
+        return jnp.minimum(cosine, 1)
 
 
 def sam(grads: PyTree, rho: ArrayLike) -> Perturbation:
@@ -55,11 +63,19 @@ def sam(grads: PyTree, rho: ArrayLike) -> Perturbation:
     grad_norm = tree_math.norm(grads)
     rho = jnp.asarray(rho, grad_norm.dtype)
     inverse = tree_math.safe_inverse(grad_norm)
-    epsilon = tree_math.scale(rho * inverse, grads)
+    (factor,) = tree_math.once(rho * inverse)
+    epsilon = tree_math.scale(factor, grads)
     return _where_usable(inverse, Perturbation(epsilon, rho, grad_norm))
 
 
-def asam(grads: PyTree, params: PyTree, rho: ArrayLike, eta: ArrayLike) -> Perturbation:
+def asam(
+    grads: PyTree,
+    params: PyTree,
+    rho: ArrayLike,
+    eta: ArrayLike,
+    *,
+    scale_biases: bool = False,
+) -> Perturbation:
     """ASAM's perturbation ε = ρ·T²g/‖Tg‖ with T = |w| + η, element-wise.
 
     The ball is measured relative to the size of each weight, so that rescaling the
@@ -70,6 +86,8 @@ def asam(grads: PyTree, params: PyTree, rho: ArrayLike, eta: ArrayLike) -> Pertu
       params: w, a tree of the same structure and shapes.
       rho: ρ, the radius in the scaled space, ‖T⁻¹ε‖ = ρ.
       eta: η, at least 0.
+      scale_biases: whether T = |w| + η on biases too, which are the leaves of one axis
+        or none. By default T = 1 there, as in the authors' code.
 
     Returns:
       A `Perturbation`; its `norm` is ‖ε‖, not ρ.
@@ -77,25 +95,36 @@ def asam(grads: PyTree, params: PyTree, rho: ArrayLike, eta: ArrayLike) -> Pertu
     Example:
       >>> import jax.numpy as jnp
       >>> from eigensam_jax import perturbation
-      >>> g, w = jnp.array([3.0, 4.0]), jnp.array([1.0, -1.0])
+      >>> g, w = jnp.array([[3.0, 4.0]]), jnp.array([[1.0, -1.0]])
       >>> perturbation.asam(g, w, rho=0.5, eta=1.0).epsilon
-      Array([0.6, 0.8], dtype=float32)
+      Array([[0.6, 0.8]], dtype=float32)
 
     References:
       Kwon, Kim, Park, Choi, "ASAM: Adaptive Sharpness-Aware Minimization for
       Scale-Invariant Learning of Deep Neural Networks", ICML 2021.
     """
-    grads = tree_math.widen(grads)
-    weights = jax.tree.map(
-        lambda w: jnp.abs(w) + jnp.asarray(eta, w.dtype), tree_math.widen(params)
-    )
-    scaled = jax.tree.map(jnp.multiply, weights, grads)
-    direction = jax.tree.map(jnp.multiply, weights, scaled)
     grad_norm = tree_math.norm(grads)
-    rho = jnp.asarray(rho, grad_norm.dtype)
-    inverse = tree_math.safe_inverse(tree_math.norm(scaled))
-    epsilon = tree_math.scale(rho * inverse, direction)
-    norm = rho * inverse * tree_math.norm(direction)
+    unit = tree_math.scale(tree_math.safe_inverse(grad_norm), grads)
+
+    def times_t(tree: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda x, w: (
+                x * (jnp.abs(w) + jnp.asarray(eta, w.dtype)).astype(x.dtype)
+                if scale_biases or jnp.ndim(w) > 1
+                else x
+            ),
+            tree,
+            tree_math.widen(params),
+        )
+
+    scaled = times_t(unit)
+    direction = times_t(scaled)
+    squares = tree_math.vdots((scaled, scaled), (direction, direction))
+    scaled_norm, direction_norm = map(tree_math.safe_sqrt, squares)
+    inverse = tree_math.safe_inverse(scaled_norm)
+    (factor,) = tree_math.once(jnp.asarray(rho, grad_norm.dtype) * inverse)
+    epsilon = tree_math.scale(factor, direction)
+    norm = factor * direction_norm
     return _where_usable(inverse, Perturbation(epsilon, norm, grad_norm))
 
 
@@ -104,14 +133,14 @@ def eigen_sam(
 ) -> Perturbation:
     """Eigen-SAM's perturbation ε = ρ·(u + α·sign⟨g,v⟩·v⊥).
 
-    Here u = g/‖g‖ and v⊥ = v − ⟨u,v⟩u is the part of v across the gradient, not
+    Here u = g/‖g‖, and v⊥ = v − ⟨u,v⟩u is the part of v orthogonal to the gradient, not
     renormalised. With c = ⟨u,v⟩ it is the combination
 
         ε = ρ·((1 − α|c|)·u + α·sign(c)·v),   ‖ε‖ = ρ·√(1 + α²(1 − c²)),
         |⟨ε,v⟩| = ρ·(|c| + α(1 − c²)),
 
-    so that one pass over g and v makes the inner products, and another makes ε. It does
-    not change when v becomes −v. For α = 0, c = 0 or v = 0 it is SAM's.
+    so that no pass over ε is needed for its norm or projection. It does not change when
+    v becomes −v. For α = 0, c = 0 or v = 0 it is SAM's.
 
     Args:
       grads: g, a tree of real arrays.
@@ -121,7 +150,7 @@ def eigen_sam(
       alpha: α, the weight of the eigenvector's part.
 
     Returns:
-      A `Perturbation` with `alignment`.
+      A `Perturbation` with `projection`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -137,21 +166,20 @@ def eigen_sam(
     grad_norm = tree_math.norm(grads)
     rho, alpha = (jnp.asarray(x, grad_norm.dtype) for x in (rho, alpha))
     inverse = tree_math.safe_inverse(grad_norm)
-    cosine = tree_math.safe_divide(tree_math.vdot(grads, eigenvector), grad_norm)
-    sign = jnp.sign(cosine)
-    cosine = jnp.minimum(jnp.abs(cosine), 1)
+    cosine = tree_math.vdot(tree_math.scale(inverse, grads), eigenvector)
+    sign, cosine = jnp.sign(cosine), jnp.abs(cosine)
+    cosine = jnp.where(cosine > 1, 1, cosine)
     added = alpha * jnp.abs(sign) * (1 - cosine) * (1 + cosine)  # α‖v⊥‖²
     length = jnp.sqrt(1 + alpha * added)
     # ρ/‖g‖ is the outer factor, as in `sam`, so that α = 0 rounds as `sam` does.
-    direction = tree_math.add_scaled(
-        tree_math.scale(1 - alpha * cosine, grads),
-        alpha * sign * grad_norm,
-        eigenvector,
+    on_g, on_v, factor = tree_math.once(
+        1 - alpha * cosine, alpha * sign * grad_norm, rho * inverse
     )
-    epsilon = tree_math.scale(rho * inverse, direction)
-    alignment = (cosine + added) / length
+    direction = tree_math.add_scaled(tree_math.scale(on_g, grads), on_v, eigenvector)
+    epsilon = tree_math.scale(factor, direction)
+    projection = rho * sign * (cosine + added)
     return _where_usable(
-        inverse, Perturbation(epsilon, rho * length, grad_norm, alignment)
+        inverse, Perturbation(epsilon, rho * length, grad_norm, projection)
     )
 
 

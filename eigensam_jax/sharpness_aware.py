@@ -10,11 +10,10 @@ from jax.typing import DTypeLike
 
 from eigensam_jax import arguments, devices, hessian, masking, rounding, tree_math
 from eigensam_jax.devices import Axes, AxisName
-from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.hessian import GradFn, HvpMode, Matvec, ValueFn
 from eigensam_jax.masking import Mask, Subspace
 from eigensam_jax.perturbation import Perturbation
-from eigensam_jax.trackers import Tracker
+from eigensam_jax.trackers import Tracker, TrackerState
 from eigensam_jax.tree_math import PyTree
 
 
@@ -26,7 +25,7 @@ class Info(NamedTuple):
     Attributes:
       grad_norm: ‖g‖ over the perturbed parameters.
       perturbation_norm: ‖ε‖.
-      perturbed_value: L(w + ε); NaN where `grad_fn` makes the gradients.
+      perturbed_value: L(w + ε); 0 where `grad_fn` returns gradients alone.
       alignment: |⟨ε, v⟩|/‖ε‖; None for `sam` and `asam`.
     """
 
@@ -40,13 +39,13 @@ class SharpnessAwareState(NamedTuple):
     """State of `sam`, `asam` and `eigen_sam`.
 
     Attributes:
-      count: number of updates so far, int32.
+      num_updates: number of updates so far, int32.
       tracker: the tracker's state, with the fields `eigenvector`, `eigenvalue` and
         `residual`; None for `sam` and `asam`.
       info: what the last step did, to look at.
     """
 
-    count: jax.Array  # type: ignore[assignment]
+    num_updates: jax.Array
     tracker: Any
     info: Info
 
@@ -60,30 +59,61 @@ def sharpness_aware(
     hvp_mode: HvpMode = "forward_over_reverse",
     eigenvector_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """∇L(w) becomes ∇L(w + ε), ε = perturb(count, g, w, top eigenpair).
+    """∇L(w) becomes ∇L(w + ε), ε = perturb(num_updates, g, w, the tracker's state).
 
-    `perturb` sees the leaves that `mask` selects, as lists; `tracker` sees whole trees,
-    and its own state in the dtypes that its `init` gave it.
+    `perturb` and `tracker` see the leaves that `mask` selects, as lists.
     """
     masking.check(mask)
     arguments.check_axis_name(axis_name, per_device)
     axes = devices.as_tuple(axis_name)
 
+    def vectors(space: Subspace, params: PyTree) -> dict[str, PyTree]:
+        """The fields of the tracker's state that are as large as the parameters."""
+        assert tracker is not None
+        weights = space.select(params)
+        like = jax.eval_shape(tracker.init, weights)
+        return {
+            name: field
+            for name, field in zip(like._fields, like, strict=True)
+            if _shapes(field) == _shapes(weights)
+        }
+
+    def stored(
+        tracked: TrackerState, space: Subspace, params: PyTree, number: jax.Array
+    ) -> TrackerState:
+        """The state as it is kept: vectors of the whole space, in their own dtype."""
+        whole = {
+            name: space.embed(getattr(tracked, name), params)
+            for name in vectors(space, params)
+        }
+        if eigenvector_dtype is not None:
+            whole = rounding.cast(whole, eigenvector_dtype, number)
+        return tracked._replace(**whole)
+
+    def at_work(tracked: TrackerState, space: Subspace, params: PyTree) -> TrackerState:
+        """The state as the tracker sees it: vectors of the subspace, unrounded."""
+        return tracked._replace(
+            **{
+                name: tree_math.cast_like(space.select(getattr(tracked, name)), like)
+                for name, like in vectors(space, params).items()
+            }
+        )
+
+    def start(params: PyTree, space: Subspace) -> TrackerState:
+        assert tracker is not None
+        started = tracker.init(space.select(params))
+        return stored(started, space, params, jnp.zeros((), jnp.int32))
+
     def init_fn(params: PyTree) -> SharpnessAwareState:
-        arguments.check_params(params)
         space = masking.subspace(mask, params)
+        arguments.check_params(params, space.selected)
         # A buffer for each scalar: one that stood for two could not be donated.
         zeros = [jnp.zeros((), tree_math.accumulation_dtype(params)) for _ in range(4)]
-        info = Info(*zeros)
-        tracked = None
+        info, tracked = Info(*zeros), None
         if tracker is None:
             info = info._replace(alignment=None)
         else:
-            tracked = tracker.init(params)
-            v = space.select(tracked.eigenvector)
-            v = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v)), v)
-            v = _cast(space.embed(v, params), eigenvector_dtype)
-            tracked = tracked._replace(eigenvector=v)
+            tracked = start(params, space)
         return SharpnessAwareState(jnp.zeros((), jnp.int32), tracked, info)
 
     def update_fn(
@@ -99,55 +129,46 @@ def sharpness_aware(
     ) -> tuple[PyTree, SharpnessAwareState]:
         del extra_args
         arguments.check_update(params, value_fn, grad_fn, curvature_fn, refresh)
-        arguments.check_params(params)
+        space = masking.subspace(mask, params)
+        arguments.check_params(params, space.selected)
         updates = arguments.like_params(
             "updates", updates, params, "Hand in jax.grad(value_fn)(params) as it is."
         )
-        if not isinstance(state, SharpnessAwareState) or (
-            (state.tracker is None) != (tracker is None)
-        ):
-            got = type(state).__name__
-            if isinstance(state, SharpnessAwareState):
-                got += f" {'without' if state.tracker is None else 'with'} a tracker"
-            raise ValueError(
-                f"opt_state is not of this transformation, got {got}: make it by "
-                "tx.init(params) of the same chain. Of a checkpoint of another one, "
-                "keep the rest: (tx.init(params)[0], *old_state[1:])."
-            )
+        _check_state(state, tracker is not None)
         devices.check_bound(axes)
-        space = masking.subspace(mask, params)
         arguments.check_varying(space.select(updates), axes, per_device)
-        refresh = None if refresh is None else bool(refresh)
         own_value_and_grad = arguments.gradient_function(value_fn, grad_fn, axes)
-        curvature_grad = lambda p: own_value_and_grad(p)[1]
-        if curvature_fn is not None:
-            curvature_grad = jax.grad(
-                arguments.scalar_valued("curvature_fn", curvature_fn, axes)
-            )
-
+        number = state.num_updates
         grads, weights = space.select(updates), space.select(params)
-        tracked, top = state.tracker, None
+
+        tracked = state.tracker
         if tracker is not None:
-            like = jax.eval_shape(tracker.init, params)
             tracked = arguments.like_params(
                 "the tracker's part of opt_state",
                 tracked,
-                like,
+                jax.eval_shape(lambda p: start(p, space), params),
                 "It is of another tracker or of other parameters: make it by "
                 "tx.init(params), and keep what the rest of the chain has.",
             )
+            tracked = at_work(tracked, space, params)
+            curvature_grad = lambda p: own_value_and_grad(p)[1]
+            if curvature_fn is not None:
+                curvature_grad = jax.grad(
+                    arguments.scalar_valued("curvature_fn", curvature_fn, axes)
+                )
             matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
-            v = jax.tree.map(
-                lambda x, y: x.astype(y.dtype), tracked.eigenvector, like.eigenvector
-            )
-            tracked = tracked._replace(eigenvector=v)
-            tracked = tracker.refresh(tracked, matvec, state.count, refresh)
-            top = Eigenpair(
-                space.select(tracked.eigenvector), tracked.eigenvalue, tracked.residual
-            )
+            # Inside the branch that decides by itself, that would be of no use.
+            matvec.unroll = bool(refresh)  # type: ignore[attr-defined]
+            due = refresh
+            if due is None:
+                due = _is_due(number, tracker.refresh_interval)
+            if tracker.refresh_interval is not None and weights:
+                tracked = tree_math.branch(
+                    due, lambda t: tracker.refresh(t, matvec), lambda t: t, tracked
+                )
 
-        step = perturb(state.count, grads, weights, top)
-        perturbed = rounding.add(weights, step.epsilon, state.count)
+        step = perturb(number, grads, weights, tracked)
+        perturbed = rounding.add(weights, step.epsilon, number)
         value, own_updates = own_value_and_grad(
             devices.as_own(space.merge(perturbed, params), axes)
         )
@@ -156,53 +177,84 @@ def sharpness_aware(
         if per_device:
             info = devices.mean(info, axes)
 
-        if tracker is not None and top is not None:
-            along = _along(step, grads, top.eigenvector)
+        if tracker is not None:
 
-            def observed(tracked: Any) -> Any:
+            def observed(tracked: TrackerState) -> TrackerState:
                 after = space.select(own_updates if per_device else new_updates)
-                epsilon, change, projection = _mean_pair(
-                    step.epsilon,
-                    tree_math.add_scaled(after, -1, grads),
-                    along,
-                    axes if per_device else (),
+                unit = _unit(info)
+                change = tree_math.scale(unit, tree_math.add_scaled(after, -1, grads))
+                # Sums accumulate in the dtypes of v, whatever gradients have.
+                change = tree_math.cast_like(change, tracked.eigenvector)
+                projection, radius = unit * step.projection, unit * step.norm
+                if per_device:
+                    # Without the signs, those of different devices would cancel.
+                    sign = jnp.where(step.projection < 0, -1, 1).astype(unit.dtype)
+                    change, projection, radius = devices.mean(
+                        (tree_math.scale(sign, change), sign * projection, radius), axes
+                    )
+                dtype = tracked.eigenvalue.dtype
+                return tracker.observe(
+                    tracked, change, projection.astype(dtype), radius.astype(dtype)
                 )
-                if tracker.observe_projection:
-                    epsilon = tree_math.scale(projection, top.eigenvector)
-                wide = tree_math.widen(weights)
-                new = tracker.observe(
-                    tracked,
-                    space.embed(tree_math.cast_like(epsilon, wide), params),
-                    space.embed(tree_math.cast_like(change, wide), params),
-                    state.count,
-                )
-                # Without a perturbation the change is but rounding.
-                return tree_math.where(info.perturbation_norm > 0, new, tracked)
 
-            if tracker.observe_interval == 1 or refresh:
-                tracked = observed(tracked)
-            elif refresh is None:
-                is_due = state.count % tracker.observe_interval == 0
-                tracked = jax.lax.cond(is_due, observed, lambda same: same, tracked)
-            v = _cast(tracked.eigenvector, eigenvector_dtype)
-            tracked = tracked._replace(eigenvector=v)
+            interval = tracker.observe_interval
+            due = refresh
+            if due is None or interval in (None, 1):
+                due = _is_due(number, interval)
+            tracked = tree_math.branch(due, observed, lambda t: t, tracked)
+            tracked = stored(tracked, space, params, number)
         dtype = tree_math.accumulation_dtype(params)
         info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)
-        new_updates = jax.tree.map(
-            lambda new, old: jnp.asarray(new, jnp.result_type(old)),
-            new_updates,
-            updates,
+        new_updates = tree_math.cast_like(new_updates, updates)
+        return new_updates, SharpnessAwareState(
+            optax.safe_increment(number), tracked, info
         )
-        count = optax.safe_increment(state.count)
-        return new_updates, SharpnessAwareState(count, tracked, info)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _is_due(number: jax.Array, interval: int | None) -> jax.Array | bool:
+    """Whether the step of this number is one of every `interval`."""
+    if interval is None or interval == 1:
+        return interval == 1
+    due: jax.Array = number % interval == 0
+    return due
+
+
+def _unit(info: Info) -> jax.Array:
+    """What changes of the gradient are multiplied by: 1, or 1/‖g‖ beyond 10^±9.
+
+    0 where there is no perturbation, so that the change is but rounding.
+    """
+    size = info.grad_norm
+    is_far = (size < 1e-9) | (size > 1e9)
+    unit = jnp.where(is_far, tree_math.safe_inverse(size), 1)
+    return tree_math.once(jnp.where(info.perturbation_norm > 0, unit, 0))[0]
+
+
+def _shapes(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [getattr(x, "shape", ()) for x in leaves]
+
+
+def _check_state(state: Any, has_tracker: bool) -> None:
+    if isinstance(state, SharpnessAwareState):
+        if (state.tracker is not None) == has_tracker:
+            return
+        got = f"one {'without' if has_tracker else 'with'} a tracker"
+    else:
+        got = f"a {type(state).__name__}"
+    raise ValueError(
+        f"opt_state must be of this transformation, got {got}: make it by "
+        "tx.init(params) of the same chain. Of a checkpoint of another one, keep the "
+        "rest: (tx.init(params)[0], *old_state[1:])."
+    )
+
+
 def _mean_matvec(
-    grad_fn: GradFn, params: PyTree, space: Subspace, axes: Axes, mode: HvpMode
+    grad_fn: GradFn, params: PyTree, space: Subspace, axes: Axes, hvp_mode: HvpMode
 ) -> Matvec:
-    """The Hessian-vector product of the subspace, on vectors of the whole space.
+    """The Hessian-vector product of the subspace.
 
     Each device makes the product of its own loss, and then comes the mean: a derivative
     of a mean over devices would not be right in all modes of `shard_map`.
@@ -210,39 +262,13 @@ def _mean_matvec(
 
     def mean_product(vector: PyTree) -> PyTree:
         # Else a solver's loop would keep all activations of the gradient at hand.
-        at, v = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
-            (params, space.select(vector))
-        )
+        at, v = jax.lax.optimization_barrier((params, vector))  # type: ignore[no-untyped-call]
         at, v = devices.as_own((at, v), axes)
 
         def grad_in_subspace(weights: list[jax.Array]) -> list[jax.Array]:
             return space.select(grad_fn(space.merge(weights, at)))
 
-        own = hessian.matvec(grad_in_subspace, space.select(at), mode=mode)(v)
-        return space.embed(devices.mean(own, axes), params)
+        own = hessian.matvec(grad_in_subspace, space.select(at), hvp_mode=hvp_mode)(v)
+        return devices.mean(own, axes)
 
     return mean_product
-
-
-def _along(step: Perturbation, grads: PyTree, v: PyTree) -> jax.Array:
-    """⟨ε,v⟩, without a pass over ε: it has the sign of ⟨g,v⟩."""
-    cosine = tree_math.safe_divide(tree_math.vdot(grads, v), step.grad_norm)
-    return jnp.copysign(step.alignment * step.norm, cosine)  # type: ignore[operator]
-
-
-def _mean_pair(
-    epsilon: PyTree, change: PyTree, along: jax.Array, axes: Axes
-) -> tuple[PyTree, PyTree, jax.Array]:
-    """The means over devices of s·ε, s·d and |⟨ε,v⟩|, s = sign⟨ε,v⟩; none, as they are.
-
-    d = Hε holds of means too. Without the signs, those of different ones would cancel.
-    """
-    if not axes:
-        return epsilon, change, along
-    sign = jnp.where(along < 0, -1, 1)
-    pair = (tree_math.scale(sign, epsilon), tree_math.scale(sign, change))
-    return devices.mean((*pair, sign * along), axes)
-
-
-def _cast(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
-    return tree if dtype is None else jax.tree.map(lambda x: x.astype(dtype), tree)

@@ -16,7 +16,7 @@ from eigensam_jax.tree_math import PyTree
 
 
 class Plan(NamedTuple):
-    """What is fixed before the search.
+    """The sizes of a search.
 
     Attributes:
       k: how many eigenpairs are wanted.
@@ -32,14 +32,9 @@ class Plan(NamedTuple):
     complete: bool
     by_magnitude: bool
 
-    @property
-    def looks_again(self) -> bool:
-        """Whether copies of eigenvalues could be missed; of one, no copy is wanted."""
-        return self.k > 1 and not self.complete
-
 
 class Search(NamedTuple):
-    """Where a search is.
+    """The state of a search.
 
     Attributes:
       basis: orthonormal vectors, first `known` of them whose products are known, then
@@ -66,7 +61,7 @@ class _Ritz(NamedTuple):
 
     Attributes:
       values: shape (size,).
-      rank: what they are ordered by, −∞ for what is not known.
+      rank: what they are ordered by, the lowest number for what is not known.
       vectors: coefficients in the basis, a column each.
     """
 
@@ -85,17 +80,16 @@ def plan(k: int, dimension: int, by_magnitude: bool) -> Plan:
 def start(plan: Plan, v0: PyTree, key: jax.Array) -> Search:
     """The search before its first product, from `v0` or, if zero, at random."""
     dtype = tree_math.accumulation_dtype(v0)
-    basis = krylov.empty_basis(v0, plan.size + 1)
-    first = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v0)), v0)
-    anywhere = krylov.random_direction(key, basis)
-    first = tree_math.where(tree_math.norm(first) == 0, anywhere, first)
+    anywhere = krylov.random_vector(key, tree_math.zeros_like(v0))
+    first = tree_math.where(tree_math.norm(v0) == 0, anywhere, v0)
+    int32 = lambda number: jnp.full((), number, jnp.int32)
     return Search(
-        basis=krylov.put(basis, 0, first),
+        basis=krylov.tridiagonal(first, plan.size).basis,
         projection=jnp.zeros((plan.size, plan.size), dtype),
-        known=jnp.zeros((), jnp.int32),
-        products=jnp.zeros((), jnp.int32),
-        judge_from=jnp.full((), plan.size, jnp.int32),
-        least=jnp.full((), -jnp.inf if plan.looks_again else jnp.inf, dtype),
+        known=int32(0),
+        products=int32(0),
+        judge_from=int32(plan.size),
+        least=jnp.full((), np.finfo(dtype).min, dtype),
         done=jnp.zeros((), bool),
     )
 
@@ -106,13 +100,13 @@ def advance(
     """The search after the product with the next vector of its basis."""
     index, known, count = search.known, search.known + 1, search.products + 1
     full = known == plan.size
-    step = krylov.remainder(product, search.basis)
+    step = krylov.extend(search.basis, known, product)
     finite = jnp.isfinite(step.length)
     column = jnp.where(finite, step.coefficients[: plan.size], jnp.nan)
     projection = search.projection.at[index].set(column).at[:, index].set(column)
     length = jnp.where(full & plan.complete, 0, step.length)
     ritz = _ritz(plan, projection, known)
-    # H y = θ y + length · y[index] · q, where q is the direction beside the basis.
+    # H y = θ y + length · y[index] · q, where q is the direction outside the basis.
     residuals = length * jnp.abs(ritz.vectors[index])
     converged, new, settled = _judge(plan, ritz, residuals, tol, search.least)
     converged &= count >= search.judge_from
@@ -124,21 +118,22 @@ def advance(
 
     def restarted(basis: PyTree) -> PyTree:
         """The first `kept` Ritz vectors, and q unless there is to be a fresh start."""
-        rows = jnp.arange(plan.size)[:, None] < kept
+        rows = jnp.arange(plan.size, dtype=jnp.int32)[:, None] < kept
         rotation = jnp.pad(jnp.where(rows, ritz.vectors.T, 0), (0, 1))
-        rotation = rotation.at[kept, known].set(jnp.where(fresh_start, 0, 1))
-        return krylov.combine(rotation, basis)
+        last = jnp.where(fresh_start, 0, jnp.ones((), rotation.dtype))
+        return krylov.combine(rotation.at[kept, known].set(last), basis)
 
     def refreshed(basis: PyTree) -> PyTree:
-        direction = krylov.random_direction(jax.random.fold_in(key, count), basis)
-        return krylov.put(basis, kept, direction)
+        zeros = tree_math.zeros_like(krylov.get(basis, kept))
+        vector = krylov.random_vector(jax.random.fold_in(key, count), zeros)
+        return krylov.extend(basis, kept, vector).basis
 
     keep = lambda basis: basis
-    basis = krylov.put(search.basis, known, step.direction)
-    basis = jax.lax.cond(restart, restarted, keep, basis)
+    basis = jax.lax.cond(restart, restarted, keep, step.basis)
     needs_direction = ((length == 0) | fresh_start) & ~done
     basis = jax.lax.cond(needs_direction, refreshed, keep, basis)
-    diagonal = jnp.diag(jnp.where(jnp.arange(plan.size) < kept, ritz.values, 0))
+    is_kept = jnp.arange(plan.size, dtype=jnp.int32) < kept
+    diagonal = jnp.diag(jnp.where(is_kept, ritz.values, 0))
     return Search(
         basis=basis,
         projection=jnp.where(restart, diagonal, projection),
@@ -161,7 +156,7 @@ def eigenvectors(plan: Plan, search: Search) -> PyTree:
 
 
 def rank_of(values: jax.Array, by_magnitude: bool) -> jax.Array:
-    """What decides which eigenvalues are wanted most."""
+    """What eigenvalues are ordered by."""
     return jnp.abs(values) if by_magnitude else values
 
 
@@ -170,26 +165,27 @@ def _judge(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whether the wanted pairs are converged, are new, and leave no better to come.
 
-    A Krylov space has an eigenvalue once, however often it is one of H. Therefore the
-    search starts afresh beside what it found, and stops when that has brought nothing
-    new and the best of the rest is known well enough to be no better.
+    A Krylov space has an eigenvalue once, however often it is one of H. Therefore, for
+    k > 1, the search starts afresh orthogonal to what it found, and stops when that has
+    brought nothing new and the best of the rest is known to be no better.
     """
-    k, eps = plan.k, np.finfo(ritz.values.dtype).eps
-    rounding = 10 * eps * jnp.abs(ritz.values).max()
+    k, dtype = plan.k, ritz.values.dtype
+    rounding = 10 * np.finfo(dtype).eps * jnp.abs(ritz.values).max()
+    tol = jnp.asarray(tol, dtype)
     target = jnp.maximum(tol * jnp.abs(ritz.values[0]), rounding)
     converged = jnp.all(residuals[:k] <= target)
+    if k == 1 or plan.complete:
+        return converged, jnp.zeros((), bool), jnp.ones((), bool)
     new = ritz.rank[k - 1] > least + target
-    settled = jnp.ones((), bool)
-    if plan.looks_again:
-        gap = ritz.rank[k - 1] - ritz.rank[k]
-        settled = residuals[k] <= jnp.maximum(target, gap)
-    return converged, new, settled
+    gap = ritz.rank[k - 1] - ritz.rank[k]
+    return converged, new, residuals[k] <= jnp.maximum(target, gap)
 
 
 def _ritz(plan: Plan, projection: jax.Array, known: jax.Array) -> _Ritz:
-    index = jnp.arange(plan.size)
-    values, vectors = krylov.eigh(projection, index < known)
+    index = jnp.arange(plan.size, dtype=jnp.int32)
+    values, vectors = krylov.eigh_known(projection, index < known)
     missing = index < plan.size - known
-    rank = jnp.where(missing, -jnp.inf, rank_of(values, plan.by_magnitude))
+    lowest = np.finfo(values.dtype).min
+    rank = jnp.where(missing, lowest, rank_of(values, plan.by_magnitude))
     order = jnp.argsort(rank, descending=True)
     return _Ritz(jnp.where(missing, 0, values)[order], rank[order], vectors[:, order])

@@ -38,12 +38,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from eigensam_jax import arguments, hessian, perturbation, trackers
 from eigensam_jax.devices import AxisName
-from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.hessian import HvpMode
 from eigensam_jax.masking import Mask
 from eigensam_jax.perturbation import Perturbation
 from eigensam_jax.sharpness_aware import sharpness_aware
-from eigensam_jax.trackers import Tracker
+from eigensam_jax.trackers import Tracker, TrackerState
 from eigensam_jax.tree_math import PyTree
 
 ScalarOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
@@ -290,18 +289,18 @@ def eigen_sam(
             "tracker must be a trackers.Tracker, such as what trackers.secant() "
             f"returns, got {tracker!r}."
         )
-    arguments.check_positive_int(
-        "tracker.observe_interval", tracker.observe_interval, "steps between calls"
-    )
+    for name in ("refresh_interval", "observe_interval"):
+        if (interval := getattr(tracker, name)) is not None:
+            arguments.check_positive_int(f"tracker.{name}", interval, "steps")
     arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
     arguments.check_floating("eigenvector_dtype", eigenvector_dtype)
 
     def perturb(
-        count: jax.Array, grads: PyTree, _: Any, top: Eigenpair
+        number: jax.Array, grads: PyTree, _: Any, tracked: TrackerState
     ) -> Perturbation:
-        weight = jnp.where(top.eigenvalue < 0, 0, _at("alpha", alpha, count))
+        weight = jnp.where(tracked.usable, _at("alpha", alpha, number), 0)
         return perturbation.eigen_sam(
-            grads, top.eigenvector, _at("rho", rho, count), weight
+            grads, tracked.eigenvector, _at("rho", rho, number), weight
         )
 
     return sharpness_aware(

@@ -7,10 +7,12 @@ float32, whichever is wider, so that a million bfloat16 ones have the squared no
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 PyTree = Any
@@ -18,7 +20,7 @@ Tree = TypeVar("Tree")
 
 # The longest row that is summed in one go: the rounding errors of a plain float32 sum
 # grow with its length.
-_LONGEST_ROW = 4096
+_LONGEST_ROW = 2**16
 
 
 def accumulation_dtype(tree: PyTree) -> jnp.dtype:
@@ -30,7 +32,9 @@ def accumulation_dtype(tree: PyTree) -> jnp.dtype:
       >>> tree_math.accumulation_dtype({"w": jnp.ones(3, jnp.bfloat16)})
       dtype('float32')
     """
-    return jnp.result_type(jnp.float32, *map(jnp.result_type, jax.tree.leaves(tree)))
+    dtypes = {jnp.result_type(x) for x in jax.tree.leaves(tree)}
+    wide = [x for x in dtypes if jnp.issubdtype(x, jnp.floating)]
+    return max([jnp.dtype(jnp.float32), *wide], key=lambda x: x.itemsize)
 
 
 def widen(tree: PyTree) -> PyTree:
@@ -63,7 +67,7 @@ def zeros_like(tree: PyTree) -> PyTree:
     """Zeros with the shapes of `tree`, in float32 or wider, sharded as it is.
 
     By a selection that never selects: under `jit`, an array that is not computed from a
-    sharded one is not sharded.
+    sharded one is not sharded. Of a `jax.ShapeDtypeStruct` too.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,7 +75,13 @@ def zeros_like(tree: PyTree) -> PyTree:
       >>> tree_math.zeros_like(jnp.array([jnp.inf, 1.0], jnp.bfloat16))
       Array([0., 0.], dtype=float32)
     """
-    return jax.tree.map(lambda x: jnp.where(False, x, 0), widen(tree))
+
+    def zeros(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jnp.zeros(x.shape, accumulation_dtype(x), device=x.sharding)
+        return jnp.where(False, widen(x), 0)
+
+    return jax.tree.map(zeros, tree)
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
@@ -94,17 +104,18 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
       >>> float(tree_math.vdot(ones, ones))
       1000001.0
     """
+    dtype = accumulation_dtype((a, b))
     products = jax.tree.map(lambda x, y: jnp.sum(_times(x, y)), widen(a), widen(b))
-    zero = jnp.zeros((), accumulation_dtype((a, b)))
-    return sum(jax.tree.leaves(products), start=zero)
+    sums = (x.astype(dtype) for x in jax.tree.leaves(products))
+    return sum(sums, start=jnp.zeros((), dtype))
 
 
 def vdots(*pairs: tuple[PyTree, PyTree]) -> tuple[jax.Array, ...]:
     """Inner products ⟨a, b⟩ of several pairs of real trees, in one pass over them.
 
-    As `vdot` of each pair, but a leaf is read once, however many of the products it is
-    in: separate sums would be separate loops over memory, at least on a CPU. (Not so a
-    leaf of one axis, or one whose last axis is longer than a few thousand numbers.)
+    As `vdot` of each pair, but each leaf is read once, however many products it is in.
+    Separate sums would be separate loops over memory, at least on a CPU. (A leaf of one
+    axis, or whose last axis is longer than 65,536, takes a loop for each pair.)
 
     Args:
       *pairs: pairs (a, b) of trees; all trees have the same structure and shapes.
@@ -122,6 +133,11 @@ def vdots(*pairs: tuple[PyTree, PyTree]) -> tuple[jax.Array, ...]:
       >>> [float(product) for product in tree_math.vdots((a, a), (a, b))]
       [5.0, 11.0]
     """
+    return _vdots(pairs)
+
+
+@jax.custom_jvp
+def _vdots(pairs: tuple[tuple[PyTree, PyTree], ...]) -> tuple[jax.Array, ...]:
     dtype = accumulation_dtype(pairs)
     products = [jax.tree.map(_times, widen(a), widen(b)) for a, b in pairs]
     zeros = (jnp.zeros((), dtype),) * len(pairs)
@@ -137,6 +153,17 @@ def vdots(*pairs: tuple[PyTree, PyTree]) -> tuple[jax.Array, ...]:
     return tuple(_reduce(stacked, zeros, [0]))
 
 
+@_vdots.defjvp
+def _vdots_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """The reduction with many operands has no derivative of its own."""
+    dtype = accumulation_dtype(primals[0])
+    rates = [
+        (vdot(da, b) + vdot(a, db)).astype(dtype)
+        for (a, b), (da, db) in zip(primals[0], tangents[0], strict=True)
+    ]
+    return _vdots(*primals), tuple(rates)
+
+
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:
     """The product of two leaves, which must not be broadcast: that is no inner one."""
     if x.shape != y.shape:
@@ -144,7 +171,8 @@ def _times(x: jax.Array, y: jax.Array) -> jax.Array:
             "an inner product is of trees with the same shapes, got leaves of "
             f"{x.shape} and {y.shape}."
         )
-    return x * y
+    dtype = accumulation_dtype((x, y))
+    return x.astype(dtype) * y.astype(dtype)
 
 
 def _row_sums(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -152,8 +180,8 @@ def _row_sums(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 
     One reduction with many operands is a plain loop, so its rows are kept short.
     """
-    shape, dtype = leaves[0].shape, jnp.result_type(*leaves)
-    axes = [i for i in range(1, len(shape)) if math.prod(shape[i:]) <= _LONGEST_ROW]
+    shape, dtype = leaves[0].shape, accumulation_dtype(leaves)
+    axes = [i for i in range(len(shape)) if math.prod(shape[i:]) <= _LONGEST_ROW]
     if not axes:
         return leaves
     leaves = tuple(x.astype(dtype) for x in leaves)  # of one dtype they have to be
@@ -175,8 +203,9 @@ def _add(x: tuple[jax.Array, ...], y: tuple[jax.Array, ...]) -> tuple[jax.Array,
 def norm(tree: PyTree) -> jax.Array:
     """Euclidean norm ‖x‖ = √⟨x, x⟩ over all leaves, in the accumulation dtype.
 
-    The squares are not rescaled: in float32 a norm under 1e-19 comes out as 0 and one
-    over 1e19 as infinity. Callers treat both as "no direction".
+    Right over the whole range of that dtype: where the squares over- or underflow, they
+    are summed once more, rescaled, in a branch that costs nothing elsewhere. The
+    derivative is ⟨x/‖x‖, dx⟩, and 0 at x = 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -184,7 +213,94 @@ def norm(tree: PyTree) -> jax.Array:
       >>> float(tree_math.norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))
       5.0
     """
-    return jnp.sqrt(vdot(tree, tree))
+    return _norm(widen(tree))
+
+
+@jax.custom_jvp
+def _norm(tree: PyTree) -> jax.Array:
+    squared = vdot(tree, tree)
+    exponents = np.finfo(squared.dtype).maxexp
+    low, high, step = (2.0 ** (exponents * x) for x in (-0.75, 0.75, 0.625))
+
+    def rescaled(tree: PyTree) -> jax.Array:
+        factor = jnp.where(squared > 1, 1 / step, step).astype(squared.dtype)
+        small = scale(factor, tree)
+        return jnp.sqrt(vdot(small, small)) / factor
+
+    out_of_range = (squared < low) | (squared > high)
+    return branch(out_of_range, rescaled, lambda _: jnp.sqrt(squared), tree)
+
+
+@_norm.defjvp
+def _norm_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (tree,), (rate,) = primals, tangents
+    length = _norm(tree)
+    return length, vdot(scale(safe_inverse(length), tree), rate)
+
+
+def branch(
+    condition: jax.Array | bool,
+    on_true: Callable[[PyTree], Tree],
+    on_false: Callable[[PyTree], Tree],
+    operand: PyTree,
+) -> Tree:
+    """`jax.lax.cond`, or Python's `if` where the condition is known.
+
+    Outside `jit` a `cond` would compile anew at each call.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> tree_math.branch(jnp.array(True), jnp.sin, jnp.cos, jnp.array(0.0))
+      Array(0., dtype=float32)
+    """
+    if isinstance(condition, jax.core.Tracer):
+        result: Tree = jax.lax.cond(condition, on_true, on_false, operand)
+        return result
+    return on_true(operand) if condition else on_false(operand)
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """√x where x is positive, else 0, of which the derivative is 0.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> jax.value_and_grad(tree_math.safe_sqrt)(jnp.array(0.0))
+      (Array(0., dtype=float32), Array(0., dtype=float32))
+    """
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def safe_rsqrt(x: jax.Array) -> jax.Array:
+    """1/√x where x is positive and finite, else 0, of which the derivative is 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> [float(tree_math.safe_rsqrt(jnp.array(x))) for x in (4.0, 0.0, jnp.inf)]
+      [0.5, 0.0, 0.0]
+    """
+    usable = (x > 0) & jnp.isfinite(x)
+    return jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, x, 1)), 0)
+
+
+def once(*scalars: jax.Array) -> jax.Array:
+    """The same scalars as a vector, computed once before the loops that use them.
+
+    XLA would put what they are computed from, if it is cheap, into the loop over each
+    leaf, and takes a multiple of the time to compile that. A quotient is not cheap, and
+    so ends it: here one by 1, which XLA does not know.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> tree_math.once(jnp.array(3.0), jnp.array(0.5))
+      Array([3. , 0.5], dtype=float32)
+    """
+    vector = jnp.stack(scalars)
+    return vector / jnp.where(jnp.isnan(vector), vector, 1)
 
 
 def safe_inverse(x: jax.Array) -> jax.Array:
@@ -238,7 +354,22 @@ def add_scaled(a: PyTree, factor: ArrayLike, b: PyTree) -> PyTree:
       >>> tree_math.add_scaled(jnp.array([1.0, 2.0]), 3.0, jnp.array([1.0, 0.0]))
       Array([4., 2.], dtype=float32)
     """
-    return jax.tree.map(jnp.add, widen(a), scale(factor, b))
+    return jax.tree.map(add, widen(a), scale(factor, b))
+
+
+def add(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x + y of two arrays in the wider of their dtypes, at least float32.
+
+    JAX promotes by itself, but not under `jax_numpy_dtype_promotion="strict"`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import tree_math
+      >>> tree_math.add(jnp.ones(1, jnp.bfloat16), jnp.ones(1)).dtype
+      dtype('float32')
+    """
+    dtype = accumulation_dtype((x, y))
+    return jnp.asarray(x, dtype) + jnp.asarray(y, dtype)
 
 
 def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:

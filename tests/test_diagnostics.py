@@ -165,30 +165,48 @@ def kernels_alone(params):
     return jax.tree.map(lambda w: w.ndim > 1, params)
 
 
+def numbers_and_leaf(error):
+    """Relative difference, cosine, ratio of norms and worst leaf in an error."""
+    number = r"(inf|nan|-?[\d.]+(?:e[+-]?\d+)?)"
+    found = re.search(
+        f"difference {number}, cosine {number}, ratio of norms {number}; the leaf that "
+        r"differs most is (updates[^.]*)\. A cosine of 1 or -1 means",
+        str(error.value),
+    )
+    *numbers, leaf = found.groups()
+    return [float(x) for x in numbers], leaf
+
+
+def expected_numbers(updates, gradient):
+    u, g = (flatten(x).astype(np.float64) for x in (updates, gradient))
+    sizes = np.linalg.norm(u), np.linalg.norm(g)
+    return np.linalg.norm(u - g) / sizes[1], u @ g / np.prod(sizes), sizes[0] / sizes[1]
+
+
 @pytest.mark.parametrize(
-    ("before", "cause"),
+    ("before", "cosine"),
     [
-        (optax.clip_by_global_norm(0.01), r"times 0\.0\d+: .* before this one clips"),
-        (optax.scale(128), r"times 128: the loss was scaled"),
-        (optax.scale(8), r"times 8: .* a mean over devices or micro-batches is a sum"),
-        (optax.add_decayed_weights(0.01), r"plus 0\.01 times params: weight decay"),
-        (
-            optax.add_decayed_weights(0.01, kernels_alone),
-            r"plus 0\.01 times params: weight decay",
-        ),
-        (optax.sgd(0.1), r"times -0\.1: .*first in the chain"),
-        (optax.adam(0.1), "not parallel to it: .* or a link before this one"),
-        (optax.clip(0.01), r"not parallel to it: .*clips element-wise"),
-        (optax.set_to_zero(), "They are zero"),
+        (optax.clip_by_global_norm(0.01), 1),
+        (optax.scale(128), 1),
+        (optax.sgd(0.1), -1),
+        (optax.add_decayed_weights(0.01), None),
+        (optax.add_decayed_weights(0.01, kernels_alone), None),
+        (optax.adam(0.1), None),
+        (optax.clip(0.01), None),
     ],
 )
-def test_a_link_before_is_found_out(before, cause):
+def test_a_link_before_is_found_out(before, cosine):
     params, loss = network()
     params["hidden"]["b"] += 0.3
     grads = jax.grad(loss)(params)
     step(optax.identity(), params, grads, loss)
-    with pytest.raises(ValueError, match=f"not the gradient of value_fn.*{cause}"):
+    with pytest.raises(ValueError, match="not the gradient of value_fn") as error:
         step(before, params, grads, loss)
+    numbers, _ = numbers_and_leaf(error)
+    updates, _ = before.update(grads, before.init(params), params)
+    np.testing.assert_allclose(numbers, expected_numbers(updates, grads), rtol=5e-3)
+    if cosine is not None:  # a multiple, and so it reads
+        assert numbers[1] == cosine
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -203,50 +221,63 @@ def test_another_batch_or_dropout_mask_is_found_out(seed):
     for f, mine, other in ((loss, 0, 1), (dropout_loss, *keys)):
         value_fn = lambda p, f=f, mine=mine: f(p, mine)
         step(optax.identity(), params, jax.grad(f)(params, mine), value_fn)
-        with pytest.raises(ValueError, match="from another batch, dropout mask or"):
+        with pytest.raises(ValueError, match="updates are not the gradient") as error:
             step(optax.identity(), params, jax.grad(f)(params, other), value_fn)
+        assert abs(numbers_and_leaf(error)[0][1]) < 0.99  # another vector
 
 
 def test_a_penalty_or_a_scale_in_the_loss_alone_is_found_out():
     params, loss = network()
     grads = jax.grad(loss)(params)
     with_penalty = lambda p: loss(p) + 0.005 * tree_math.vdot(p, p)
-    with pytest.raises(ValueError, match=r"They lack 0\.01 times params: value_fn has"):
-        step(optax.identity(), params, grads, with_penalty)
-    with pytest.raises(ValueError, match=r"gradient times 0\.001: the loss was scaled"):
-        step(optax.identity(), params, grads, lambda p: 1000 * loss(p))
+    for f in (with_penalty, lambda p: 1000 * loss(p)):
+        with pytest.raises(ValueError, match="updates are not the gradient") as error:
+            step(optax.identity(), params, grads, f)
+        expected = expected_numbers(grads, jax.grad(f)(params))
+        np.testing.assert_allclose(numbers_and_leaf(error)[0], expected, rtol=5e-3)
 
 
-def test_the_message_has_the_numbers_and_the_leaf():
+@pytest.mark.parametrize("key", [("hidden", "w"), ("hidden", "b"), ("out", "w")])
+def test_the_message_names_the_leaf_that_differs_most(key):
     params, loss = network()
     grads = jax.grad(loss)(params)
-    other = jax.tree.map(jnp.copy, grads)
-    other["out"]["w"] = -2 * other["out"]["w"]
+    other = jax.tree.map(lambda x: 1.01 * x, grads)
+    other[key[0]][key[1]] = -2 * grads[key[0]][key[1]]
     with pytest.raises(ValueError, match="updates are not") as error:
         diagnostics.check_gradient(other, params, value_fn=loss)
-    number = r"(-?[\d.]+(?:e-?\d+)?)"
-    pattern = f"difference {number}, cosine {number}, ratio of norms {number}; .* is "
-    found = re.search(pattern + r"updates\['out'\]\['w'\]\. ", str(error.value))
-    u, g = flatten(other), flatten(grads)
-    size, expected = np.linalg.norm(u), np.linalg.norm(g)
-    numbers = [np.linalg.norm(u - g) / expected, u @ g / size / expected]
-    np.testing.assert_allclose(
-        [float(x) for x in found.groups()], [*numbers, size / expected], rtol=0.01
-    )
+    numbers, leaf = numbers_and_leaf(error)
+    assert leaf == f"updates['{key[0]}']['{key[1]}']"
+    np.testing.assert_allclose(numbers, expected_numbers(other, grads), rtol=0.01)
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_gradient_compiled_otherwise_passes(seed, dtype, rtol):
+def test_the_tolerance_follows_the_dtype(seed, dtype):
+    """The mean of rounded gradients is right; what is 5% off is not."""
     params, loss = network(seed, jnp.dtype(dtype))
-    grads = jax.jit(jax.grad(loss))(params)
-    difference = diagnostics.check_gradient(grads, params, value_fn=loss, rtol=rtol)
+    whole = lambda p: sum(loss(p, i) for i in range(5)) / 5
+    each = [jax.jit(jax.grad(loss))(params, i) for i in range(5)]
+    grads = jax.tree.map(lambda *x: sum(x) / 5, *each)
+    difference = diagnostics.check_gradient(grads, params, value_fn=whole)
     assert isinstance(difference, float)
-    diagnostics.check_gradient(freeze(grads), params, value_fn=loss, rtol=rtol)
-    with pytest.raises(ValueError, match="another batch"):
-        diagnostics.check_gradient(
-            grads, params, value_fn=lambda p: loss(p, 1), rtol=rtol
-        )
+    if dtype == "bfloat16":
+        assert difference > 1e-3  # what float32 is held to
+    diagnostics.check_gradient(freeze(grads), params, value_fn=whole)
+    grads = tree_math.widen(grads)
+    noise = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(seed), x.shape), grads
+    )
+    factor = 0.05 * tree_math.norm(grads) / tree_math.norm(noise)
+    for off in (
+        tree_math.scale(1.05, grads),
+        tree_math.scale(0.95, grads),
+        tree_math.add_scaled(grads, factor, noise),
+    ):
+        for updates in (off, tree_math.cast_like(off, params)):
+            with pytest.raises(ValueError, match="updates are not the gradient"):
+                diagnostics.check_gradient(updates, params, value_fn=whole)
+    with pytest.raises(ValueError, match="updates are not the gradient"):
+        diagnostics.check_gradient(each[0], params, value_fn=lambda p: loss(p, 1))
 
 
 def test_the_relative_difference_comes_back():
@@ -270,14 +301,22 @@ def test_gradients_that_are_zero_or_not_finite():
     w, zero = jnp.ones(3), jnp.zeros(3)
     flat = lambda w: 0 * jnp.sum(w)
     assert diagnostics.check_gradient(zero, w, value_fn=flat) == 0
-    with pytest.raises(ValueError, match=r"difference inf, cosine 0.*use the param"):
-        diagnostics.check_gradient(jnp.arange(3.0), w, value_fn=flat)
-    with pytest.raises(ValueError, match=r"plus 0\.1 times params"):
-        diagnostics.check_gradient(0.1 * w, w, value_fn=flat)
-    with pytest.raises(ValueError, match="The updates are not finite"):
-        diagnostics.check_gradient(w.at[1].set(jnp.inf), w, value_fn=jnp.sum)
-    with pytest.raises(ValueError, match="The gradient itself is not finite"):
-        diagnostics.check_gradient(w, w, value_fn=lambda w: jnp.sum(jnp.log(w - 1)))
+    for updates, f, expected in (
+        (jnp.arange(3.0), flat, [np.inf, 0, np.inf]),
+        (zero, jnp.sum, [1, 0, 0]),
+        (w.at[1].set(jnp.inf), jnp.sum, [np.inf, np.nan, np.inf]),
+        (w, lambda w: jnp.sum(jnp.log(w - 1)), [np.nan, np.nan, 0]),
+    ):
+        with pytest.raises(ValueError, match="one of both is zero or not fin") as error:
+            diagnostics.check_gradient(updates, w, value_fn=f)
+        np.testing.assert_equal(numbers_and_leaf(error)[0], expected)
+
+
+def test_a_function_that_returns_the_value_too():
+    params, loss = network()
+    grads = jax.grad(loss)(params)
+    both = jax.value_and_grad(loss)
+    assert diagnostics.check_gradient(grads, params, grad_fn=both) == 0
 
 
 def test_misuse_of_the_check():
@@ -289,5 +328,14 @@ def test_misuse_of_the_check():
     with pytest.raises(ValueError, match="rtol must be a finite number"):
         diagnostics.check_gradient(params, params, value_fn=loss, rtol=-1)
     check = lambda p: diagnostics.check_gradient(p, params, value_fn=loss)
-    with pytest.raises(ValueError, match="outside jit"):
-        jax.jit(check)(params)
+    for transform in (jax.jit, lambda f: lambda p: jax.eval_shape(f, p)):
+        with pytest.raises(ValueError, match="outside jit and eval_shape"):
+            transform(check)(params)
+    closed = lambda c: diagnostics.check_gradient(
+        params, params, value_fn=lambda p: c * loss(p)
+    )
+    with pytest.raises(ValueError, match="outside jit and eval_shape"):
+        jax.jit(closed)(1.0)
+    shapes = jax.eval_shape(lambda p: p, params)
+    with pytest.raises(ValueError, match="needs values, got traced arrays or shapes"):
+        diagnostics.check_gradient(params, shapes, value_fn=loss)

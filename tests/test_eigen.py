@@ -28,15 +28,15 @@ def test_finds_a_negative_eigenvalue_with_its_sign():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("num_iters", [1, 2, 5])
-def test_value_and_residual_belong_to_the_input_of_the_last_product(num_iters, seed):
+@pytest.mark.parametrize("num_matvecs", [1, 2, 5])
+def test_value_and_residual_belong_to_the_input_of_the_last_product(num_matvecs, seed):
     with jax.enable_x64(True):
         matrix, _ = symmetric(SPECTRA["indefinite"], seed)
         matvec = lambda v: jnp.asarray(matrix) @ v
         start = np.random.default_rng(seed).normal(size=5)
-        pair = eigen.power_iteration(matvec, jnp.asarray(start), num_iters)
+        pair = eigen.power_iteration(matvec, jnp.asarray(start), num_matvecs)
         v = start / np.linalg.norm(start)
-        for _ in range(num_iters - 1):
+        for _ in range(num_matvecs - 1):
             v = matrix @ v / np.linalg.norm(matrix @ v)
         np.testing.assert_allclose(pair.eigenvalue, v @ matrix @ v, rtol=1e-12)
         residual = np.linalg.norm(matrix @ v - pair.eigenvalue * v)
@@ -56,17 +56,28 @@ def test_agrees_with_eigh_of_a_networks_hessian():
     assert pair.residual < 1e-3 * values[-1]
 
 
-def test_unrolled_is_the_same_and_makes_no_loop():
-    matrix = jnp.asarray(symmetric(SPECTRA["indefinite"], 0)[0], jnp.float32)
+@pytest.mark.parametrize("solve", [eigen.power_iteration, eigen.lanczos])
+def test_only_products_with_convolutions_are_unrolled_and_come_out_the_same(solve):
+    kernel = jnp.array([1.0, 3.0, 1.0])  # symmetric, and so is the convolution
 
-    def run(v, unroll):
-        return eigen.power_iteration(lambda v: matrix @ v, v, 4, unroll=unroll)
+    def run(v, unroll, product):
+        return solve(lambda v: product(v), v, 4, unroll=unroll)
 
-    loop, straight = (run(jnp.ones(5), unroll) for unroll in (False, True))
+    convolve = lambda v: jnp.convolve(v, kernel, mode="same")
+    loop, straight = (run(jnp.ones(5), unroll, convolve) for unroll in (False, True))
     np.testing.assert_allclose(loop.eigenvector, straight.eigenvector, rtol=1e-6)
-    text = jax.jit(run, static_argnums=1).lower(jnp.ones(5), True).as_text()
-    assert "while" not in text
-    assert "while" in jax.jit(run, static_argnums=1).lower(jnp.ones(5), False).as_text()
+    np.testing.assert_allclose(loop.eigenvalue, straight.eigenvalue, rtol=1e-6)
+
+    def convolutions_and_loops(unroll, product):
+        step = jax.jit(run, static_argnums=(1, 2))
+        text = step.lower(jnp.ones(5), unroll, product).compile().as_text()
+        return text.count(" convolution("), text.count(" while(")
+
+    orthogonalisation = solve is eigen.lanczos  # a loop for each vector
+    assert convolutions_and_loops(True, convolve) == (4, 4 * orthogonalisation)
+    assert convolutions_and_loops(False, convolve) == (1, 1 + orthogonalisation)
+    dense = lambda v: 2 * v
+    assert convolutions_and_loops(True, dense) == (0, 1 + orthogonalisation)
 
 
 def test_a_zero_matrix_leaves_the_vector_where_it_is():
@@ -90,7 +101,7 @@ def test_a_zero_start_stays_finite():
 
 @pytest.mark.parametrize("number", [0, -1, 2.5, True])
 def test_a_bad_number_of_products(number):
-    with pytest.raises(ValueError, match=f"num_iters .* got {number}"):
+    with pytest.raises(ValueError, match=f"num_matvecs .* got {number}"):
         eigen.power_iteration(lambda v: v, jnp.ones(2), number)
     with pytest.raises(ValueError, match=f"num_matvecs .* got {number}"):
         eigen.lanczos(lambda v: v, jnp.ones(2), number)

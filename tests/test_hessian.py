@@ -34,7 +34,7 @@ def test_product_is_that_of_the_dense_hessian(seed, mode):
     with jax.enable_x64(True):
         params, loss = network(seed, jnp.float64)
         vector = random_like(params, seed)
-        product = jax.jit(lambda p, v: hessian.hvp(loss, p, v, mode=mode))
+        product = jax.jit(lambda p, v: hessian.hvp(loss, p, v, hvp_mode=mode))
         expected = dense_hessian(loss, params) @ flatten(vector)
         actual = flatten(product(params, vector))
         assert np.linalg.norm(actual - expected) <= rtol * np.linalg.norm(expected)
@@ -46,7 +46,7 @@ def test_product_is_that_of_the_dense_hessian(seed, mode):
 def test_product_in_low_precision_is_float32_and_near_the_dense_one(seed, dtype, mode):
     params, loss = network(seed, dtype)
     vector = tree_math.widen(random_like(params, seed))
-    product = hessian.hvp(loss, params, vector, mode=mode)
+    product = hessian.hvp(loss, params, vector, hvp_mode=mode)
     chex.assert_trees_all_equal_shapes_and_dtypes(product, vector)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)
@@ -62,7 +62,7 @@ def test_product_in_low_precision_is_float32_and_near_the_dense_one(seed, dtype,
 def test_the_length_of_the_vector_changes_the_product_by_a_factor_alone(factor, mode):
     params, loss = network()
     vector = random_like(params, 0)
-    product = hessian.matvec(jax.grad(loss), params, mode=mode)
+    product = hessian.matvec(jax.grad(loss), params, hvp_mode=mode)
     scaled = tree_math.scale(1 / factor, product(tree_math.scale(factor, vector)))
     # The direction, normalised, may round otherwise, and the difference with it.
     rtol = 1e-3 if mode == "finite_difference" else 1e-5
@@ -85,12 +85,12 @@ def test_matvec_is_linear_in_a_gradient_function():
 def test_a_vector_of_another_structure_is_refused(mode):
     params, loss = network()
     with pytest.raises(ValueError, match=r"structure|keys"):
-        hessian.hvp(loss, params, {"hidden": jnp.ones(3)}, mode=mode)
+        hessian.hvp(loss, params, {"hidden": jnp.ones(3)}, hvp_mode=mode)
 
 
 def test_another_mode_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"mode must be one of .*, got 'reverse'"):
-        hessian.matvec(jax.grad(jnp.sum), jnp.ones(2), mode="reverse")
+    with pytest.raises(ValueError, match=r"hvp_mode must be one of .*, got 'reverse'"):
+        hessian.matvec(jax.grad(jnp.sum), jnp.ones(2), hvp_mode="reverse")
 
 
 # --- data sets ------------------------------------------------------------------------
@@ -126,8 +126,8 @@ def test_mean_over_batches_is_the_hessian_of_the_whole_set(mode):
         host_data = jax.tree.map(np.asarray, data)
         ends = [(0, 10), (10, 20), (20, 24)]
         on_the_host = lambda: (rows(host_data, *e) for e in ends)
-        scanned = jax.jit(hessian.mean_matvec(loss, params, stacked, mode=mode))
-        looped = hessian.mean_matvec(loss, params, on_the_host, mode=mode)
+        scanned = jax.jit(hessian.mean_matvec(loss, params, stacked, hvp_mode=mode))
+        looped = hessian.mean_matvec(loss, params, on_the_host, hvp_mode=mode)
         for seed in range(3):
             vector = random_like(params, seed)
             expected = matrix @ flatten(vector)
@@ -197,8 +197,8 @@ def test_batches_that_make_no_mean_are_refused():
         product(params)
     with pytest.raises(ValueError, match=r"can't be traced: .* host_loop=True"):
         jax.jit(product)(params)
-    with pytest.raises(ValueError, match="mode must be one of"):
-        hessian.mean_matvec(loss, params, lambda: [data], mode="reverse")
+    with pytest.raises(ValueError, match="hvp_mode must be one of"):
+        hessian.mean_matvec(loss, params, lambda: [data], hvp_mode="reverse")
 
 
 # --- Gauss–Newton ---------------------------------------------------------------------
@@ -281,19 +281,68 @@ sine_with_a_slope_from_outside.defvjp(
 )
 
 
+def check_modes(make_product, first_mode_that_works, expected, rtol):
+    """Modes before the first that works raise JAX's error, which names the others."""
+    for position, mode in enumerate(hessian.HVP_MODES):
+        product = jax.jit(make_product(mode))
+        if position < first_mode_that_works:
+            with pytest.raises((TypeError, ValueError), match=r"JVP|forward-mode") as e:
+                product(V)
+            notes = " ".join(e.value.__notes__)
+            assert "Of the other values of hvp_mode" in notes
+            assert "trackers.secant()" in notes
+        else:
+            loose = mode == "finite_difference"
+            np.testing.assert_allclose(
+                product(V), expected, rtol=1e-3 if loose else rtol
+            )
+
+
+W, V = jnp.array([0.3, 1.2, -2.0]), jnp.array([1.0, -2.0, 0.5])
+
+
 @pytest.mark.parametrize(
     ("kernel", "first_mode_that_works"),
     [(sine_with_a_custom_slope, 1), (sine_with_a_slope_from_outside, 2)],
 )
 def test_kernels_that_forbid_a_second_derivative(kernel, first_mode_that_works):
-    w, v = jnp.array([0.3, 1.2, -2.0]), jnp.array([1.0, -2.0, 0.5])
     value_fn = lambda w: jnp.sum(w * kernel(w))
-    expected = (2 * jnp.cos(w) - w * jnp.sin(w)) * v
-    for position, mode in enumerate(hessian.HVP_MODES):
-        product = jax.jit(lambda v, mode=mode: hessian.hvp(value_fn, w, v, mode=mode))
-        if position < first_mode_that_works:
-            with pytest.raises((TypeError, ValueError), match=r"JVP|forward-mode"):
-                product(v)
-        else:
-            rtol = 1e-3 if mode == "finite_difference" else 1e-5
-            np.testing.assert_allclose(product(v), expected, rtol=rtol)
+    expected = (2 * jnp.cos(W) - W * jnp.sin(W)) * V
+    product = lambda mode: lambda v: hessian.hvp(value_fn, W, v, hvp_mode=mode)
+    check_modes(product, first_mode_that_works, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kernel", [sine_with_a_custom_slope, sine_with_a_slope_from_outside]
+)
+def test_gauss_newton_of_kernels_without_a_forward_derivative(kernel):
+    loss = lambda y: jnp.sum(y**4)
+    expected = 12 * jnp.sin(W) ** 2 * jnp.cos(W) ** 2 * V
+    product = lambda mode: hessian.gauss_newton_matvec(kernel, loss, W, hvp_mode=mode)
+    check_modes(product, 1, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"hvp_mode must be one of .*, got 'jvp'"):
+        hessian.gauss_newton_matvec(kernel, loss, W, hvp_mode="jvp")
+
+
+@pytest.mark.parametrize("mode", hessian.HVP_MODES[1:])
+def test_gauss_newton_modes_agree(mode):
+    with jax.enable_x64(True):
+        params = {"a": jnp.linspace(-1, 1, 12).reshape(3, 4), "b": jnp.ones(3)}
+        inputs = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)))
+
+        def predict(p):
+            hidden = jnp.tanh(3 * inputs @ p["a"])
+            return {"logits": hidden[:, :3] + p["b"], "height": hidden[:, 3]}
+
+        def product(mode):
+            matrix = hessian.gauss_newton_matvec
+            return matrix(predict, convex_loss, params, hvp_mode=mode)(params)
+
+        rtol = 1e-8 if mode == "finite_difference" else 1e-12
+        assert relative_error(product(mode), product(hessian.HVP_MODES[0])) < rtol
+
+
+def test_errors_that_are_no_missing_derivative_get_no_note():
+    with pytest.raises(TypeError) as error:
+        hessian.hvp(lambda w: jnp.sum(w, no_such_argument=1), W, V)
+    assert "hvp_mode" not in " ".join(error.value.__notes__)  # JAX adds its own

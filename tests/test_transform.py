@@ -310,7 +310,10 @@ def test_grad_fn_takes_the_place_of_value_fn():
     chex.assert_trees_all_equal(actual, expected)
     chex.assert_trees_all_equal(by_grad.tracker, by_value.tracker)
     np.testing.assert_allclose(by_value.info.perturbed_value, loss(params), rtol=0.5)
-    assert jnp.isnan(by_grad.info.perturbed_value)
+    assert by_grad.info.perturbed_value == 0
+    pair = jax.value_and_grad(loss)
+    actual, by_pair = tx.update(grads, state, params, grad_fn=pair)
+    chex.assert_trees_all_equal((actual, by_pair), (expected, by_value))
     doubled = lambda p: tree_math.scale(2.0, jax.grad(loss)(p))
     both, _ = tx.update(grads, state, params, grad_fn=doubled, value_fn=loss)
     chex.assert_trees_all_close(both, tree_math.scale(2.0, expected), rtol=1e-6)
@@ -721,8 +724,9 @@ def test_functions_that_return_the_wrong_thing():
         tx.update(
             params, state, params, value_fn=loss, curvature_fn=lambda p: p["out"]["w"]
         )
+    has_aux = jax.value_and_grad(lambda p: (loss(p), 1.0), has_aux=True)
     with pytest.raises(ValueError, match=r"grad_fn\(params\) must be a tree like"):
-        tx.update(params, state, params, grad_fn=jax.value_and_grad(loss))
+        tx.update(params, state, params, grad_fn=has_aux)
     renamed = {"first": params["hidden"], "out": params["out"]}
     for updates in (params["out"], renamed):
         with pytest.raises(ValueError, match="updates must be a tree like params"):

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from eigensam_jax import arguments, tree_math
-from eigensam_jax.hessian import Matvec
-from eigensam_jax.trackers.tracker import Tracker
+from eigensam_jax.trackers.tracker import Tracker, unchanged
 from eigensam_jax.tree_math import PyTree
 
 
@@ -17,8 +16,9 @@ class SecantState(NamedTuple):
     Attributes:
       eigenvector: v, a unit vector; zero before the first observation.
       eigenvalue: λ = m₁/m₀, the slope of ⟨v,d⟩ over ⟨v,ε⟩ by least squares; 0 before.
-      residual: √((m₂ − m₁²/m₀)/m₀), what of d is not λ⟨v,ε⟩v, for a unit of ⟨v,ε⟩.
-      moments: m₀, m₁, m₂, the averages of ⟨v,ε⟩², ⟨v,ε⟩⟨v,d⟩ and ‖d‖², shape (3,).
+      residual: √(m₂² − m₁²)/m₀, the part of d orthogonal to v for a unit of ⟨v,ε⟩.
+      moments: m₀, m₁, m₂ and the agreement, the averages of a², a⟨v,d⟩/‖ε‖, |a|‖d‖/‖ε‖
+        and a⟨v,d⟩/‖d‖ with a = ⟨v,ε⟩/‖ε‖; shape (4,).
     """
 
     eigenvector: PyTree
@@ -26,9 +26,14 @@ class SecantState(NamedTuple):
     residual: jax.Array
     moments: jax.Array
 
+    @property
+    def usable(self) -> jax.Array:
+        """Whether the agreement says that vᵀHv is not negative."""
+        return self.moments[3] >= 0
+
 
 def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
-    """A tracker that costs no Hessian-vector product: averages of what SAM does anyway.
+    """A tracker without Hessian-vector products: it averages what SAM computes anyway.
 
     The two gradients of a step differ by d = ∇L(w + ε) − ∇L(w) = Hε + O(ρ²), a product
     of the Hessian with the perturbation, which contains v. It is averaged into v,
@@ -41,20 +46,26 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
     strong negative eigenvalue would be taken for the top. v is zero at `init`, so that
     the first step is plain SAM.
 
-    λ is the slope of ⟨v,d⟩ over ⟨v,ε⟩, by least squares over the average's memory. One
-    step's ratio is no Rayleigh quotient, as the rest of ε has a part in it. For the
-    same reason `residual` is larger than ‖Hv − λv‖: both are equal where ε is along v.
+    λ is the slope of ⟨v,d⟩ over ⟨v,ε⟩ by least squares over the average's memory, each
+    step divided by its ‖ε‖. It has no bias where curvature differs from batch to batch,
+    so one batch with a thousand times the curvature shows in it for over a hundred
+    steps. Whether v is used does not depend on λ but on the agreement, the average of
+    ⟨v,ε⟩⟨v,d⟩/(‖ε‖‖d‖), in which each step counts for at most 1: v is left out while it
+    is negative. One step's ratio is no Rayleigh quotient, as the rest of ε has a part in
+    it. For the same reason `residual` is larger than ‖Hv − λv‖: both are equal where ε
+    is along v.
 
     What it converges to is the top eigenvector where the perturbations scatter alike
     along all eigenvectors, or α is large. Gradients scatter more along some than along
     others, and at a small α these get more than their share of v.
 
     Works with `grad_fn` alone, and where the loss has no second derivative. A gradient
-    that is zero or not finite leaves the state as it was. In bfloat16 parameters ε is
+    that is zero or not finite leaves the state unchanged. In bfloat16 parameters ε is
     rounded where the gradient is taken, and not in ⟨v,ε⟩, so that λ is less exact.
 
-    Cost: no product, one vector as large as the parameters, and two passes over the
-    parameters, v and both gradients on a step that is observed.
+    Cost: no product, one vector as large as the parameters, and ten passes over the
+    parameters beyond `sam` on a step that is observed: eight reads of v or a gradient
+    and a write of v here, of which SAM's own perturbation takes three.
 
     Args:
       decay: the memory, at least 0 and less than 1: about 1/(1 − decay) observations.
@@ -76,7 +87,9 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
       >>> spectrum = jnp.array([-5.0, 1.0, 2.0])
       >>> def step(state, noise):
       ...     epsilon = noise + state.eigenvector  # what perturbs contains v
-      ...     return tracker.observe(state, epsilon, spectrum * epsilon, 0), None
+      ...     projection = epsilon @ state.eigenvector
+      ...     radius = jnp.linalg.norm(epsilon)
+      ...     return tracker.observe(state, spectrum * epsilon, projection, radius), None
       >>> noise = jax.random.normal(jax.random.key(0), (400, 3))
       >>> state, _ = jax.lax.scan(step, tracker.init(spectrum), noise)
       >>> bool(jnp.abs(state.eigenvector[2]) > 0.9)
@@ -94,45 +107,39 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
     def init(params: PyTree) -> SecantState:
         dtype = tree_math.accumulation_dtype(params)
         zeros = [jnp.zeros((), dtype) for _ in range(2)]
-        v = tree_math.zeros_like(params)
-        return SecantState(v, zeros[0], zeros[1], jnp.zeros(3, dtype))
-
-    def refresh(
-        state: SecantState, matvec: Matvec, count: jax.Array, due: bool | None
-    ) -> SecantState:
-        del matvec, count, due
-        return state
+        return SecantState(tree_math.zeros_like(params), *zeros, jnp.zeros(4, dtype))
 
     def observe(
         state: SecantState,
-        perturbation: PyTree,
         gradient_change: PyTree,
-        count: jax.Array,
+        projection: jax.Array,
+        radius: jax.Array,
     ) -> SecantState:
-        del count
         v, d = state.eigenvector, gradient_change
-        along, product, d_squared, v_squared = tree_math.vdots(
-            (v, perturbation), (v, d), (d, d), (v, v)
-        )
-        weight = (1 - decay) * tree_math.safe_inverse(jnp.sqrt(d_squared))
-        weight = jnp.where(along < 0, -weight, weight)
+        product, d_squared, v_squared = tree_math.vdots((v, d), (d, d), (v, v))
+        lengths = jnp.stack([tree_math.safe_sqrt(d_squared), radius])
+        per_length, per_radius = tree_math.safe_inverse(lengths)
+        sign = jnp.where(projection < 0, -1, 1).astype(product.dtype)
+        weight = (1 - decay) * sign * per_length
         # ‖decay·v + weight·d‖², so that the norm takes no pass of its own.
-        squared = decay**2 * v_squared + weight * (
-            2 * decay * product + weight * d_squared
-        )
-        inverse = tree_math.safe_inverse(jnp.sqrt(squared))
-        new_v = tree_math.add_scaled(
-            tree_math.scale(inverse * decay, v), inverse * weight, d
-        )
-        new_moments = jnp.stack([along * along, along * product, d_squared])
-        new_moments = jnp.where(v_squared > 0, new_moments, 0)  # they are about v
-        moments = decay * state.moments + (1 - decay) * new_moments
-        inverse_along = tree_math.safe_inverse(moments[0])
-        eigenvalue = moments[1] * inverse_along
-        unexplained = jnp.maximum(moments[2] - moments[1] * eigenvalue, 0)
-        residual = jnp.sqrt(unexplained * inverse_along)
-        new = SecantState(new_v, eigenvalue, residual, moments)
-        usable = (weight != 0) & (inverse > 0) & jnp.all(jnp.isfinite(moments))
-        return tree_math.where(usable, new, state)
+        squared = decay**2 * v_squared + 2 * decay * weight * product + (1 - decay) ** 2
+        inverse = tree_math.safe_rsqrt(squared)
 
-    return Tracker(init, refresh, observe, update_interval, observe_projection=True)
+        # All that is said of v is of the v of this step: nothing, before there is one.
+        along = jnp.where(v_squared > 0, projection * per_radius, 0)
+        size = sign * d_squared * per_length
+        seen = [along, product * per_radius, size * per_radius, product * per_length]
+        moments = decay * state.moments + (1 - decay) * along * jnp.stack(seen)
+        usable = (per_length > 0) & (inverse > 0) & jnp.all(jnp.isfinite(moments))
+        moments = jnp.where(usable, moments, state.moments)
+        slope, size = tree_math.safe_divide(moments[1:3], moments[0])
+        sides = tree_math.safe_sqrt(jnp.stack([size - slope, size + slope]))
+
+        on_v, on_d = tree_math.once(
+            inverse * decay, jnp.where(usable, inverse * weight, 0)
+        )
+        moved = tree_math.add_scaled(tree_math.scale(on_v, v), on_d, d)
+        new_v = tree_math.where(on_d != 0, moved, v)
+        return SecantState(new_v, slope, sides[0] * sides[1], moments)
+
+    return Tracker(init, unchanged, observe, None, update_interval)

@@ -1,4 +1,4 @@
-"""What every tracker is: three pure functions around a state."""
+"""What a tracker is."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,33 +14,43 @@ TrackerState = Any
 class Tracker(NamedTuple):
     """A rule for following the top eigenvector of the Hessian during training.
 
-    Attributes:
-      init: `init(params) -> state`. `eigenvector` has the shapes of `params`, in
-        float32 or wider; its part outside a `mask` is set to zero afterwards.
-      refresh: `refresh(state, matvec, count, due) -> state`, before the perturbation.
-        `matvec(v)` is the product of the Hessian at the current parameters with a tree
-        like them, zero outside the mask; `count` is the number of the step, from 0, an
-        int32 scalar. `due` is True or False where the caller has fixed whether this
-        step refreshes, else None: then the tracker decides, under `jax.lax.cond`. The
-        eigenvector must come out with norm 1, or 0 as long as there is no estimate.
-      observe: `observe(state, perturbation, gradient_change, count) -> state`, after
-        the perturbed gradient: ε and ∇L(w + ε) − ∇L(w), trees like the parameters and
-        zero outside the mask. What is not looked at is not computed under `jit`.
-      observe_interval: `observe` is called on every so many steps, the first of them
-        step 0; or, above 1 and where the caller has fixed the refresh, on the steps
-        that refresh. On the others nothing is computed for it.
-      observe_projection: whether of ε `observe` needs its projection on v alone. It is
-        then called with ⟨ε, v⟩·v for ε, which is known without a pass over ε and, where
-        each device has its own, averaged without a collective of that size.
+    Its state is a NamedTuple of arrays with the fields `eigenvector`, `eigenvalue` and
+    `residual`, whatever else it carries, and a property or a field `usable`: a bool
+    scalar, False where the eigenvalue is certainly negative, so that v is no top
+    eigenvector. The eigenvector has norm 1, or is 0 until there is an estimate. While
+    it is 0 or not usable, `eigen_sam` takes the steps of `sam`.
 
-    Where each device perturbs by itself (`per_device`), both arguments of `observe` are
-    means over the devices of s·εᵢ and s·dᵢ with s = sign⟨v, εᵢ⟩, of which dᵢ ≈ Hᵢεᵢ;
-    the state has to come out the same on all of them, and does if nothing but the
-    arguments goes into it.
+    Attributes:
+      init: `init(params) -> state`. `params` are the perturbed parameters, as a list of
+        their leaves. Fields with their shapes, such as the eigenvector, are in float32
+        or wider; structure, shapes and dtypes of a state never change.
+      refresh: `refresh(state, matvec) -> state`, before the perturbation. `matvec(v)`
+        is the product of v, a list like `params`, with the Hessian at the current
+        parameters. Its attribute `unroll` is what `eigen.power_iteration` takes: True
+        where the caller has fixed the refresh.
+      observe: `observe(state, gradient_change, projection, radius) -> state`, after the
+        perturbed gradient: d = ∇L(w + ε) − ∇L(w), a list like `params`, which is
+        H·ε + O(‖ε‖²); ⟨ε, v⟩; and ‖ε‖. Where ‖∇L(w)‖ is beyond 10^±9, all three are
+        divided by it, so that squares stay in range; ratios such as ⟨v, d⟩/⟨ε, v⟩ are
+        the same. A change that is zero or not finite must leave the state unchanged;
+        it is zero where ε is.
+      refresh_interval: `refresh` is called on every so many steps, the first of them
+        step 0; None for never.
+      observe_interval: the same of `observe`.
+
+    On other steps nothing is computed: the branch is around the two functions. With
+    `per_device`, `gradient_change` and `projection` are means over the devices of s·dᵢ
+    and s·⟨εᵢ, v⟩ with s = sign⟨εᵢ, v⟩. The state must come out the same on all
+    devices, and does if it depends on the arguments alone.
     """
 
     init: Callable[[PyTree], TrackerState]
-    refresh: Callable[[TrackerState, Matvec, jax.Array, bool | None], TrackerState]
-    observe: Callable[[TrackerState, PyTree, PyTree, jax.Array], TrackerState]
-    observe_interval: int = 1
-    observe_projection: bool = False
+    refresh: Callable[[TrackerState, Matvec], TrackerState]
+    observe: Callable[[TrackerState, PyTree, jax.Array, jax.Array], TrackerState]
+    refresh_interval: int | None = None
+    observe_interval: int | None = 1
+
+
+def unchanged(state: TrackerState, *_: Any) -> TrackerState:
+    """A `refresh` or an `observe` that is never called."""
+    return state

@@ -1,6 +1,6 @@
 """The checks of what users hand in, and the errors that say what to do instead."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -137,8 +137,12 @@ def check_update(
     require(valid, "refresh", refresh, "True, False or None", remedy)
 
 
-def check_params(params: PyTree) -> None:
-    """Refuses parameters that are not real floating-point arrays, or have holes."""
+def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None:
+    """Refuses parameters that are not real floating-point arrays, or have holes.
+
+    And float8 or narrower where it is perturbed: in the leaves that are `selected`, by
+    default all.
+    """
     is_hole = lambda x: isinstance(x, optax.MaskedNode)
     if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
         raise ValueError(
@@ -146,25 +150,34 @@ def check_params(params: PyTree) -> None:
             "around this transformation, and the loss needs all parameters. Give it "
             "mask=... instead, and put the wrapper around what follows it."
         )
-    for path, leaf in jax.tree.leaves_with_path(params):
+    leaves = jax.tree.leaves_with_path(params)
+    perturbed = (True,) * len(leaves) if selected is None else selected
+    for (path, leaf), chosen in zip(leaves, perturbed, strict=True):
         is_number = isinstance(leaf, Real) and not isinstance(leaf, bool)
         dtype = getattr(leaf, "dtype", jnp.result_type(leaf) if is_number else None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             remedy = (
                 "keep other leaves out of the parameters, by eqx.partition(model, "
                 "eqx.is_inexact_array) of an equinox module, by wrt=nnx.Param of a "
-                "Flax nnx model."
+                "Flax nnx model"
             )
             if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
                 remedy = (
                     "split complex ones into real and imaginary parts, and join them "
-                    "by jax.lax.complex in the loss. (optax.contrib."
-                    "split_real_and_imaginary does not hand on value_fn.)"
+                    "by jax.lax.complex in the loss (optax.contrib."
+                    "split_real_and_imaginary does not hand on value_fn)"
                 )
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} must be real floating-point, got "
-                f"{leaf if dtype is None else dtype}: {remedy}"
+        elif chosen and dtype.itemsize < 2:
+            remedy = (
+                "it holds no perturbation. Keep the parameter in bfloat16 or wider and "
+                "cast it in the loss, or leave it out by a mask"
             )
+        else:
+            continue
+        raise ValueError(
+            f"params{jax.tree_util.keystr(path)} must be real floating-point of 16 "
+            f"bits or more, got {leaf if dtype is None else dtype}: {remedy}."
+        )
 
 
 def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:

@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from eigensam_jax import tree_math
+from eigensam_jax import arguments, tree_math
 from eigensam_jax.tree_math import PyTree
 
 Mask = PyTree | Callable[[PyTree], PyTree] | None
@@ -73,25 +72,17 @@ def subspace(mask: Mask, params: PyTree) -> Subspace:
 
     Raises:
       ValueError: if `mask`, or what it returns, is not a prefix of `params` made of
-        bools, or selects no parameter, or one in float8 or narrower.
+        bools, or selects no parameter; and for parameters that can't be masked.
     """
-    paths_and_leaves, treedef = jax.tree.flatten_with_path(params)
-    selected = (True,) * len(paths_and_leaves)
-    if mask is not None and paths_and_leaves:
+    leaves, treedef = jax.tree.flatten(params)
+    selected = (True,) * len(leaves)
+    if mask is not None and leaves:
+        arguments.check_params(params, (False,) * len(leaves))
         tree = _called(mask, params) if _is_function(mask) else mask
         _check_tree(tree)
         selected = _broadcast(tree, params)
         if not any(selected):
             raise ValueError(f"mask selects no parameter, got {tree}. {_REMEDY}")
-    for (path, leaf), chosen in zip(paths_and_leaves, selected, strict=True):
-        dtype = jnp.result_type(leaf)
-        is_floating = jnp.issubdtype(dtype, jnp.floating)
-        if chosen and is_floating and dtype.itemsize < 2:
-            raise ValueError(
-                f"params{keystr(path)} is in {dtype}, which holds no perturbation: "
-                "keep it in bfloat16 or wider and cast it in the loss, or leave it out "
-                "by mask=..."
-            )
     return Subspace(treedef, selected)
 
 

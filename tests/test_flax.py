@@ -162,7 +162,7 @@ def test_linen_without_a_loss_overwrites_what_flax_overwrites():
 
 
 @pytest.mark.filterwarnings("ignore:The Fp8DotGeneralOp is deprecated")
-@pytest.mark.parametrize("given", ["value_fn", "grad_fn"])
+@pytest.mark.parametrize("given", ["value", "gradient", "value and gradient"])
 @pytest.mark.parametrize("op", [nn.Fp8DotGeneralOp, nn.Fp8DirectDotGeneralOp])
 def test_linen_perturbs_no_scales_and_histories_of_fp8(op, given):
     """The weights descend along ∇L(w + ε); the rest is what Flax's own makes of it."""
@@ -182,9 +182,13 @@ def test_linen_perturbs_no_scales_and_histories_of_fp8(op, given):
     @jax.jit
     def step(state, i):
         loss = lambda params: cross_entropy(model.apply(params, IMAGES[i]), i)
-        function = {"value_fn": loss, "grad_fn": jax.grad(loss)}[given]
+        function = {
+            "value": {"value_fn": loss},
+            "gradient": {"grad_fn": jax.grad(loss)},
+            "value and gradient": {"grad_fn": jax.value_and_grad(loss)},
+        }[given]
         grads = jax.grad(loss)(state.params)
-        new = state.apply_gradients(grads=grads, **{given: function})
+        new = state.apply_gradients(grads=grads, **function)
         plain = train_state.TrainState.create(
             apply_fn=model.apply, params=state.params, tx=optax.sgd(1.0)
         ).apply_gradients(grads=grads)

@@ -241,14 +241,33 @@ def test_what_is_no_mask_of_an_nnx_model_is_told_how_to_make_one():
 # --- what can be a parameter ----------------------------------------------------------
 
 
-def test_float8_is_refused_where_it_is_perturbed():
-    params = {"a": jnp.ones(2, jnp.float8_e4m3fn), "b": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r"params\['a'\] is in float8_e4m3fn"):
-        sam().init(params)
-    with pytest.raises(ValueError, match=r"params\['a'\] is in float8_e4m3fn"):
-        sam(mask={"a": True, "b": False}).init(params)
-    assert masking.subspace({"a": False, "b": True}, params).selected == (False, True)
-    arguments.check_params(params)
+@pytest.mark.parametrize("factory", [sam, eigen_sam])
+def test_float8_is_refused_where_it_is_perturbed_and_else_left_alone(factory):
+    params = {"a": jnp.full(2, 2.0, jnp.float8_e4m3fn), "b": jnp.ones(3)}
+    for mask in (None, {"a": True, "b": False}):
+        with pytest.raises(
+            ValueError, match=r"params\['a'\] must be .* got float8_e4m3"
+        ):
+            factory(mask=mask).init(params)
+    value_fn = lambda p: jnp.sum(p["a"].astype(jnp.float32)) * jnp.sum(p["b"] ** 2)
+    tx = factory(0.1, mask={"a": False, "b": True})
+    grads = jax.grad(value_fn)(params)
+    perturbed, state = tx.update(
+        grads, tx.init(params), params, grad_fn=lambda p: p, curvature_fn=value_fn
+    )
+    np.testing.assert_array_equal(
+        *(x["a"].astype(jnp.float32) for x in (perturbed, params))
+    )
+    norm = jnp.linalg.norm(perturbed["b"] - params["b"])
+    np.testing.assert_allclose(norm, 0.1, rtol=1e-5)
+    np.testing.assert_allclose(info(state).grad_norm, 8 * 3**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, {"a": True, "b": False}])
+def test_holes_are_told_before_the_mask_is_looked_at(mask):
+    params = {"a": jnp.ones(2), "b": optax.MaskedNode()}
+    with pytest.raises(ValueError, match=r"params have holes"):
+        sam(mask=mask).init(params)
 
 
 def test_what_can_be_no_parameter_is_told_which_filter_to_apply():

@@ -15,7 +15,7 @@ from meshes import AXIS, DEVICES
 from optax.microbatching import AccumulationType, microbatch
 from problems import network
 
-from eigensam_jax import eigen_sam, perturbation, sam, trackers, tree_math
+from eigensam_jax import eigen_sam, info, perturbation, sam, trackers, tree_math
 
 NAMES = ("sam", "secant", "power_iteration", "lanczos", "ritz")
 each_link = pytest.mark.parametrize(
@@ -153,6 +153,34 @@ def test_float16_with_loss_scaling():
 
     assert error(2.0**14) < 0.01
     assert error(1.0) > 0.3
+
+
+@pytest.mark.parametrize("name", ["power_iteration", "lanczos"])
+def test_float16_products_overflow_before_gradients_and_want_no_scale(name):
+    """Near a minimum, at scales that the gradient bears: ‖∇L‖ is 0.04 and λ is 4."""
+    params = {"w": jnp.array([1e-2, 5e-3, -5e-3])}
+    curvatures = jnp.array([4.0, 1.0, 0.5], jnp.float16)
+
+    def half_loss(params):
+        w = params["w"].astype(jnp.float16)
+        return jnp.sum((0.5 * curvatures * w * w).astype(jnp.float32))
+
+    def eigenvalue(scale, **curvature_fn):
+        grad_fn = lambda p: tree_math.scale(
+            1 / scale, jax.grad(lambda p: scale * half_loss(p))(p)
+        )
+        grads = grad_fn(params)
+        assert jnp.all(jnp.isfinite(grads["w"]))
+        tx = LINKS[name]()
+        _, state = tx.update(
+            grads, tx.init(params), params, grad_fn=grad_fn, **curvature_fn
+        )
+        return info(state).eigenvalue
+
+    assert eigenvalue(2.0**15) == 0
+    np.testing.assert_allclose(eigenvalue(2.0**12), 4, rtol=0.1)
+    without = eigenvalue(2.0**15, curvature_fn=half_loss)
+    np.testing.assert_allclose(without, 4, rtol=0.1)
 
 
 @pytest.mark.parametrize("name", ["secant", "power_iteration"])

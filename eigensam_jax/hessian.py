@@ -125,7 +125,7 @@ def _noted() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if re.search("differentia|jvp|vjp", str(error), re.IGNORECASE):
+        if re.search("differentia|autodiff|jvp|vjp", str(error), re.IGNORECASE):
             error.add_note(
                 "A Hessian-vector product differentiates the gradient again, and the "
                 "loss has an operation without that derivative. Of the other values of "

@@ -70,11 +70,12 @@ def compiled(
 
 def zeros_like(like: PyTree) -> PyTree:
     """A zero vector like `like`, a tree of arrays or of `jax.ShapeDtypeStruct`."""
-    is_struct = lambda x: isinstance(x, jax.ShapeDtypeStruct)
-    arrays = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype) if is_struct(x) else x, like
-    )
-    return tree_math.zeros_like(arrays)
+
+    def array(x: Any) -> Any:
+        is_struct = isinstance(x, jax.ShapeDtypeStruct)
+        return jnp.zeros(x.shape, x.dtype) if is_struct else x
+
+    return tree_math.zeros_like(jax.tree.map(array, like))
 
 
 def basis_of(vector: PyTree, num_vectors: int) -> PyTree:
@@ -85,7 +86,7 @@ def basis_of(vector: PyTree, num_vectors: int) -> PyTree:
     )
 
 
-def get(basis: PyTree, index: jax.Array) -> PyTree:
+def get(basis: PyTree, index: jax.Array | int) -> PyTree:
     """The vector at `index`."""
     take = jax.lax.dynamic_index_in_dim  # indexing would check bounds for each leaf
     return jax.tree.map(lambda b: take(b, index, keepdims=False), basis)

@@ -261,6 +261,7 @@ def sharpness_rates(
             tol=curvature_tol,
         )
 
+    trace = expansion.batch_mean(curvature, batches)
     return SharpnessRates(
         eigenvalue=eigenpair.eigenvalue,
         residual=eigenpair.residual,
@@ -270,6 +271,6 @@ def sharpness_rates(
         first=-first,
         second=-second,
         third=-third,
-        ito=jnp.multiply(eta / 2, expansion.batch_mean(curvature, batches)),
+        ito=jnp.asarray(eta, trace.dtype) / 2 * trace,
         aligned=-half_square * tree_math.vdot(slope, slope),
     )

@@ -152,7 +152,8 @@ def make_step(
         )
         dt = jnp.asarray(dt, dtype)
         moved = tree_math.add_scaled(params, dt, drift)
-        moved = tree_math.add_scaled(moved, jnp.sqrt(eta * dt), noise)
+        scale = jnp.sqrt(jnp.asarray(eta, dtype) * dt)
+        moved = tree_math.add_scaled(moved, scale, noise)
         info = Info(
             value,
             tree_math.norm(drift),

@@ -143,7 +143,9 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
         jnp.ones((), norm.dtype),
     )
     basis, coefficients, length = jax.lax.fori_loop(0, 2, orthogonalise, start)
-    length = jnp.where(length <= 10 * eps, 0, norm * length)
+    # A norm that is not finite is not hidden.
+    is_inside = (length <= 10 * eps) & jnp.isfinite(norm)
+    length = jnp.where(is_inside, 0, norm * length)
     return Extension(basis, norm * coefficients, length)
 
 
@@ -208,12 +210,8 @@ def eigh_known(matrix: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Arra
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues, ascending, and eigenvectors (columns) of a small symmetric matrix.
 
-    Its derivatives are finite: with the eigenvectors V and the differential dM,
-
-        dλᵢ = (VᵀdM V)ᵢᵢ,    dV = V·(F ∘ VᵀdM V),    Fᵢⱼ = 1/(λⱼ − λᵢ),
-
-    but F is 0 where eigenvalues agree up to rounding, as their eigenvectors have no
-    derivative.
+    Derivatives dλᵢ = (VᵀdM V)ᵢᵢ and dV = V·(F ∘ VᵀdM V) are finite: Fᵢⱼ = 1/(λⱼ − λᵢ),
+    but 0 where eigenvalues agree up to rounding, whose vectors have no derivative.
     """
     values, vectors = jnp.linalg.eigh(matrix)
     return values, vectors

@@ -277,3 +277,10 @@ def test_eigh_has_finite_derivatives_at_equal_eigenvalues():
     (_, vectors), (values_dot, vectors_dot) = jax.jvp(krylov.eigh, (matrix,), (change,))
     np.testing.assert_allclose(values_dot, [0, 0, 1], atol=1e-6)
     np.testing.assert_allclose(vectors_dot, 0 * vectors, atol=1e-6)
+
+
+def test_a_product_whose_norm_is_infinite_is_not_taken_for_zero():
+    pair = eigen.lanczos(lambda v: v * jnp.inf, jnp.ones(4), 3)
+    assert not jnp.isfinite(pair.eigenvalue)
+    step = krylov.extend(jnp.eye(3, 4), 2, jnp.array([0.0, jnp.inf, 0.0, 1.0]))
+    assert not jnp.isfinite(step.length)

@@ -172,15 +172,16 @@ def eigen_sam(
     added = alpha * jnp.abs(sign) * (1 - cosine) * (1 + cosine)  # α‖v⊥‖²
     length = jnp.sqrt(1 + alpha * added)
     # ρ/‖g‖ is the outer factor, as in `sam`, so that α = 0 rounds as `sam` does.
-    on_g, on_v, factor = tree_math.once(
-        1 - alpha * cosine, alpha * sign * grad_norm, rho * inverse
+    on_g, on_v, factor, norm, projection = tree_math.once(
+        1 - alpha * cosine,
+        alpha * sign * grad_norm,
+        rho * inverse,
+        rho * length,
+        rho * sign * (cosine + added),
     )
     direction = tree_math.add_scaled(tree_math.scale(on_g, grads), on_v, eigenvector)
     epsilon = tree_math.scale(factor, direction)
-    projection = rho * sign * (cosine + added)
-    return _where_usable(
-        inverse, Perturbation(epsilon, rho * length, grad_norm, projection)
-    )
+    return _where_usable(inverse, Perturbation(epsilon, norm, grad_norm, projection))
 
 
 def _where_usable(inverse: jax.Array, perturbation: Perturbation) -> Perturbation:

@@ -278,9 +278,9 @@ def eigen_sam(
       >>> loss = lambda w: w["x"] ** 2 + 3 * w["y"] ** 2
       >>> w = {"x": jnp.array(1.0), "y": jnp.array(0.1)}
       >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
-      >>> print(f"{optax.tree.get(state, 'eigenvalue'):.3f}")  # the Hessian's: 2 and 6
-      6.000
-      >>> alignment = optax.tree.get(state, "alignment")
+      >>> print(f"{eigensam_jax.info(state).eigenvalue:.2f}")  # the Hessian's: 2 and 6
+      6.00
+      >>> alignment = eigensam_jax.info(state).alignment
       >>> bool(alignment > 0.6 / jnp.hypot(2.0, 0.6))  # better than the gradient's
       True
 

@@ -130,7 +130,7 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
         size = sign * d_squared * per_length
         seen = [along, product * per_radius, size * per_radius, product * per_length]
         moments = decay * state.moments + (1 - decay) * along * jnp.stack(seen)
-        usable = (per_length > 0) & (inverse > 0) & jnp.all(jnp.isfinite(moments))
+        usable = (per_length > 0) & (inverse > 0)
         moments = jnp.where(usable, moments, state.moments)
         slope, size = tree_math.safe_divide(moments[1:3], moments[0])
         sides = tree_math.safe_sqrt(jnp.stack([size - slope, size + slope]))

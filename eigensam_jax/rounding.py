@@ -55,9 +55,9 @@ def add(weights: PyTree, epsilon: PyTree, count: jax.Array) -> PyTree:
       Precision", ICML 2015 (stochastic rounding).
     """
     return jax.tree.map(
-        lambda w, e: _rounded(tree_math.add(w, e), jnp.result_type(w), count),
+        lambda w, x: _rounded(x, jnp.result_type(w), count),
         weights,
-        epsilon,
+        tree_math.add_scaled(weights, 1, epsilon),
     )
 
 

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from eigensam_jax import arguments, devices, hessian, masking, rounding, tree_math
+from eigensam_jax import (
+    _scalars,
+    arguments,
+    devices,
+    hessian,
+    masking,
+    rounding,
+    tree_math,
+)
 from eigensam_jax.devices import Axes, AxisName
 from eigensam_jax.hessian import GradFn, HvpMode, Matvec, ValueFn
 from eigensam_jax.masking import Mask, Subspace
@@ -163,7 +171,7 @@ def sharpness_aware(
             if due is None:
                 due = _is_due(number, tracker.refresh_interval)
             if tracker.refresh_interval is not None and weights:
-                tracked = tree_math.branch(
+                tracked = _scalars.branch(
                     due, lambda t: tracker.refresh(t, matvec), lambda t: t, tracked
                 )
 
@@ -201,7 +209,7 @@ def sharpness_aware(
             due = refresh
             if due is None or interval in (None, 1):
                 due = _is_due(number, interval)
-            tracked = tree_math.branch(due, observed, lambda t: t, tracked)
+            tracked = _scalars.branch(due, observed, lambda t: t, tracked)
             tracked = stored(tracked, space, params, number)
         dtype = tree_math.accumulation_dtype(params)
         info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)
@@ -229,7 +237,7 @@ def _unit(info: Info) -> jax.Array:
     size = info.grad_norm
     is_far = (size < 1e-9) | (size > 1e9)
     unit = jnp.where(is_far, tree_math.safe_inverse(size), 1)
-    return tree_math.once(jnp.where(info.perturbation_norm > 0, unit, 0))[0]
+    return _scalars.once(jnp.where(info.perturbation_norm > 0, unit, 0))[0]
 
 
 def _shapes(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:

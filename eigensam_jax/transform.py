@@ -151,8 +151,8 @@ def asam(
       As `sam`.
 
     Raises:
-      ValueError: for a negative `rho` or `eta`, a `scale_biases` that is not a bool, and
-        as `sam`.
+      ValueError: for a negative `rho` or `eta`, a `scale_biases` that is not a bool,
+        and as `sam`.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
@@ -201,12 +201,12 @@ def eigen_sam(
     Put it first in the chain: `updates` must be the gradient of `value_fn` at `params`.
     Last in the chain it would hand on the gradient itself, not a step downhill.
 
-    The paper's method is `eigen_sam(0.1, 0.2, trackers.power_iteration())`. The defaults
-    here are others, which do what the method promises. At α = 0.2 λ_max was nowhere
-    significantly lower than SAM's of the same radius in our measurements. On a dense
-    network on Fashion-MNIST the default tracker lowers it at α = 0.5, by 0.18 ± 0.05 of
-    1.23 in 40 epochs, at the same test accuracy. Its v is nearer to the top eigenvector
-    than that of the paper's tracker, and it needs no Hessian-vector product.
+    The paper's method is `eigen_sam(0.1, 0.2, trackers.power_iteration())`. The
+    defaults here are others, which do what the method promises. At α = 0.2 λ_max was
+    nowhere significantly lower than SAM's of the same radius in our measurements. On a
+    dense network on Fashion-MNIST the default tracker lowers it at α = 0.5, by 0.18 ±
+    0.05 of 1.23 in 40 epochs, at the same test accuracy. Its v is nearer to the top
+    eigenvector than that of the paper's tracker, for no Hessian-vector product.
 
     Where v is no top eigenvector, as its λ is certainly negative, and until there is a
     v, the added term is dropped: the steps are those of `sam`. `alpha=0` is `sam`, bit
@@ -230,9 +230,9 @@ def eigen_sam(
 
     Differences from the paper's code: before the first v exists that code perturbs by
     ρ·g, unnormalised. A refresh counts steps over all of training, so that short epochs
-    refresh too. The Hessian is that of the loss as it is trained; the paper's code takes
-    it in evaluation mode, for which there is `curvature_fn`. Negative eigenvalues are
-    seen. v is part of the state and its checkpoints.
+    refresh too. The Hessian is that of the loss as it is trained; the paper's code
+    takes it in evaluation mode, for which there is `curvature_fn`. Negative eigenvalues
+    are seen. v is part of the state and its checkpoints.
 
     Args:
       rho: ρ, the radius of SAM's part, at least 0; or a schedule of the number of

@@ -7,7 +7,6 @@ float32, whichever is wider, so that a million bfloat16 ones have the squared no
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -243,7 +242,7 @@ def _norm(tree: PyTree) -> jax.Array:
 
 
 def _varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x` as a value that varies over the axes of `shard_map` that `like` varies over."""
+    """`x`, varying over the axes of `shard_map` that `like` varies over."""
     axes = tuple(jax.typeof(like).manual_axis_type.varying)
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
@@ -253,71 +252,6 @@ def _norm_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (tree,), (rate,) = primals, tangents
     length = _norm(tree)
     return length, vdot(scale(safe_inverse(length), tree), rate)
-
-
-def branch(
-    condition: jax.Array | bool,
-    on_true: Callable[[PyTree], Tree],
-    on_false: Callable[[PyTree], Tree],
-    operand: PyTree,
-) -> Tree:
-    """`jax.lax.cond`, or Python's `if` where the condition is known.
-
-    Outside `jit` a `cond` would compile anew at each call.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> tree_math.branch(jnp.array(True), jnp.sin, jnp.cos, jnp.array(0.0))
-      Array(0., dtype=float32)
-    """
-    if isinstance(condition, jax.core.Tracer):
-        result: Tree = jax.lax.cond(condition, on_true, on_false, operand)
-        return result
-    return on_true(operand) if condition else on_false(operand)
-
-
-def safe_sqrt(x: jax.Array) -> jax.Array:
-    """√x where x is positive, else 0, of which the derivative is 0.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> jax.value_and_grad(tree_math.safe_sqrt)(jnp.array(0.0))
-      (Array(0., dtype=float32), Array(0., dtype=float32))
-    """
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
-
-
-def safe_rsqrt(x: jax.Array) -> jax.Array:
-    """1/√x where x is positive and finite, else 0, of which the derivative is 0.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> [float(tree_math.safe_rsqrt(jnp.array(x))) for x in (4.0, 0.0, jnp.inf)]
-      [0.5, 0.0, 0.0]
-    """
-    usable = (x > 0) & jnp.isfinite(x)
-    return jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, x, 1)), 0)
-
-
-def once(*scalars: jax.Array) -> jax.Array:
-    """The same scalars as a vector, computed once before the loops that use them.
-
-    XLA would put what they are computed from, if it is cheap, into the loop over each
-    leaf, and takes a multiple of the time to compile that. A quotient is not cheap, and
-    so ends it: here one by 1, which XLA does not know.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> tree_math.once(jnp.array(3.0), jnp.array(0.5))
-      Array([3. , 0.5], dtype=float32)
-    """
-    vector = jnp.stack(scalars)
-    return vector / jnp.where(jnp.isnan(vector), vector, 1)
 
 
 def safe_inverse(x: jax.Array) -> jax.Array:
@@ -371,22 +305,13 @@ def add_scaled(a: PyTree, factor: ArrayLike, b: PyTree) -> PyTree:
       >>> tree_math.add_scaled(jnp.array([1.0, 2.0]), 3.0, jnp.array([1.0, 0.0]))
       Array([4., 2.], dtype=float32)
     """
-    return jax.tree.map(add, widen(a), scale(factor, b))
+    return jax.tree.map(_sum, widen(a), scale(factor, b))
 
 
-def add(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x + y of two arrays in the wider of their dtypes, at least float32.
-
-    JAX promotes by itself, but not under `jax_numpy_dtype_promotion="strict"`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> tree_math.add(jnp.ones(1, jnp.bfloat16), jnp.ones(1)).dtype
-      dtype('float32')
-    """
+def _sum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """X + y in the wider of their dtypes, also under strict promotion."""
     dtype = accumulation_dtype((x, y))
-    return jnp.asarray(x, dtype) + jnp.asarray(y, dtype)
+    return x.astype(dtype) + y.astype(dtype)
 
 
 def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:

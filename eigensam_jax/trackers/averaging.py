@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eigensam_jax import arguments, tree_math
+from eigensam_jax import _scalars, arguments, tree_math
 from eigensam_jax.trackers.tracker import Tracker, unchanged
 from eigensam_jax.tree_math import PyTree
 
@@ -51,9 +51,9 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
     so one batch with a thousand times the curvature shows in it for over a hundred
     steps. Whether v is used does not depend on λ but on the agreement, the average of
     ⟨v,ε⟩⟨v,d⟩/(‖ε‖‖d‖), in which each step counts for at most 1: v is left out while it
-    is negative. One step's ratio is no Rayleigh quotient, as the rest of ε has a part in
-    it. For the same reason `residual` is larger than ‖Hv − λv‖: both are equal where ε
-    is along v.
+    is negative. One step's ratio is no Rayleigh quotient, as the rest of ε has a part
+    in it. For the same reason `residual` is larger than ‖Hv − λv‖: both are equal where
+    ε is along v.
 
     What it converges to is the top eigenvector where the perturbations scatter alike
     along all eigenvectors, or α is large. Gradients scatter more along some than along
@@ -87,9 +87,8 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
       >>> spectrum = jnp.array([-5.0, 1.0, 2.0])
       >>> def step(state, noise):
       ...     epsilon = noise + state.eigenvector  # what perturbs contains v
-      ...     projection = epsilon @ state.eigenvector
-      ...     radius = jnp.linalg.norm(epsilon)
-      ...     return tracker.observe(state, spectrum * epsilon, projection, radius), None
+      ...     sizes = epsilon @ state.eigenvector, jnp.linalg.norm(epsilon)
+      ...     return tracker.observe(state, spectrum * epsilon, *sizes), None
       >>> noise = jax.random.normal(jax.random.key(0), (400, 3))
       >>> state, _ = jax.lax.scan(step, tracker.init(spectrum), noise)
       >>> bool(jnp.abs(state.eigenvector[2]) > 0.9)
@@ -117,13 +116,13 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
     ) -> SecantState:
         v, d = state.eigenvector, gradient_change
         product, d_squared, v_squared = tree_math.vdots((v, d), (d, d), (v, v))
-        lengths = jnp.stack([tree_math.safe_sqrt(d_squared), radius])
+        lengths = jnp.stack([_scalars.safe_sqrt(d_squared), radius])
         per_length, per_radius = tree_math.safe_inverse(lengths)
         sign = jnp.where(projection < 0, -1, 1).astype(product.dtype)
         weight = (1 - decay) * sign * per_length
         # ‖decay·v + weight·d‖², so that the norm takes no pass of its own.
         squared = decay**2 * v_squared + 2 * decay * weight * product + (1 - decay) ** 2
-        inverse = tree_math.safe_rsqrt(squared)
+        inverse = _scalars.safe_rsqrt(squared)
 
         # All that is said of v is of the v of this step: nothing, before there is one.
         along = jnp.where(v_squared > 0, projection * per_radius, 0)
@@ -133,9 +132,9 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
         usable = (per_length > 0) & (inverse > 0)
         moments = jnp.where(usable, moments, state.moments)
         slope, size = tree_math.safe_divide(moments[1:3], moments[0])
-        sides = tree_math.safe_sqrt(jnp.stack([size - slope, size + slope]))
+        sides = _scalars.safe_sqrt(jnp.stack([size - slope, size + slope]))
 
-        on_v, on_d = tree_math.once(
+        on_v, on_d = _scalars.once(
             inverse * decay, jnp.where(usable, inverse * weight, 0)
         )
         moved = tree_math.add_scaled(tree_math.scale(on_v, v), on_d, d)

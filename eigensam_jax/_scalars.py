@@ -1,0 +1,49 @@
+"""Scalars on the way to a step: safe roots, branches, and what is computed once."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+Operand = TypeVar("Operand")
+Result = TypeVar("Result")
+
+
+def branch(
+    condition: jax.Array | bool,
+    on_true: Callable[[Operand], Result],
+    on_false: Callable[[Operand], Result],
+    operand: Operand,
+) -> Result:
+    """`jax.lax.cond`, or Python's `if` where the condition is known.
+
+    Outside `jit` a `cond` would compile anew at each call.
+    """
+    if isinstance(condition, jax.core.Tracer):
+        result: Result = jax.lax.cond(condition, on_true, on_false, operand)
+        return result
+    return on_true(operand) if condition else on_false(operand)
+
+
+def once(*scalars: jax.Array) -> jax.Array:
+    """The same scalars as a vector, computed once before the loops that use them.
+
+    XLA would put what they are computed from, if it is cheap, into the loop over each
+    leaf, and takes a multiple of the time to compile that. A quotient is not cheap, and
+    so ends it: here one by 1, which XLA does not know.
+    """
+    vector = jnp.stack(scalars)
+    return vector / jnp.where(jnp.isnan(vector), vector, 1)
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """√x where x is positive, else 0, of which the derivative is 0."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def safe_rsqrt(x: jax.Array) -> jax.Array:
+    """1/√x where x is positive and finite, else 0, of which the derivative is 0."""
+    usable = (x > 0) & jnp.isfinite(x)
+    return jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, x, 1)), 0)

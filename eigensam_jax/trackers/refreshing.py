@@ -135,7 +135,8 @@ def _refreshing(
     def refresh(state: EigenpairState, matvec: Matvec) -> EigenpairState:
         v = state.eigenvector
         is_first = (state.eigenvalue == 0) & (state.residual == 0)
-        start = tree_math.where(is_first, rounding.spread_like(v, seed), v)
+        spread = rounding.spread_like(v, seed + (~is_first).astype(jnp.int32))
+        start = tree_math.where(is_first, spread, v)
         unroll = getattr(matvec, "unroll", False)
         new = EigenpairState(*solve(matvec, start, num_matvecs, unroll=unroll))
         # Of a Hessian that is zero there is no top eigenvector.

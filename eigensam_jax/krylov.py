@@ -142,7 +142,8 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
         jnp.ones((), norm.dtype),
     )
     basis, coefficients, length = jax.lax.fori_loop(0, 2, orthogonalise, start)
-    length = jnp.where(length <= 10 * eps, 0, norm * length)
+    is_inside = (length <= 10 * eps) & jnp.isfinite(norm)
+    length = jnp.where(is_inside, 0, norm * length)
     return Extension(basis, norm * coefficients, length)
 
 

@@ -39,14 +39,23 @@ def test_sam_is_the_gradient_at_radius_rho(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_asam_is_the_scaled_gradient(seed):
-    (g, w, _), (grads, params, _) = trees(seed)
-    result = perturbation.asam(grads, params, 0.3, 0.01)
+@pytest.mark.parametrize("scale_biases", [False, True])
+def test_asam_is_the_scaled_gradient(scale_biases, seed):
+    (g, w, _), _ = trees(seed)
+    to_tree = lambda x: {"w": x[:4].reshape(2, 2), "b": x[4:6], "scalar": x[6]}
+    grads, params = (jax.tree.map(jnp.asarray, to_tree(x)) for x in (g, w))
+    result = perturbation.asam(grads, params, 0.3, 0.01, scale_biases=scale_biases)
     scale = np.abs(w) + 0.01
+    if not scale_biases:
+        scale[4:] = 1  # T = 1 on leaves of one axis or none
     expected = 0.3 * scale**2 * g / np.linalg.norm(scale * g)
-    np.testing.assert_allclose(flat(result.epsilon), expected)
+    for name, x in to_tree(expected).items():
+        np.testing.assert_allclose(result.epsilon[name], x)
     np.testing.assert_allclose(np.linalg.norm(expected / scale), 0.3)
     np.testing.assert_allclose(result.norm, np.linalg.norm(expected))
+    if not scale_biases:
+        default = perturbation.asam(grads, params, 0.3, 0.01)
+        np.testing.assert_array_equal(default.norm, result.norm)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -41,7 +41,7 @@ def test_the_first_refresh_starts_at_random_by_its_seed(make, solve, seed):
     state = tracker.refresh(tracker.init(PARAMS), matvec)
     chex.assert_trees_all_equal_shapes(state.eigenvector, PARAMS)
     assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32")}
-    start = rounding.spread_like(tree_math.zeros_like(PARAMS), seed)
+    start = rounding.spread_like(tree_math.zeros_like(PARAMS), jnp.int32(seed))
     assert tree_math.norm(start) > 1
     chex.assert_trees_all_close(tuple(state), tuple(solve(matvec, start, 2)), rtol=1e-6)
     other = make(2, seed=seed + 1)
@@ -83,6 +83,34 @@ def test_a_refresh_that_is_not_finite_changes_nothing(make, solve, leaf, bad):
 
 
 @each_tracker
+def test_products_at_the_end_of_the_range_do_no_harm(make, solve):
+    """Products that overflow, or whose norm does, change nothing; others count."""
+    tracker = make(3)
+    state = tracker.refresh(tracker.init(PARAMS), matvec)
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape), PARAMS)
+    for bad in (
+        lambda v: tree_math.scale(jnp.float32(3e38), matvec(v)),
+        lambda v: tree_math.scale(jnp.float32(3e38), ones),
+    ):
+        chex.assert_trees_all_equal(tracker.refresh(state, bad), state)
+    huge = lambda v: tree_math.scale(jnp.float32(1e35), matvec(v))
+    after = tracker.refresh(state, huge)
+    np.testing.assert_allclose(tree_math.norm(after.eigenvector), 1, rtol=1e-6)
+    np.testing.assert_allclose(after.eigenvalue, 1e36, rtol=0.1)
+
+
+@each_tracker
+def test_of_a_hessian_that_the_compiler_knows_to_be_zero_there_is_no_vector(
+    make, solve
+):
+    tracker = make()
+    state = tracker.init(PARAMS)
+    zero = lambda v: tree_math.zeros_like(PARAMS)
+    for refresh in (tracker.refresh, jax.jit(tracker.refresh, static_argnums=1)):
+        chex.assert_trees_all_equal(refresh(state, zero), state)
+
+
+@each_tracker
 def test_of_a_zero_hessian_there_is_no_vector(make, solve):
     tracker = make()
     zero = lambda v: tree_math.scale(0.0, v)
@@ -101,8 +129,10 @@ def test_v_is_left_out_where_its_eigenvalue_is_certainly_negative(
     make, solve, eigenvalue, residual, usable
 ):
     """Some eigenvalue lies within the residual of λ: above 0, as far as is known."""
-    state = make().init(PARAMS)._replace(
-        eigenvalue=jnp.float32(eigenvalue), residual=jnp.float32(residual)
+    state = (
+        make()
+        .init(PARAMS)
+        ._replace(eigenvalue=jnp.float32(eigenvalue), residual=jnp.float32(residual))
     )
     assert state.usable == usable
 

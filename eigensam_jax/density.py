@@ -38,19 +38,16 @@ def spectral_density(
 
         (1/n) Σᵢ f(λᵢ) = E ⟨v, f(H) v⟩ ≈ Σ weights · f(nodes)
 
-    where v is a random direction, all equally likely. For each of `num_samples` of
-    them, m Lanczos steps give the m nodes and weights of Gauss quadrature: exact for
-    every polynomial f of degree at most 2m − 1, so that ⟨v, f(H) v⟩ is off by what such
-    polynomials can't follow of f, and the rest of the error is that of a mean over
-    `num_samples` random vectors. In n dimensions its standard deviation is about
-    √(2 · (mean of f² − (mean of f)²) / (n · num_samples)): little for a large network.
+    where v is a uniformly random direction. For each of `num_samples` of them, m
+    Lanczos steps give the m nodes and weights of Gauss quadrature, exact for every
+    polynomial f of degree at most 2m − 1. The mean over samples has a standard
+    deviation of about √(2 · (mean of f² − (mean of f)²) / (n · num_samples)) in n
+    dimensions: little for a large network.
 
     The outermost nodes are close to the outermost eigenvalues, inner ones stand for
-    many. A single eigenvalue is seen with weight 1/n on the average, and with very
-    different weights in single samples.
+    many. The weight of a single eigenvalue is 1/n on average and scatters widely.
 
-    Cost: m · `num_samples` products, and, as orthogonalisation is full and done twice,
-    m + 1 vectors and 4m² vector operations a sample, one sample after the other.
+    Cost: m · `num_samples` products, m + 1 vectors, 4m² vector operations a sample.
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.
@@ -142,12 +139,10 @@ def smooth_density(
     Args:
       density: what `spectral_density` returned.
       grid: the t at which to evaluate φ, of any shape.
-      width: standard deviation of the Gaussians, above 0. Take it wider than the steps
-        of the grid and narrower than what is to be told apart.
+      width: standard deviation of the Gaussians, above 0 and wider than grid steps.
 
     Returns:
-      φ on the grid: the share of the eigenvalues per unit of t. The integral over all t
-      is 1.
+      φ on the grid: the share of the eigenvalues per unit of t, with the integral 1.
 
     Raises:
       ValueError: if `width` is a number that is not positive and finite.

@@ -43,8 +43,7 @@ def power_iteration(
     """Power iteration v ← Hv/‖Hv‖: the eigenvalue of H that is largest in magnitude.
 
     Each iteration makes one product and multiplies the angle to the eigenvector by
-    about |λ₂/λ₁|. If that eigenvalue is negative it is found with its sign: look at
-    `eigenvalue` before taking the result for the top of the spectrum.
+    about |λ₂/λ₁|. A negative eigenvalue is found as such: check `eigenvalue`.
 
     `eigenvalue` and `residual` belong to v, the input of the last product, and
     `eigenvector` is Hv/‖Hv‖: one iteration better, for no further product.
@@ -54,8 +53,7 @@ def power_iteration(
       v0: where to start, a tree of real arrays of any norm. Zero stays zero.
       num_matvecs: the number of products, at least 1.
       unroll: True writes the loop out on a CPU if a product has convolutions, which
-        XLA's CPU backend runs many times slower inside a loop; this takes longer to
-        compile. Otherwise it has no effect.
+        XLA runs many times slower in a loop there. Otherwise it has no effect.
 
     Returns:
       An `Eigenpair`. Where Hv = 0 the iteration stays at v, with λ = 0. A non-finite
@@ -113,18 +111,15 @@ def lanczos(
 ) -> Eigenpair:
     """Lanczos iteration: the algebraically largest eigenvalue of H.
 
-    The best that `num_matvecs` products can do from `v0`: the Rayleigh quotient
-    ⟨v, Hv⟩ is maximised over the Krylov space of v0, Hv0, …, H^(m−1) v0, which contains
-    what power iteration finds after m − 1 products. Negative eigenvalues of larger
-    magnitude are not taken for the top.
+    The Rayleigh quotient ⟨v, Hv⟩ is maximised over the Krylov space of v0, Hv0, …,
+    H^(m−1) v0, which contains what power iteration finds after m − 1 products.
 
     `eigenvalue` and `residual` belong to that maximiser y. `eigenvector` is one step of
     a shifted power iteration further, for no further product, as the recurrence knows
     Hy: (H − μ)y, normalised, with μ the smallest Ritz value or 0, whichever is smaller.
 
-    Every vector is orthogonalised twice against all others, so that rounding makes no
-    spurious copies of eigenvalues. That holds `num_matvecs` + 3 vectors and costs
-    4 · `num_matvecs`² vector operations: meant for up to a few dozen products.
+    Each vector is orthogonalised twice against all others. That holds m + 3 vectors and
+    costs 4m² vector operations: meant for up to a few dozen products.
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.
@@ -207,8 +202,7 @@ def top_eigenpairs(
     from a random vector orthogonal to what was found, until nothing new comes.
 
     Cost: at least min(n, max(20, 2k + 10)) + k products in n dimensions, for k > 1
-    about twice as many, as no pair is believed before the basis has once been full. The
-    basis holds one vector more than that, for a moment twice.
+    about twice as many. The basis holds as many vectors, for a moment twice.
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.
@@ -308,11 +302,7 @@ def _check_top_eigenpairs(
             f"k must be at most {dimension}, the number of parameters in like, got "
             f"{k}: ask for fewer eigenpairs."
         )
-    if which not in ("algebraic", "magnitude"):
-        raise ValueError(
-            f"which must be 'algebraic' or 'magnitude', got {which!r}: the former for "
-            "the largest eigenvalues, the latter for those of largest magnitude."
-        )
+    arguments.check_choice("which", which, ("algebraic", "magnitude"))
     arguments.check_scalar("tol", tol, schedule=False)
     arguments.check_positive_int("max_matvecs", max_matvecs, "matrix-vector products")
     if max_matvecs < 2 * k:

@@ -67,22 +67,21 @@ def matvec(
     """Builds v ↦ ∇²f(w)·v from the gradient function of f.
 
     What the solvers of `eigensam_jax.eigen` take. Each call differentiates anew: a
-    linearisation would hold all activations between products.
+    linearisation would hold all activations between products. By `hvp_mode`,
 
-    "forward_over_reverse" is the `jax.jvp` of the gradient. "reverse_over_reverse" is
-    its `jax.vjp`, the same since H is symmetric: for a kernel whose custom backward
-    pass is itself a `jax.custom_vjp`, which has no forward derivative. It is as fast on
-    dense networks and several times slower on convolutional ones.
+    "forward_over_reverse" is the `jax.jvp` of the gradient.
+
+    "reverse_over_reverse" is its `jax.vjp`, the same since H is symmetric: for a kernel
+    whose custom backward pass is itself a `jax.custom_vjp`, which has no forward
+    derivative. As fast on dense networks, several times slower on convolutional ones.
 
     "finite_difference" is for a kernel that has no second derivative at all:
 
         Hv ≈ ‖v‖·(∇f(w + h·v/‖v‖) − ∇f(w − h·v/‖v‖))/(2h),   h = eps^⅓,
 
-    with eps that of the coarsest dtype in `params`, which balances rounding, about
-    eps·‖∇f‖/h, with truncation, about h². Relative errors are smallest along the top
-    eigenvector and larger along a random vector, whose product is shorter. Use it for
-    smooth networks in float32 or wider. It is unreliable in bfloat16, and with ReLU,
-    where the gradient jumps and a smaller h makes the error larger.
+    with eps that of the coarsest dtype in `params`. Rounding errors are about
+    eps·‖∇f‖/h, truncation errors h². Use it for smooth networks in float32 or wider: it
+    is unreliable in bfloat16 and with ReLU, where the gradient jumps.
 
     Args:
       grad_fn: ∇f, a function of the parameters alone that returns their gradient, for
@@ -121,17 +120,16 @@ def matvec(
 
 @contextlib.contextmanager
 def _noted() -> Iterator[None]:
-    """Adds a remedy to JAX's error where an operation lacks a derivative."""
+    """Adds to JAX's error, where an operation lacks a derivative, what to do."""
     try:
         yield
     except Exception as error:
-        if re.search("differentia|jvp|vjp", str(error), re.IGNORECASE):
+        if re.search("differentia|autodiff|jvp|vjp", str(error), re.IGNORECASE):
             error.add_note(
-                "A Hessian-vector product differentiates the gradient again, and the "
-                "loss has an operation without that derivative. Of the other values of "
-                "hvp_mode, 'reverse_over_reverse' needs no forward derivative and "
-                "'finite_difference' needs the gradient alone. trackers.secant() makes "
-                "no Hessian-vector products."
+                "An operation of the loss can't be differentiated twice like this. Of "
+                "the other values of hvp_mode, 'reverse_over_reverse' needs no forward "
+                "derivative and 'finite_difference' needs the gradient alone. "
+                "trackers.secant() makes no Hessian-vector products."
             )
         raise
 
@@ -145,16 +143,13 @@ def mean_matvec(
 ) -> Matvec:
     """Builds v ↦ Σ nᵢ ∇²fᵢ(w)·v / Σ nᵢ, the Hessian of a data set, batch by batch.
 
-    fᵢ is the mean loss of batch i and nᵢ the number of its examples, so that this is
-    the Hessian of the mean over all examples; the activations of one batch are alive at
-    a time.
-    Arrays are scanned by `jax.lax.scan`. (XLA's CPU backend runs convolutions inside a
-    scan many times slower than outside.)
+    fᵢ is the mean loss of batch i and nᵢ the number of its examples. The activations of
+    one batch are alive at a time: arrays are scanned by `jax.lax.scan`, in which XLA's
+    CPU backend runs convolutions many times slower than outside.
 
     A function leaves `batches` on the host: it is called once per product, and each
-    batch makes one jitted product, traced again for a batch of another shape. That
-    works neither inside `jit` nor inside a solver's compiled loop: use
-    `eigen.top_eigenpairs(..., host_loop=True)`.
+    batch makes one jitted product. That works neither inside `jit` nor inside a
+    solver's compiled loop: use `eigen.top_eigenpairs(..., host_loop=True)`.
 
     Args:
       value_fn: from the parameters and a batch to a scalar, the mean over the batch.
@@ -169,8 +164,8 @@ def mean_matvec(
       A function from a tree like `params` to a tree like `params`, as `hvp`.
 
     Raises:
-      ValueError: for an unknown `hvp_mode`, for arrays without a common leading
-        axis; from a product, where there are no batches, and on the host under `jit`.
+      ValueError: for an unknown `hvp_mode` and arrays without a common leading axis;
+        from a product, without batches, and on the host under `jit`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -211,13 +206,7 @@ def mean_matvec(
 
 
 def num_batches(batches: PyTree) -> int:
-    """N, the number of batches along the leading axis of a tree.
-
-    Args:
-      batches: a tree of arrays whose leading axes have the same length.
-
-    Returns:
-      That length.
+    """The common length of the leading axes of a tree of arrays.
 
     Raises:
       ValueError: where leaves have no leading axis, or none in common.
@@ -274,20 +263,18 @@ def gauss_newton_matvec(
 ) -> Matvec:
     """Builds v ↦ Jᵀ ∇²ℓ J v, the generalised Gauss–Newton matrix of ℓ(f(w)).
 
-    J is the Jacobian of the outputs f at w, and ∇²ℓ the Hessian of the loss with
-    respect to the outputs. It is the Hessian without the curvature of the model,
-    Σ ∂ℓ/∂fᵢ ∇²fᵢ: equal to it where f is linear, close to it where the outputs fit, and
-    positive semidefinite for a loss that is convex in the outputs. For a cross entropy
-    of logits it is the Fisher information matrix.
+    J is the Jacobian of the outputs f at w, ∇²ℓ the Hessian of the loss in the outputs.
+    It is the Hessian without the curvature of the model, Σ ∂ℓ/∂fᵢ ∇²fᵢ, and positive
+    semidefinite for a loss that is convex in the outputs. For a cross entropy of logits
+    it is the Fisher information matrix.
 
     Args:
       predict_fn: f, from the parameters to the outputs on the batch, a tree of real
         arrays.
       loss_fn: ℓ, from these outputs to a scalar.
       params: w, a tree of real arrays.
-      hvp_mode: how J v and the product with ∇²ℓ are made: by `jax.jvp`; without forward
-        derivatives, J v as the `jax.vjp` of u ↦ Jᵀu; or by central differences as in
-        `matvec`, for which J is not differentiated. Jᵀ is a `jax.vjp` in each.
+      hvp_mode: how J v and the product with ∇²ℓ are made, by `jax.jvp`, by `jax.vjp`
+        (J v as that of u ↦ Jᵀu) or by central differences, as in `matvec`.
 
     Returns:
       A function from a tree like `params` to a tree like `params`, as `hvp`.

@@ -70,11 +70,12 @@ def compiled(
 
 def zeros_like(like: PyTree) -> PyTree:
     """A zero vector like `like`, a tree of arrays or of `jax.ShapeDtypeStruct`."""
-    is_struct = lambda x: isinstance(x, jax.ShapeDtypeStruct)
-    arrays = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype) if is_struct(x) else x, like
-    )
-    return tree_math.zeros_like(arrays)
+
+    def array(x: Any) -> Any:
+        is_struct = isinstance(x, jax.ShapeDtypeStruct)
+        return jnp.zeros(x.shape, x.dtype) if is_struct else x
+
+    return tree_math.zeros_like(jax.tree.map(array, like))
 
 
 def basis_of(vector: PyTree, num_vectors: int) -> PyTree:
@@ -85,7 +86,7 @@ def basis_of(vector: PyTree, num_vectors: int) -> PyTree:
     )
 
 
-def get(basis: PyTree, index: jax.Array) -> PyTree:
+def get(basis: PyTree, index: jax.Array | int) -> PyTree:
     """The vector at `index`."""
     take = jax.lax.dynamic_index_in_dim  # indexing would check bounds for each leaf
     return jax.tree.map(lambda b: take(b, index, keepdims=False), basis)
@@ -142,6 +143,7 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
         jnp.ones((), norm.dtype),
     )
     basis, coefficients, length = jax.lax.fori_loop(0, 2, orthogonalise, start)
+    # A norm that is not finite is not hidden.
     is_inside = (length <= 10 * eps) & jnp.isfinite(norm)
     length = jnp.where(is_inside, 0, norm * length)
     return Extension(basis, norm * coefficients, length)
@@ -208,12 +210,8 @@ def eigh_known(matrix: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Arra
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues, ascending, and eigenvectors (columns) of a small symmetric matrix.
 
-    Its derivatives are finite: with the eigenvectors V and the differential dM,
-
-        dλᵢ = (VᵀdM V)ᵢᵢ,    dV = V·(F ∘ VᵀdM V),    Fᵢⱼ = 1/(λⱼ − λᵢ),
-
-    but F is 0 where eigenvalues agree up to rounding, as their eigenvectors have no
-    derivative.
+    Derivatives dλᵢ = (VᵀdM V)ᵢᵢ and dV = V·(F ∘ VᵀdM V) are finite: Fᵢⱼ = 1/(λⱼ − λᵢ),
+    but 0 where eigenvalues agree up to rounding, whose vectors have no derivative.
     """
     values, vectors = jnp.linalg.eigh(matrix)
     return values, vectors

@@ -82,13 +82,12 @@ def start(plan: Plan, v0: PyTree, key: jax.Array) -> Search:
     dtype = tree_math.accumulation_dtype(v0)
     anywhere = krylov.random_vector(key, tree_math.zeros_like(v0))
     first = tree_math.where(tree_math.norm(v0) == 0, anywhere, v0)
-    int32 = lambda number: jnp.full((), number, jnp.int32)
     return Search(
         basis=krylov.tridiagonal(first, plan.size).basis,
         projection=jnp.zeros((plan.size, plan.size), dtype),
-        known=int32(0),
-        products=int32(0),
-        judge_from=int32(plan.size),
+        known=jnp.zeros((), jnp.int32),
+        products=jnp.zeros((), jnp.int32),
+        judge_from=jnp.full((), plan.size, jnp.int32),
         least=jnp.full((), np.finfo(dtype).min, dtype),
         done=jnp.zeros((), bool),
     )

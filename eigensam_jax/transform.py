@@ -28,7 +28,6 @@ over the devices. Its mean is n times too large: `sam` does not mind, but the se
 would follow the gradient instead of v.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,11 +44,9 @@ from eigensam_jax.sharpness_aware import sharpness_aware
 from eigensam_jax.trackers import Tracker, TrackerState
 from eigensam_jax.tree_math import PyTree
 
-ScalarOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
-
 
 def sam(
-    rho: ScalarOrSchedule = 0.05,
+    rho: optax.ScalarOrSchedule = 0.05,
     *,
     mask: Mask = None,
     axis_name: AxisName = None,
@@ -63,11 +60,14 @@ def sam(
 
     The perturbed parameters have the dtypes of `params`. In bfloat16 or float16, where
     most of ε is below the last bit of a weight, they are rounded stochastically, so
-    that ε is not lost: see `rounding.add`.
+    that ε is not lost: see `rounding.add`. Forward and reverse derivatives go through
+    `update`; at a zero gradient those of ε are 0.
 
     Args:
       rho: ρ, the radius of the perturbation, at least 0; or a schedule of the number of
-        updates so far (below 0 or not finite, it counts as 0).
+        updates so far (below 0 or not finite, it counts as 0). ‖ε‖ is ρ for gradients
+        of any size that their dtype holds, so that a loss may be scaled. Only where
+        the squares of a gradient leave that range does its norm take a second pass.
       mask: which parameters are perturbed: a tree of bools like the parameters or a
         prefix of them, or a function that makes one from the parameters. ε is zero
         elsewhere and norms leave the rest out. All, by default.
@@ -87,16 +87,19 @@ def sam(
       An `optax.GradientTransformationExtraArgs`. Its state is a
       `sharpness_aware.SharpnessAwareState`. Its `update` needs `params` and the keyword
       argument `value_fn`, params -> scalar, the loss on the current batch; or
-      `grad_fn`, params -> gradient tree, where the loss alone is not enough
-      (micro-batches, loss scaling). With both, `grad_fn` makes the gradients. Other
-      arguments are ignored. What comes out has the structure of `params` and the dtypes
-      of the gradients handed in.
+      `grad_fn`, where the loss alone is not enough (micro-batches, loss scaling):
+      params -> gradient tree, or params -> (value, gradient tree) as
+      `jax.value_and_grad` makes it. With both functions, `grad_fn` makes the gradients.
+      Other arguments are ignored. What comes out has the structure of `params` and the
+      dtypes of the gradients handed in.
 
     Raises:
-      ValueError: for a negative `rho`, an unusable `mask` or `axis_name`, `per_device`
-        without the latter; from `update`, where an argument is missing or does not fit
-        the parameters, outside of what `axis_name` names, and where `shard_map` knows
-        `updates` to be a mean or not to be one as is not meant.
+      ValueError: for a negative `rho`, an invalid `mask` or `axis_name`, `per_device`
+        without the latter; from `init` and `update`, for parameters that are not real
+        floating-point arrays; from `update`, where an argument is missing or does not
+        fit the parameters, outside of the axes that `axis_name` names, and where
+        `shard_map` knows `updates` to be a mean and `per_device` is True, or the other
+        way round.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
@@ -113,16 +116,17 @@ def sam(
     """
     arguments.check_scalar("rho", rho, schedule=True)
 
-    def perturb(count: jax.Array, grads: PyTree, *_: Any) -> Perturbation:
-        return perturbation.sam(grads, _at("rho", rho, count))
+    def perturb(number: jax.Array, grads: PyTree, *_: Any) -> Perturbation:
+        return perturbation.sam(grads, _at("rho", rho, number))
 
     return sharpness_aware(perturb, None, mask, axis_name, per_device)
 
 
 def asam(
-    rho: ScalarOrSchedule = 0.5,
+    rho: optax.ScalarOrSchedule = 0.5,
     eta: float = 0.01,
     *,
+    scale_biases: bool = False,
     mask: Mask = None,
     axis_name: AxisName = None,
     per_device: bool = False,
@@ -130,12 +134,15 @@ def asam(
     """Adaptive SAM: ∇L(w) becomes ∇L(w + ρ·T²g/‖Tg‖) with T = |w| + η, element-wise.
 
     One gradient more per step. ρ is measured relative to the weights, so it is about
-    ten times that of `sam`. T is |w| + η for every parameter, biases too; the authors'
-    code uses 1 for these. First in the chain, as `sam`.
+    ten times that of `sam`. On biases, the leaves of one axis or none, T is 1, as in
+    the authors' code, for which ρ = 0.5 is the published choice. First in the chain, as
+    `sam`.
 
     Args:
       rho: ρ, at least 0; or a schedule of the number of updates so far.
       eta: η, at least 0; with 0, weights that are zero are never perturbed.
+      scale_biases: whether T is |w| + η on biases too, as in the paper's formula. A
+        larger ρ is then best, such as 2.
       mask: as in `sam`.
       axis_name: as in `sam`.
       per_device: as in `sam`.
@@ -144,16 +151,17 @@ def asam(
       As `sam`.
 
     Raises:
-      ValueError: for a negative `rho` or `eta`, and as `sam`.
+      ValueError: for a negative `rho` or `eta`, a `scale_biases` that is not a bool, and
+        as `sam`.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
       >>> tx = optax.chain(eigensam_jax.asam(rho=0.1, eta=0.0), optax.sgd(0.5))
       >>> loss = lambda w: jnp.sum(w**2)
-      >>> w = jnp.array([2.0, 0.0])
+      >>> w = jnp.array([[2.0, 0.0]])
       >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
       >>> updates  # ε = 0.1 · (4·4)/(2·4) in the first weight
-      Array([-2.2, -0. ], dtype=float32)
+      Array([[-2.2, -0. ]], dtype=float32)
 
     References:
       Kwon, Kim, Park, Choi, "ASAM: Adaptive Sharpness-Aware Minimization for
@@ -161,18 +169,21 @@ def asam(
     """
     arguments.check_scalar("rho", rho, schedule=True)
     arguments.check_scalar("eta", eta, schedule=False)
+    valid = isinstance(scale_biases, bool)
+    arguments.require(valid, "scale_biases", scale_biases, "True or False")
 
     def perturb(
-        count: jax.Array, grads: PyTree, params: PyTree, _: Any
+        number: jax.Array, grads: PyTree, params: PyTree, _: Any
     ) -> Perturbation:
-        return perturbation.asam(grads, params, _at("rho", rho, count), eta)
+        now = _at("rho", rho, number)
+        return perturbation.asam(grads, params, now, eta, scale_biases=scale_biases)
 
     return sharpness_aware(perturb, None, mask, axis_name, per_device)
 
 
 def eigen_sam(
-    rho: ScalarOrSchedule = 0.05,
-    alpha: ScalarOrSchedule = 0.2,
+    rho: optax.ScalarOrSchedule = 0.05,
+    alpha: optax.ScalarOrSchedule = 0.5,
     tracker: Tracker = trackers.secant(),
     *,
     mask: Mask = None,
@@ -190,48 +201,42 @@ def eigen_sam(
     Put it first in the chain: `updates` must be the gradient of `value_fn` at `params`.
     Last in the chain it would hand on the gradient itself, not a step downhill.
 
-    Where the tracked λ is negative, v is a direction of negative curvature and not the
-    top of the spectrum: the added term is dropped and the steps are those of `sam`
-    until the tracker finds another. `alpha=0` is `sam`, bit for bit, with the
-    eigenvector tracked beside it.
+    The paper's method is `eigen_sam(0.1, 0.2, trackers.power_iteration())`. The defaults
+    here are others, which do what the method promises. At α = 0.2 λ_max was nowhere
+    significantly lower than SAM's of the same radius in our measurements. On a dense
+    network on Fashion-MNIST the default tracker lowers it at α = 0.5, by 0.18 ± 0.05 of
+    1.23 in 40 epochs, at the same test accuracy. Its v is nearer to the top eigenvector
+    than that of the paper's tracker, and it needs no Hessian-vector product.
 
-    Cost: one gradient more per step, as `sam`; what the tracker costs, by default two
-    passes over the parameters and no Hessian-vector product; and one vector like the
-    parameters, in float32 or wider.
+    Where v is no top eigenvector, as its λ is certainly negative, and until there is a
+    v, the added term is dropped: the steps are those of `sam`. `alpha=0` is `sam`, bit
+    for bit, with the eigenvector tracked beside it.
+
+    Cost: one gradient more per step, as `sam`; one vector like the parameters, in
+    float32 or wider; and what the tracker costs, by default no Hessian-vector product
+    and ten passes over the parameters, of v, g and ∇L(w + ε).
 
     The Hessian-vector products of other trackers need several times the memory of a
     gradient, on a step that refreshes, and the program reserves it for every step. Give
     them half or a quarter of the batch by `curvature_fn` where that is too much.
 
-    The default tracker is not the paper's. Measured by `eigensam track`, vᵀHv of the v
-    that a step uses is nearer to λ_max with `trackers.secant` than with the paper's
-    power iteration, on all three networks at every α, for no Hessian-vector product;
-    and at α = 1 λ_max ended lower than SAM's of the same radius on two of
-    them, which with power iteration it did on none. It needs no second derivative and
-    puts no branch into the program. `trackers.ritz` comes nearer still on some
-    networks, for as many products as the paper's. The paper's Eigen-SAM is
-    `tracker=trackers.power_iteration()`.
-
     The Hessian of trackers that make products is that of `curvature_fn`, if given, else
     the Jacobian of `grad_fn`, if given, else that of `value_fn`, at w. What optax adds
     later, such as weight decay, is not in it.
 
-    The state is found by name from any chain, for example
-    `optax.tree.get(opt_state, "eigenvector")`, and likewise "eigenvalue", "residual",
-    "alignment", "grad_norm", "perturbation_norm" and "perturbed_value"; their meanings
-    are in the tracker's state and `sharpness_aware.Info`. "alignment" is with the
-    tracked v, which may be far from the true one.
+    What the last step did is `eigensam_jax.info(opt_state)`, from any chain: λ, its
+    residual, ‖g‖, ‖ε‖, L(w + ε) and the alignment |⟨ε,v⟩|/‖ε‖ with the tracked v, which
+    may be far from the true one. v is `optax.tree.get(opt_state, "eigenvector")`.
 
-    Differences from the paper's code, beside the tracker: before the first v exists
-    that code perturbs by ρ·g, unnormalised; here the step is then that of `sam`, or v
-    exists from the first step. A refresh counts steps over all of training, so that
-    short epochs refresh too. The Hessian is taken of the loss as it is trained; the
-    paper's code takes it in evaluation mode, for which there is `curvature_fn`.
-    Negative eigenvalues are seen. v is part of the state and its checkpoints.
+    Differences from the paper's code: before the first v exists that code perturbs by
+    ρ·g, unnormalised. A refresh counts steps over all of training, so that short epochs
+    refresh too. The Hessian is that of the loss as it is trained; the paper's code takes
+    it in evaluation mode, for which there is `curvature_fn`. Negative eigenvalues are
+    seen. v is part of the state and its checkpoints.
 
     Args:
       rho: ρ, the radius of SAM's part, at least 0; or a schedule of the number of
-        updates so far. The paper's code defaults to 0.05 and its published run has 0.1.
+        updates so far.
       alpha: α, the weight of the eigenvector's part, at least 0; or a schedule. The
         paper tunes it over 0.05, 0.1 and 0.2.
       tracker: what keeps v up to date, see `eigensam_jax.trackers`.
@@ -239,17 +244,18 @@ def eigen_sam(
         v zero elsewhere.
       axis_name: as in `sam`; Hessian-vector products are averaged as well.
       per_device: as in `sam`. v stays the same on all devices: the Hessian is that of
-        the whole batch, and trackers that observe see the means over the devices of
-        s·εᵢ and s·(∇Lᵢ(w + εᵢ) − ∇Lᵢ(w)) with s = sign⟨v,εᵢ⟩, for a collective as
-        large as a gradient on each step that is observed.
+        the whole batch, and trackers that observe see the mean over the devices of
+        s·(∇Lᵢ(w + εᵢ) − ∇Lᵢ(w)) with s = sign⟨v,εᵢ⟩, for a collective as large as a
+        gradient on each step that is observed.
       hvp_mode: how a Hessian-vector product is made. "forward_over_reverse" is the
         fastest. A kernel whose custom backward pass is itself a `jax.custom_vjp` fails
         under it and passes under "reverse_over_reverse". A kernel with no second
         derivative at all needs "finite_difference", two gradients a product, which is
         good for smooth networks in float32 and not for ReLU: see `hessian.matvec`.
-      eigenvector_dtype: the dtype in which v is kept between steps; None is float32, or
-        that of the parameters where it is wider. `jnp.bfloat16` halves its memory; sums
-        with v are in float32 all the same.
+      eigenvector_dtype: the dtype in which v, and the second vector of
+        `trackers.ritz`, are kept between steps; None is float32, or that of the
+        parameters where it is wider. `jnp.bfloat16` halves their memory: they are
+        rounded to it stochastically, and sums with them are in float32 all the same.
 
     Returns:
       As `sam`. `update` takes two more keyword arguments: `curvature_fn`, params ->
@@ -261,9 +267,9 @@ def eigen_sam(
       is never.
 
     Raises:
-      ValueError: for a negative `rho` or `alpha`, for a `tracker` that is none, for an
-        `hvp_mode` that there is not, for an `eigenvector_dtype` that is not a floating
-        one, and as `sam`.
+      ValueError: for a negative `rho` or `alpha`, an invalid `tracker`, an unknown
+        `hvp_mode`, an `eigenvector_dtype` that is not floating-point or has fewer than
+        16 bits, and as `sam`.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
@@ -314,7 +320,7 @@ def eigen_sam(
     )
 
 
-def _at(name: str, value: ScalarOrSchedule, count: jax.Array) -> ArrayLike:
+def _at(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
     """The value at this step; what is negative or not finite counts as 0."""
     now = jnp.asarray(value(count) if callable(value) else value)
     if now.shape != ():

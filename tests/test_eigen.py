@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from problems import SPECTRA, dense_hessian, flatten, network, symmetric
 
-from eigensam_jax import eigen, hessian, tree_math
+from eigensam_jax import eigen, hessian, krylov, tree_math
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -203,3 +203,84 @@ def test_lanczos_on_degenerate_input(unroll):
     np.testing.assert_array_equal(nowhere.eigenvector, 0 * ones)
     bad = eigen.lanczos(lambda v: v * jnp.nan, ones, 3, unroll=unroll)
     assert jnp.isnan(bad.eigenvalue)
+
+
+# --- derivatives and shapes -----------------------------------------------------------
+
+
+def top_of(solve, num_matvecs):
+    """Eigenvalue and a function of the eigenvector, from a matrix and a start."""
+    fixed = jnp.arange(1.0, 6.0)
+
+    def value(matrix, start):
+        pair = solve(lambda v: (matrix + matrix.T) / 2 @ v, start, num_matvecs)
+        return pair.eigenvalue + (fixed @ pair.eigenvector) ** 2 + pair.residual
+
+    return value
+
+
+def check_derivatives(function, *args):
+    """Forward and reverse mode against central differences in a random direction."""
+    direction = [
+        np.random.default_rng(i).normal(size=x.shape) for i, x in enumerate(args)
+    ]
+    forward = jax.jit(
+        lambda *a: jax.jvp(function, a, tuple(map(jnp.asarray, direction)))
+    )
+    reverse = jax.jit(jax.grad(function, argnums=range(len(args))))
+    slope = forward(*args)[1]
+    step = 1e-6
+    moved = lambda h: [x + h * d for x, d in zip(args, direction, strict=True)]
+    value = jax.jit(function)
+    expected = (value(*moved(step)) - value(*moved(-step))) / (2 * step)
+    np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-5)
+    pairs = zip(reverse(*args), direction, strict=True)
+    backward = sum(np.sum(g * d) for g, d in pairs)
+    np.testing.assert_allclose(backward, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solve", [eigen.power_iteration, eigen.lanczos])
+def test_derivatives_agree_with_finite_differences(solve):
+    with jax.enable_x64(True):
+        for seed in range(3):
+            matrix, _ = symmetric(SPECTRA["indefinite"], seed)
+            start = np.random.default_rng(seed).normal(size=5)
+            args = jnp.asarray(matrix), jnp.asarray(start)
+            check_derivatives(top_of(solve, 3), *args)
+
+
+@pytest.mark.parametrize("spectrum", ["indefinite", "degenerate"])
+def test_the_eigenvalue_of_an_exhausted_space_has_its_derivative(spectrum):
+    """By Hellmann and Feynman yyᵀ, with rows of the small matrix that are all alike."""
+    with jax.enable_x64(True):
+        matrix, _ = symmetric(SPECTRA[spectrum], 0)
+        start = jnp.asarray(np.random.default_rng(0).normal(size=5))
+        run = lambda m: eigen.lanczos(lambda v: (m + m.T) / 2 @ v, start, 8)
+        value, pair = jax.jit(jax.grad(lambda m: run(m).eigenvalue)), jax.jit(run)
+        y = pair(jnp.asarray(matrix)).eigenvector
+        expected = np.outer(y, y)
+        np.testing.assert_allclose(value(jnp.asarray(matrix)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("solve", [eigen.power_iteration, eigen.lanczos])
+def test_derivatives_are_finite_where_there_is_nothing_to_differentiate(solve):
+    run = lambda scale, start: solve(lambda v: scale * v, start, 3)
+    for start in (jnp.zeros(3), jnp.ones(3)):
+        for scale in (jnp.array(0.0), jnp.array(2.0)):
+            slopes = jax.jit(jax.jacrev(run, argnums=(0, 1)))(scale, start)
+            assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(slopes))
+
+
+def test_eigh_has_finite_derivatives_at_equal_eigenvalues():
+    matrix = jnp.diag(jnp.array([1.0, 1.0, 3.0]))
+    change = jnp.zeros((3, 3)).at[2, 2].set(1.0)
+    (_, vectors), (values_dot, vectors_dot) = jax.jvp(krylov.eigh, (matrix,), (change,))
+    np.testing.assert_allclose(values_dot, [0, 0, 1], atol=1e-6)
+    np.testing.assert_allclose(vectors_dot, 0 * vectors, atol=1e-6)
+
+
+def test_a_product_whose_norm_is_infinite_is_not_taken_for_zero():
+    pair = eigen.lanczos(lambda v: v * jnp.inf, jnp.ones(4), 3)
+    assert not jnp.isfinite(pair.eigenvalue)
+    step = krylov.extend(jnp.eye(3, 4), 2, jnp.array([0.0, jnp.inf, 0.0, 1.0]))
+    assert not jnp.isfinite(step.length)

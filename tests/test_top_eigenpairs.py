@@ -1,5 +1,6 @@
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -236,7 +237,10 @@ def test_sharding_in_types_is_kept():
         ({"k": 0}, "k must be an integer of at least 1, got 0"),
         ({"k": 2.0}, "k must be an integer of at least 1, got 2.0"),
         ({"k": 6}, "k must be at most 5, .* got 6: ask for fewer"),
-        ({"which": "LA"}, "which must be 'algebraic' or 'magnitude', got 'LA'"),
+        (
+            {"which": "LA"},
+            r"which must be one of \('algebraic', 'magnitude'\), got 'LA'",
+        ),
         ({"tol": -1e-3}, "tol must be a finite number of at least 0 .* got -0.001"),
         ({"tol": "small"}, "tol must be a finite number .* got 'small'"),
         ({"max_matvecs": 3}, "max_matvecs must be at least 2 · k = 4, got 3"),
@@ -247,3 +251,25 @@ def test_sharding_in_types_is_kept():
 def test_a_bad_argument(options, message):
     with pytest.raises(ValueError, match=message):
         eigen.top_eigenpairs(lambda v: v, jnp.zeros(5), **{"k": 2, **options})
+
+
+def test_shapes_alone_say_what_the_vectors_are_like():
+    """`like` of `ShapeDtypeStruct`, and `eval_shape` of every solver."""
+    like = {"a": jnp.zeros(3), "b": jnp.zeros((2, 2), jnp.bfloat16)}
+    shapes = jax.eval_shape(lambda: like)
+    matvec = lambda v: {"a": 3 * v["a"], "b": v["b"]}
+    vectors = jax.tree.map(jnp.ones_like, like)
+    for solve in (
+        lambda x: eigen.top_eigenpairs(matvec, x, 2),
+        lambda x: eigen.spectral_density(matvec, x, num_matvecs=2, num_samples=2),
+    ):
+        given = jax.jit(lambda solve=solve: solve(shapes))()
+        chex.assert_trees_all_equal(given, jax.jit(solve)(like))
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            given, jax.eval_shape(solve, like)
+        )
+    for solve in (eigen.power_iteration, eigen.lanczos):
+        run = lambda v, solve=solve: solve(matvec, v, 2)
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            jax.jit(run)(vectors), jax.eval_shape(run, shapes)
+        )

@@ -54,7 +54,8 @@ def definition(name, w, matrix, v, rho, alpha, eta):
     if name == "sam":
         return rho * u
     if name == "asam":
-        return rho * u  # T = 1 on leaves of one axis, which all of these are
+        scale = np.abs(w) + eta
+        return rho * scale**2 * g / np.linalg.norm(scale * g)
     positive = v @ matrix @ v > 0
     return rho * (u + positive * alpha * np.sign(g @ v) * (v - (u @ v) * u))
 
@@ -75,7 +76,7 @@ def test_on_a_quadratic_the_gradient_is_h_times_w_plus_epsilon(
         value_fn, to_tree = quadratic(matrix, dtype)
         kwargs = {
             "sam": {"rho": 0.3},
-            "asam": {"rho": 0.3, "eta": 0.1},
+            "asam": {"rho": 0.3, "eta": 0.1, "scale_biases": True},
             "eigen_sam": {
                 "rho": 0.3,
                 "alpha": 0.7,
@@ -112,6 +113,25 @@ def test_on_a_quadratic_the_gradient_is_h_times_w_plus_epsilon(
             alignment = abs(epsilon @ v) / radius
             np.testing.assert_allclose(info.alignment, alignment, rtol=10 * rtol)
         assert {x.dtype for x in jax.tree.leaves((updates, info))} == {jnp.dtype(dtype)}
+
+
+def test_asam_scales_no_biases_unless_told():
+    w = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
+    tilt = {"kernel": jnp.array([[0.5, 1.0]]), "bias": jnp.array([2.0])}
+    value_fn = lambda p: tree_math.vdot(tilt, p) + 0.5 * tree_math.vdot(p, p)
+    grads = jax.grad(value_fn)(w)
+    g = flatten(grads)
+    for scale_biases, bias in ((False, 1.0), (True, 3.1)):
+        tx = asam(0.3, 0.1, scale_biases=scale_biases)
+        updates, _ = tx.update(grads, tx.init(w), w, value_fn=value_fn)
+        scale = np.array([bias, 1.1, 2.1])
+        epsilon = 0.3 * scale**2 * g / np.linalg.norm(scale * g)
+        np.testing.assert_allclose(flatten(updates) - g, epsilon, rtol=1e-5)
+    default = asam(0.3, 0.1)
+    expected = asam(0.3, 0.1, scale_biases=False)
+    chex.assert_trees_all_equal(
+        *(t.update(grads, t.init(w), w, value_fn=value_fn) for t in (default, expected))
+    )
 
 
 # --- against a naive rewrite ----------------------------------------------------------
@@ -264,6 +284,8 @@ def test_each_name_is_in_the_state_once():
         *("grad_norm", "perturbation_norm", "perturbed_value"),
     ):
         assert len(optax.tree.get_all_with_path(state, name)) == 1, name
+    assert optax.tree.get(state, "count") == 0  # adam's: ours is `num_updates`
+    assert optax.tree.get(state, "num_updates") == 0
 
 
 def test_a_negative_eigenvalue_drops_the_added_term_until_the_next_refresh():
@@ -299,7 +321,7 @@ def test_curvature_fn_is_the_loss_that_is_tracked():
     eigenvalues = np.linalg.eigvalsh(dense_hessian(held_out, params))
     np.testing.assert_allclose(state.tracker.eigenvalue, eigenvalues[-1], rtol=1e-4)
     v = state.tracker.eigenvector  # of the held-out loss; the gradients are not
-    epsilon = perturbation.eigen_sam(grads, v, 0.05, 0.2).epsilon
+    epsilon = perturbation.eigen_sam(grads, v, 0.05, 0.5).epsilon
     perturbed = tree_math.add_scaled(params, 1, epsilon)
     chex.assert_trees_all_close(updates, jax.grad(train_fn)(perturbed), rtol=1e-5)
     assert tree_math.norm(tree_math.add_scaled(updates, -1, grads)) > 0.01

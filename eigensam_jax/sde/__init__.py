@@ -15,25 +15,21 @@ with Σ the covariance over batches of ∇f_γ(X + ε_γ) and, by `order`, the d
     2          b = −E[∇f_γ + H_γ ε_γ]
     3          b = −E[∇f_γ + H_γ ε_γ + ½ ∇³f_γ[ε_γ, ε_γ]]
 
-so that −b is off SAM's mean gradient by O(ρ), O(ρ²) and O(ρ³). That is within O(η), the
-error that replacing steps of η by an equation makes by itself, while ρ is O(η^½) at
-order 2 and O(η^⅓) at order 3. Eigen-SAM is the same with
+so that −b is off SAM's mean gradient by O(ρ), O(ρ²) and O(ρ³). That is within the
+error O(η) of any such equation while ρ is O(η^½) at order 2 and O(η^⅓) at order 3.
+Eigen-SAM is the same with
 
     ε_γ = ρ·(u_γ + α·sign⟨∇f_γ, v⟩·v⊥),    v⊥ = v − ⟨u_γ, v⟩u_γ,
 
-and v = v₁(X) the exact top eigenvector of the Hessian of E[f_γ], all batches, at X. A
-tracked v would carry a memory, and the process would not be one of X alone.
+and v = v₁(X) the exact top eigenvector of the Hessian of E[f_γ], all batches, at X.
 
-What is assumed: f_γ has three continuous derivatives (tanh, GELU or softplus: the third
-derivative of a ReLU network is 0 wherever there is one, and not what its kinks do over
-a distance ρ); ∇f_γ ≠ 0, as u_γ jumps there (here u_γ = 0 for a zero gradient); and for
-Eigen-SAM that λ₁ is simple and ⟨∇f_γ, v⟩ ≠ 0. A path that crosses these places is still
-computed, but theorems on weak approximation ask for smooth coefficients.
+Assumptions: f_γ has three continuous derivatives (tanh, GELU or softplus, not ReLU);
+∇f_γ ≠ 0 (here u_γ = 0 for a zero gradient); and for Eigen-SAM that λ₁ is simple and
+⟨∇f_γ, v⟩ ≠ 0. Paths are computed all the same where these fail.
 
-Whose it is: the equation of order 2 is that of Compagnoni et al., that of order 3 that
-of Luo et al. This project's own, and proved in neither, are Eigen-SAM's equation; Σ of
-the gradients where SAM takes them, not expanded in ρ, so that orders 2 and 3 differ in
-their drift alone; and Itô's term in `sharpness_rates`.
+Order 2 is the equation of Compagnoni et al., order 3 that of Luo et al. This project's
+own, and unproved, are Eigen-SAM's equation; Σ of the gradients where SAM takes them,
+not expanded in ρ; and Itô's term in `sharpness_rates`.
 
 References:
   Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization Improves

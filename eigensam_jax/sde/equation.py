@@ -1,6 +1,7 @@
 """The two coefficients of the equation: its drift b, and what its noise is made of."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ TOLERANCE = 1e-5
 
 
 class Coefficients(NamedTuple):
-    """Both coefficients at a point, and the loss on the way.
+    """Both coefficients at a point, and the loss.
 
     Attributes:
       value: E[f_γ].
@@ -42,18 +43,18 @@ def drift(
     eigenvector: PyTree | None = None,
     tol: ArrayLike = TOLERANCE,
 ) -> PyTree:
-    """Drift b of the equation, by the highest derivative of the loss that it has.
+    """Drift b of the equation, by `order`, the highest derivative of the loss in it.
 
         1: −E[∇f_γ]
         2: −E[∇f_γ + H_γ ε_γ]
         3: −E[∇f_γ + H_γ ε_γ + ½∇³f_γ[ε_γ, ε_γ]]
 
-    with ε_γ = ρ·u_γ of SAM or, for α > 0, Eigen-SAM's; the whole statement is in the
-    docstring of `eigensam_jax.sde`. Where ∇f_γ = 0, so is ε_γ. Of a quadratic loss, two
-    orders are exact, of a cubic one three.
+    with ε_γ = ρ·u_γ of SAM or, for α > 0, Eigen-SAM's; the docstring of
+    `eigensam_jax.sde` states it in full. Where ∇f_γ = 0, so is ε_γ. Order 2 is exact
+    for a quadratic loss, order 3 for a cubic one.
 
-    One batch is at work at a time. It costs the operations of 1 gradient at order 1 and
-    of a few at the others, the more the deeper the network is.
+    Batches are processed one at a time, each for one gradient's operations at order 1,
+    and for a few gradients' at the others, more for deeper networks.
 
     Args:
       value_fn: (params, batch) -> f_γ(w), a real scalar.
@@ -64,17 +65,17 @@ def drift(
       alpha: α of Eigen-SAM; 0 for SAM.
       eigenvector: v, a tree like `params` of norm 1; its sign does not matter. By
         default the top eigenvector of the Hessian of E[f_γ] at w, by
-        `eigen.top_eigenpairs`, which costs some 20 Hessian-vector products of all
-        batches. Not looked at for α = 0.
+        `eigen.top_eigenpairs`, some 20 Hessian-vector products of all batches. Not used
+        for α = 0.
       tol: tolerance of that eigenvector's residual, relative to λ₁.
 
     Returns:
       b, a tree like `params`, in float32 or in the leaf's dtype where that is wider.
 
     Raises:
-      ValueError: for an `order`, `rho`, `alpha` or `tol` that is none of the above, for
-        batches without a common leading axis, parameters that are not real, a
-        `value_fn` that returns no scalar, or an `eigenvector` unlike `params`.
+      ValueError: for an invalid `order`, `rho`, `alpha` or `tol`, batches without a
+        common leading axis, parameters that are not real, a `value_fn` that returns no
+        scalar, or an `eigenvector` unlike `params`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -88,16 +89,12 @@ def drift(
       Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization
       Improves Sharpness-Aware Minimization", NeurIPS 2024.
     """
-    check(params, batches, rho, order, alpha)
+    count = check(params, batches, rho, order, alpha)
     v = _eigenvector(value_fn, params, batches, order, alpha, eigenvector, tol)
-
-    def minus_drift(batch: PyTree) -> PyTree:
-        f, _, grads, step = at_batch(value_fn, params, batch, rho, alpha, v)
-        if order == 1:
-            return grads
-        return expansion.expanded_gradient(f, params, step.epsilon, order)
-
-    return tree_math.scale(-1, expansion.batch_mean(minus_drift, batches))
+    still = jnp.zeros(count, tree_math.accumulation_dtype(params))
+    return coefficients(
+        value_fn, params, batches, rho, still, order, alpha, v, lambda c: c.drift
+    )
 
 
 def diffusion(
@@ -112,13 +109,12 @@ def diffusion(
     eigenvector: PyTree | None = None,
     tol: ArrayLike = TOLERANCE,
 ) -> PyTree:
-    """Product B·ξ with a root of the covariance, BBᵀ = Σ, of one column a batch.
+    """Product B·ξ with a root of the covariance, BBᵀ = Σ, with one column a batch.
 
-        B·ξ = N^(−½) Σ_γ ξ_γ (g_γ − E[g]),    g_γ = ∇f_γ(w + ε_γ), at order 1 ∇f_γ(w),
+        B·ξ = N^(−½) Σ_γ ξ_γ (g_γ − E[g]),    g_γ = ∇f_γ(w + ε_γ), at order 1 ∇f_γ(w)
 
-    so that of independent standard normal ξ it is normal with the covariance Σ exactly,
-    and neither Σ nor a root of it as large as the parameters squared is formed. (B is
-    not Σ^½, but drives the same equation: its law depends on BBᵀ alone.)
+    For independent standard normal ξ its covariance is exactly Σ, and no matrix is
+    formed. (B is not Σ^½, but the law of the equation depends on BBᵀ alone.)
 
     Args:
       value_fn: as in `drift`, as all that follows.
@@ -155,16 +151,9 @@ def diffusion(
         )
     v = _eigenvector(value_fn, params, batches, order, alpha, eigenvector, tol)
     xi = jnp.asarray(increments, tree_math.accumulation_dtype(params))
-
-    def weighted(pair: tuple[PyTree, jax.Array]) -> PyTree:
-        batch, weight = pair
-        f, _, grads, step = at_batch(value_fn, params, batch, rho, alpha, v)
-        noisy = grads if order == 1 else perturbed_gradient(f, params, step)
-        return tree_math.scale(weight, noisy)
-
-    # Σ ξ_γ (g_γ − E[g]) = Σ (ξ_γ − mean ξ) g_γ: one pass does.
-    mean = expansion.batch_mean(weighted, (batches, xi - xi.mean()))
-    return tree_math.scale(count**0.5, mean)
+    return coefficients(
+        value_fn, params, batches, rho, xi, order, alpha, v, lambda c: c.noise
+    )
 
 
 def coefficients(
@@ -176,30 +165,28 @@ def coefficients(
     order: Order,
     alpha: ArrayLike,
     eigenvector: PyTree | None,
-) -> Coefficients:
-    """`drift` and `diffusion` in one pass over the batches, without their checks."""
+    select: Callable[[Coefficients], Any] = lambda both: both,
+) -> Any:
+    """What `select` takes of both coefficients, in one pass, without any checks.
 
-    def both(pair: tuple[PyTree, jax.Array]) -> Coefficients:
+    Selected batch by batch, so that XLA leaves out the rest.
+    """
+    # Σ ξ_γ (g_γ − E[g]) = Σ (ξ_γ − mean ξ) g_γ: one pass does.
+    weights = (increments - increments.mean()) * hessian.num_batches(batches) ** 0.5
+
+    def at(pair: tuple[PyTree, jax.Array]) -> Any:
         batch, weight = pair
         f, value, grads, step = at_batch(
             value_fn, params, batch, rho, alpha, eigenvector
         )
-        if order == 1:
-            return Coefficients(value, grads, tree_math.scale(weight, grads))
-        return Coefficients(
-            value,
-            expansion.expanded_gradient(f, params, step.epsilon, order),
-            tree_math.scale(weight, perturbed_gradient(f, params, step)),
-        )
+        expanded = noisy = grads
+        if order != 1:
+            expanded = expansion.expanded_gradient(f, params, step.epsilon, order)
+            noisy = perturbed_gradient(f, params, step)
+        drift, noise = tree_math.scale(-1, expanded), tree_math.scale(weight, noisy)
+        return select(Coefficients(value, drift, noise))
 
-    weights = increments - increments.mean()
-    mean = expansion.batch_mean(both, (batches, weights))
-    root = hessian.num_batches(batches) ** 0.5
-    return Coefficients(
-        mean.value,
-        tree_math.scale(-1, mean.drift),
-        tree_math.scale(root, mean.noise),
-    )
+    return expansion.batch_mean(at, (batches, weights))
 
 
 def at_batch(
@@ -250,14 +237,14 @@ def is_sam(alpha: ArrayLike) -> bool:
 def check(
     params: PyTree, batches: PyTree, rho: ArrayLike, order: Order, alpha: ArrayLike
 ) -> int:
-    """Refuses what can't be meant, and returns the number of batches."""
+    """Refuses invalid arguments, and returns the number of batches."""
     arguments.check_params(params)
     check_method(rho, order, alpha)
     return hessian.num_batches(batches)
 
 
 def check_method(rho: ArrayLike, order: Order, alpha: ArrayLike) -> None:
-    """Refuses numbers that no method has."""
+    """Refuses an invalid `rho`, `alpha` or `order`."""
     arguments.check_scalar("rho", rho, schedule=False)
     arguments.check_scalar("alpha", alpha, schedule=False)
     expansion.check_order(order)

@@ -1,8 +1,7 @@
 """Gradients expanded along a perturbation: contractions of higher derivatives.
 
 Each contraction is the gradient of a directional derivative, ∇(D_a D_b f): forward mode
-nested in reverse mode, so that no tensor is formed. Taylor mode
-(`jax.experimental.jet`) and forward over reverse give the same for more operations.
+nested in reverse mode, so that no tensor is formed.
 """
 
 from collections.abc import Callable
@@ -27,10 +26,8 @@ def expanded_gradient(
 
         1: ∇f     2: ∇f + Hε     3: ∇f + Hε + ½∇³f[ε, ε]
 
-    It is the gradient of the same polynomial of f, f + D_ε f + ½D_ε² f with ε held
-    fixed, and made as such, in one backward pass. That is the operations of a few
-    gradients: fewer where most parameters are in the first layer, whose inputs do not
-    move, more where layers are many.
+    Made as the gradient of f + D_ε f + ½D_ε² f with ε held fixed, in one backward pass:
+    the operations of a few gradients, more for deeper networks.
 
     Args:
       value_fn: f, a function of the parameters alone that returns a real scalar.
@@ -105,7 +102,7 @@ def directional(value_fn: ValueFn, direction: PyTree) -> ValueFn:
 
 
 def check_order(order: Order) -> None:
-    """Refuses an order that there is not."""
+    """Refuses an unknown order."""
     if order not in (1, 2, 3):
         raise ValueError(
             f"order must be 1, 2 or 3, got {order!r}: the highest derivative of the "
@@ -114,10 +111,7 @@ def check_order(order: Order) -> None:
 
 
 def batch_mean(function: Callable[[PyTree], Result], batches: PyTree) -> Result:
-    """Mean over the batches of what `function` makes of one, in float32 or wider.
-
-    A scan that keeps the sum alone: memory does not grow with the number of batches.
-    """
+    """Mean of `function` over the batches, by a scan, in float32 or wider."""
 
     def wide(batch: PyTree) -> Result:
         result: Result = tree_math.widen(function(batch))

@@ -18,7 +18,7 @@ _MAX_ITERATIONS = 500  # of conjugate gradients, a product of all batches each
 
 
 class SharpnessRates(NamedTuple):
-    """The parts of dE[λ_max]/dt at a point, and what to hold them against. Scalars.
+    """The parts of dE[λ_max]/dt at a point, and what to compare them with. Scalars.
 
     Attributes:
       eigenvalue: λ_max of the Hessian H of E[f_γ].
@@ -101,9 +101,8 @@ def eigenvalue_curvature(
         ∇²λ[a, a] = ∇⁴f[v, v, a, a] + 2 Σ_{i>1} ⟨vᵢ, z⟩²/(λ − λᵢ)
                   = ∇⁴f[v, v, a, a] + 2 ⟨z, (λ − H)⁺ z⟩,
 
-    where (λ − H)⁺z, beside v, is found by conjugate gradients. So no second eigenpair
-    is needed. The nearer λ₂ is to λ, the larger the second term and the more the
-    products, about √((λ − λ_min)/(λ − λ₂)) times a few.
+    where (λ − H)⁺z, orthogonal to v, is found by conjugate gradients, in about
+    √((λ − λ_min)/(λ − λ₂)) times a few products.
 
     Args:
       value_fn: as in `eigenvalue_gradient`.
@@ -112,8 +111,7 @@ def eigenvalue_curvature(
       direction: a, a tree like `params` of any length.
       eigenvector: v, the top one, a tree of norm 1, converged.
       eigenvalue: λ, its eigenvalue.
-      tol: at which residual to stop, relative to z; the second term's error is about
-        its square.
+      tol: residual at which to stop, relative to z.
 
     Returns:
       A scalar, in the dtype of sums over `params`.
@@ -177,14 +175,10 @@ def sharpness_rates(
     batch, the third derivatives' part is −(ρ²/2)⟨∇λ, ∇³f[u, u]⟩, which is
     −(ρ²/2)‖∇λ‖², SAM's pull on λ_max, only where u = ±v: that is why alignment matters.
 
-    The trace is exact: Σ = N⁻¹ Σ_γ c_γ c_γᵀ of the centred gradients c_γ, so that
-    tr(Σ∇²λ) is the mean over γ of ∇²λ[c_γ, c_γ], a linear system each. (Of a step of
-    SAM's by η, λ's mean change divided by η has one more term of the same order in η,
-    (η/2)·∇²λ[b, b], which belongs to the step and not to the equation.)
-
-    The argument by ∇λ and alignment is Luo et al.'s; Itô's term, with batches, is this
-    project's own. Where λ₂ comes close to λ_max, λ_max has no second derivative, and
-    `ito` grows without bound.
+    The trace is exact: tr(Σ∇²λ) is the mean over γ of ∇²λ[c_γ, c_γ] with the centred
+    gradients c_γ, a linear system each. (λ's mean change in a step of SAM's has one
+    more term, (η²/2)·∇²λ[b, b], which is not the equation's.) `ito` grows without bound
+    where λ₂ comes close to λ_max, which then has no second derivative.
 
     Args:
       value_fn: (params, batch) -> f_γ(w), a real scalar.
@@ -202,7 +196,7 @@ def sharpness_rates(
       A `SharpnessRates`.
 
     Raises:
-      ValueError: for arguments that are none of the above.
+      ValueError: for invalid arguments.
 
     Example:
       >>> import jax.numpy as jnp
@@ -261,6 +255,7 @@ def sharpness_rates(
             tol=curvature_tol,
         )
 
+    trace = expansion.batch_mean(curvature, batches)
     return SharpnessRates(
         eigenvalue=eigenpair.eigenvalue,
         residual=eigenpair.residual,
@@ -270,6 +265,6 @@ def sharpness_rates(
         first=-first,
         second=-second,
         third=-third,
-        ito=jnp.multiply(eta / 2, expansion.batch_mean(curvature, batches)),
+        ito=jnp.asarray(eta, trace.dtype) / 2 * trace,
         aligned=-half_square * tree_math.vdot(slope, slope),
     )

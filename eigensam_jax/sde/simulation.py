@@ -1,8 +1,7 @@
 """Paths of the equation, by Euler and Maruyama's method on trees.
 
-A general solver would not serve better: the noise is not commutative, and without its
-iterated integrals no method converges faster along a path; in law, the error of a step
-of η is that of the equation itself.
+The noise is not commutative: without its iterated integrals no method converges faster
+along a path. In law, the error of a step of η is that of the equation itself.
 """
 
 from collections.abc import Callable
@@ -19,14 +18,13 @@ from eigensam_jax.tree_math import PyTree
 
 
 class State(NamedTuple):
-    """Where a path is; all that its next step depends on.
+    """The state of a path.
 
     Attributes:
       params: X, a tree of real arrays.
       time: t, a scalar; a step of SAM lasts a time of η.
       eigenvector: for Eigen-SAM, v of the last step, from which the search for the next
-        one starts; None for SAM. Up to the tolerance of that search, the path does not
-        depend on it.
+        one starts; None for SAM.
     """
 
     params: PyTree
@@ -35,7 +33,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a step saw at its start; nothing of it is carried on. Scalars.
+    """Scalars at the start of a step.
 
     Attributes:
       value: E[f_γ], the mean loss.
@@ -96,10 +94,8 @@ def make_step(
         X ← X + b(X)·dt + √(η·dt)·Bξ,    ξ ~ N(0, 1)^N,  BBᵀ = Σ(X).
 
     With dt = η it is a step of SAM with the drift expanded and the noise Gaussian;
-    smaller dt come nearer to the equation. Pure, and not jitted here.
-
-    The operations are those of `drift` and one gradient a batch for the noise, the
-    memory that of one batch and three trees like the parameters.
+    smaller dt come nearer to the equation. It costs the operations of `drift` and a
+    gradient a batch for the noise. Pure, and not jitted here.
 
     Args:
       value_fn: (params, batch) -> f_γ(w), a real scalar.
@@ -116,8 +112,7 @@ def make_step(
       the next `State` and an `Info`.
 
     Raises:
-      ValueError: for arguments that are none of the above; `one_step`, for a state that
-        was started for another α.
+      ValueError: for invalid arguments; `one_step`, for a state started for another α.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -152,7 +147,8 @@ def make_step(
         )
         dt = jnp.asarray(dt, dtype)
         moved = tree_math.add_scaled(params, dt, drift)
-        moved = tree_math.add_scaled(moved, jnp.sqrt(eta * dt), noise)
+        scale = jnp.sqrt(jnp.asarray(eta, dtype) * dt)
+        moved = tree_math.add_scaled(moved, scale, noise)
         info = Info(
             value,
             tree_math.norm(drift),
@@ -183,8 +179,8 @@ def simulate(
 ) -> tuple[State, Any]:
     """A path over the time of `num_steps` steps of SAM, under `jax.lax.scan`.
 
-    To go on where it ended, hand in the state that it returns, and another key. Paths
-    at once are a `jax.vmap` over keys.
+    Continue with the state that it returns and another key. Several paths are a
+    `jax.vmap` over keys.
 
     Args:
       key: a typed key; the path is a function of it.
@@ -198,15 +194,15 @@ def simulate(
       alpha: as in `make_step`.
       substeps: how many of Euler and Maruyama's steps, of η/`substeps`, to each.
       tol: as in `make_step`.
-      observe: what to keep of each of the `num_steps`, of the state at its end and the
-        `Info` of its last substep; by default that.
+      observe: (state, info) -> what to keep of each of the `num_steps`; the `Info` is
+        that of its last substep, which is kept by default.
 
     Returns:
       The state at the end, and what `observe` returned, with a leading axis of length
       `num_steps`.
 
     Raises:
-      ValueError: for arguments that are none of the above.
+      ValueError: for invalid arguments.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -223,22 +223,23 @@ def _norm(tree: PyTree) -> jax.Array:
     one = jnp.ones((), dtype)
 
     def attempt(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        factor, *_ = carry
-        scaled = scale(factor, tree)
+        divisor, *_ = carry
+        # Divided, as (0·c)·(0·c), for a tree known to be 0, XLA would make 0·(c·c).
+        scaled = jax.tree.map(lambda x: x / divisor.astype(x.dtype), tree)
         squared = vdot(scaled, scaled)
-        rescaled = jnp.where(squared < low, step * one, one)
-        rescaled = jnp.where(squared > high, one / step, rescaled)
-        following = jnp.where(factor == 1, rescaled, factor)
-        return following, squared, following == factor
+        rescaled = jnp.where(squared < low, one / step, one)
+        rescaled = jnp.where(squared > high, step * one, rescaled)
+        following = jnp.where(divisor == 1, rescaled, divisor)
+        return following, squared, following == divisor
 
     first = attempt((one,))
     if not isinstance(first[1], jax.core.Tracer):
-        factor, squared, _ = first if first[2] else attempt(first)
-        return jnp.sqrt(squared) / factor
+        divisor, squared, _ = first if first[2] else attempt(first)
+        return jnp.sqrt(squared) * divisor
     # A loop, so that the sums over all leaves are in the program once.
     start = jax.tree.map(lambda x, y: _varying_as(y, x), first, (one, one, one > 1))
-    factor, squared, _ = jax.lax.while_loop(lambda carry: ~carry[2], attempt, start)
-    return jnp.sqrt(squared) / factor
+    divisor, squared, _ = jax.lax.while_loop(lambda carry: ~carry[2], attempt, start)
+    return jnp.sqrt(squared) * divisor
 
 
 def _varying_as(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import itertools
 import jax
 import optax
 import pytest
+from links import LINKS
 from problems import network
 
 from eigensam_jax import eigen_sam, hessian, sam, trackers
@@ -86,14 +87,18 @@ def test_secant_costs_hardly_more_than_sam():
         compiled(WIDE, every_5, refresh=refresh) for refresh in (True, False)
     )
     assert operations(observed) <= 1.012 * operations(plain)
-    bounds = (1.25, 1.51) if FUSES else (1.28, 1.55)
+    bounds = (1.25, 1.46) if FUSES else (1.28, 1.55)
     of_five = traffic(observed) + 4 * traffic(skipped)
     assert of_five <= 5 * bounds[0] * traffic(plain)
     by_default = compiled(WIDE, eigen_sam(0.1, 0.2))
     assert operations(by_default) <= 1.012 * operations(plain)
     assert traffic(by_default) <= bounds[1] * traffic(plain)
     one_copy = sum(4 * x.size for x in jax.tree.leaves(WIDE[0]))
-    assert memory(by_default) <= memory(plain) + one_copy
+    if FUSES:
+        assert traffic(by_default) - traffic(plain) <= 10.1 * one_copy
+    # The gradient is read once more at the end, when one activation is there still.
+    activation = 4 * 256 * 1024
+    assert memory(by_default) <= memory(plain) + one_copy + activation
 
 
 def test_power_iteration_costs_its_products():
@@ -105,8 +110,9 @@ def test_power_iteration_costs_its_products():
         operations(compiled(WIDE, link, refresh=refresh)) for refresh in (True, False)
     )
     two_gradients = operations(compiled(WIDE, sam(0.1)))
-    assert due - plain >= 4 * product  # five of them share some of their work
-    assert plain + (due - plain) / 100 <= 1.01 * (two_gradients + 5 * product / 100)
+    # The body of a loop counts once, and runs five times.
+    assert product <= due - plain <= 1.03 * product
+    assert plain <= 1.01 * two_gradients
 
 
 @pytest.mark.parametrize(
@@ -137,17 +143,20 @@ def test_programs_grow_in_proportion_to_the_leaves():
     assert deep - middle <= 2.2 * (middle - shallow)
 
 
-@pytest.mark.parametrize("factory", [sam, eigen_sam])
-def test_outside_jit_only_the_first_steps_compile(factory, caplog):
-    """What has no branch, that is: `lax.cond` is compiled anew outside of `jit`."""
+@pytest.mark.parametrize("name", LINKS)
+def test_outside_jit_only_the_first_steps_compile(name, caplog):
+    """On every kind of step: what is due on some alone is decided in Python."""
     params, network_loss = network()
     value_fn = lambda p: network_loss(p, 0)
-    tx = factory()
+    tx = LINKS[name]()
     state = tx.init(params)
-    for i in range(3):
+    for i in range(6):
         grads = jax.grad(value_fn)(params)
         caplog.clear()
         with jax.log_compiles():
             _, state = tx.update(grads, state, params, value_fn=value_fn)
         compiled = [x for x in caplog.messages if x.startswith("Compiling")]
-        assert bool(compiled) == (i == 0)
+        if i == 0:
+            assert compiled
+        elif i >= 4:  # each kind of step was there once with v, and once without
+            assert not compiled

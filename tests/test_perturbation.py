@@ -39,14 +39,23 @@ def test_sam_is_the_gradient_at_radius_rho(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_asam_is_the_scaled_gradient(seed):
-    (g, w, _), (grads, params, _) = trees(seed)
-    result = perturbation.asam(grads, params, 0.3, 0.01)
+@pytest.mark.parametrize("scale_biases", [False, True])
+def test_asam_is_the_scaled_gradient(scale_biases, seed):
+    (g, w, _), _ = trees(seed)
+    to_tree = lambda x: {"w": x[:4].reshape(2, 2), "b": x[4:6], "scalar": x[6]}
+    grads, params = (jax.tree.map(jnp.asarray, to_tree(x)) for x in (g, w))
+    result = perturbation.asam(grads, params, 0.3, 0.01, scale_biases=scale_biases)
     scale = np.abs(w) + 0.01
+    if not scale_biases:
+        scale[4:] = 1  # T = 1 on leaves of one axis or none
     expected = 0.3 * scale**2 * g / np.linalg.norm(scale * g)
-    np.testing.assert_allclose(flat(result.epsilon), expected)
+    for name, x in to_tree(expected).items():
+        np.testing.assert_allclose(result.epsilon[name], x)
     np.testing.assert_allclose(np.linalg.norm(expected / scale), 0.3)
     np.testing.assert_allclose(result.norm, np.linalg.norm(expected))
+    if not scale_biases:
+        default = perturbation.asam(grads, params, 0.3, 0.01)
+        np.testing.assert_array_equal(default.norm, result.norm)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -63,6 +72,7 @@ def test_eigen_sam_is_the_definition(alpha, seed):
     np.testing.assert_allclose(
         radius, 0.3 * np.sqrt(1 + alpha**2 * (1 - (u @ v) ** 2)), rtol=1e-12
     )
+    np.testing.assert_allclose(result.projection, expected @ v, rtol=1e-11)
     np.testing.assert_allclose(result.alignment, abs(expected @ v) / radius, rtol=1e-12)
 
 
@@ -71,6 +81,7 @@ def test_the_sign_of_the_eigenvector_does_not_matter(seed):
     _, (grads, _, v) = trees(seed, np.float32)
     one = perturbation.eigen_sam(grads, v, 0.3, 0.7)
     other = perturbation.eigen_sam(grads, tree_math.scale(-1, v), 0.3, 0.7)
+    other = other._replace(projection=-other.projection)  # on v: that alone turns
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -104,6 +115,16 @@ def test_a_gradient_without_direction_gives_no_perturbation(perturb, bad):
     assert result.norm == 0
     assert result.alignment in (None, 0)
     assert result.epsilon.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("perturb", PERTURBATIONS.values(), ids=PERTURBATIONS)
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e18, 1e20, 1e30])
+def test_the_size_of_the_gradient_does_not_matter(perturb, factor):
+    grads = jnp.array([0.3, -0.4, 0.0, 1.2], jnp.float32)
+    expected, result = perturb(grads), jax.jit(perturb)(jnp.float32(factor) * grads)
+    np.testing.assert_allclose(result.epsilon, expected.epsilon, rtol=1e-5)
+    np.testing.assert_allclose(result.norm, expected.norm, rtol=1e-5)
+    np.testing.assert_allclose(result.grad_norm, 1.3 * factor, rtol=1e-5)
 
 
 @pytest.mark.parametrize("perturb", PERTURBATIONS.values(), ids=PERTURBATIONS)

@@ -16,6 +16,7 @@ from eigensam_jax import (
     eigen_sam,
     hessian,
     perturbation,
+    rounding,
     sam,
     trackers,
     tree_math,
@@ -75,7 +76,7 @@ def test_on_a_quadratic_the_gradient_is_h_times_w_plus_epsilon(
         value_fn, to_tree = quadratic(matrix, dtype)
         kwargs = {
             "sam": {"rho": 0.3},
-            "asam": {"rho": 0.3, "eta": 0.1},
+            "asam": {"rho": 0.3, "eta": 0.1, "scale_biases": True},
             "eigen_sam": {
                 "rho": 0.3,
                 "alpha": 0.7,
@@ -114,11 +115,30 @@ def test_on_a_quadratic_the_gradient_is_h_times_w_plus_epsilon(
         assert {x.dtype for x in jax.tree.leaves((updates, info))} == {jnp.dtype(dtype)}
 
 
+def test_asam_scales_no_biases_unless_told():
+    w = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
+    tilt = {"kernel": jnp.array([[0.5, 1.0]]), "bias": jnp.array([2.0])}
+    value_fn = lambda p: tree_math.vdot(tilt, p) + 0.5 * tree_math.vdot(p, p)
+    grads = jax.grad(value_fn)(w)
+    g = flatten(grads)
+    for scale_biases, bias in ((False, 1.0), (True, 3.1)):
+        tx = asam(0.3, 0.1, scale_biases=scale_biases)
+        updates, _ = tx.update(grads, tx.init(w), w, value_fn=value_fn)
+        scale = np.array([bias, 1.1, 2.1])
+        epsilon = 0.3 * scale**2 * g / np.linalg.norm(scale * g)
+        np.testing.assert_allclose(flatten(updates) - g, epsilon, rtol=1e-5)
+    default = asam(0.3, 0.1)
+    expected = asam(0.3, 0.1, scale_biases=False)
+    chex.assert_trees_all_equal(
+        *(t.update(grads, t.init(w), w, value_fn=value_fn) for t in (default, expected))
+    )
+
+
 # --- against a naive rewrite ----------------------------------------------------------
 
 
 def test_three_hundred_steps_against_a_flat_rewrite_with_a_dense_hessian():
-    rho, alpha, interval, num_iters = 0.1, 0.2, 10, 5
+    rho, alpha, interval, num_matvecs = 0.1, 0.2, 10, 5
     batch_of_step = lambda step: step // 3 % 5  # refreshes meet different batches
     with jax.enable_x64(True):
         params, network_loss = network(dtype=jnp.float64)
@@ -127,26 +147,31 @@ def test_three_hundred_steps_against_a_flat_rewrite_with_a_dense_hessian():
         flat, unravel = ravel_pytree(params)
         gradient = jax.jit(jax.grad(lambda x, i: loss(unravel(x), i)))
         hessian = jax.jit(jax.hessian(lambda x, i: loss(unravel(x), i)))
-        tracker = trackers.power_iteration(num_iters, interval)
+        tracker = trackers.power_iteration(num_matvecs, interval)
         tx = optax.chain(eigen_sam(rho, alpha, tracker), optax.sgd(0.1, momentum=0.9))
-        v = flatten(optax.tree.get(tx.init(params), "eigenvector"))
+        start = rounding.spread_like(tree_math.zeros_like(params), jnp.int32(0))
+        v = flatten(start) / np.linalg.norm(flatten(start))
         w, momentum, dropped = np.array(flat), np.zeros(flat.size), 0
+        unsure = 0
         for step in range(300):
             batch = batch_of_step(step)
             g = np.asarray(gradient(w, batch))
             if step % interval == 0:
                 matrix = np.asarray(hessian(w, batch))
-                for _ in range(num_iters):
+                for _ in range(num_matvecs):
                     curvature = v @ matrix @ v
+                    residual = np.linalg.norm(matrix @ v - curvature * v)
                     v = matrix @ v / np.linalg.norm(matrix @ v)
+                unsure += curvature < 0 <= curvature + residual
             u = g / np.linalg.norm(g)
             epsilon = rho * u
-            if curvature >= 0:
+            if curvature + residual >= 0:
                 epsilon += rho * alpha * np.sign(g @ v) * (v - (u @ v) * u)
-            dropped += curvature < 0
+            dropped += curvature + residual < 0
             momentum = 0.9 * momentum + np.asarray(gradient(w + epsilon, batch))
             w = w - 0.1 * momentum
         assert 0 < dropped < 300  # both branches were taken
+        assert unsure > 0  # and λ < 0 alone would not have been the rule
 
         trained, state = train(tx, params, loss, 300, batch_of_step)
         assert np.linalg.norm(flatten(trained) - w) <= 1e-8 * np.linalg.norm(w)
@@ -238,7 +263,7 @@ def test_rho_zero_hands_the_gradient_back(factory):
 def test_the_eigenvector_is_that_of_the_dense_hessian():
     params, loss = network()
     tx = optax.chain(
-        eigen_sam(tracker=trackers.power_iteration(num_iters=300)), optax.sgd(0.1)
+        eigen_sam(tracker=trackers.power_iteration(num_matvecs=300)), optax.sgd(0.1)
     )
     grads = jax.grad(loss)(params)
     _, state = tx.update(grads, tx.init(params), params, value_fn=loss)
@@ -259,6 +284,8 @@ def test_each_name_is_in_the_state_once():
         *("grad_norm", "perturbation_norm", "perturbed_value"),
     ):
         assert len(optax.tree.get_all_with_path(state, name)) == 1, name
+    assert optax.tree.get(state, "count") == 0  # adam's: ours is `num_updates`
+    assert optax.tree.get(state, "num_updates") == 0
 
 
 def test_a_negative_eigenvalue_drops_the_added_term_until_the_next_refresh():
@@ -285,7 +312,7 @@ def test_a_negative_eigenvalue_drops_the_added_term_until_the_next_refresh():
 
 def test_curvature_fn_is_the_loss_that_is_tracked():
     params, loss = network()
-    tx = eigen_sam(tracker=trackers.power_iteration(num_iters=300))
+    tx = eigen_sam(tracker=trackers.power_iteration(num_matvecs=300))
     train_fn, held_out = (lambda p: loss(p, 0)), (lambda p: loss(p, 3))
     grads = jax.grad(train_fn)(params)
     updates, state = tx.update(
@@ -294,7 +321,7 @@ def test_curvature_fn_is_the_loss_that_is_tracked():
     eigenvalues = np.linalg.eigvalsh(dense_hessian(held_out, params))
     np.testing.assert_allclose(state.tracker.eigenvalue, eigenvalues[-1], rtol=1e-4)
     v = state.tracker.eigenvector  # of the held-out loss; the gradients are not
-    epsilon = perturbation.eigen_sam(grads, v, 0.05, 0.2).epsilon
+    epsilon = perturbation.eigen_sam(grads, v, 0.05, 0.5).epsilon
     perturbed = tree_math.add_scaled(params, 1, epsilon)
     chex.assert_trees_all_close(updates, jax.grad(train_fn)(perturbed), rtol=1e-5)
     assert tree_math.norm(tree_math.add_scaled(updates, -1, grads)) > 0.01
@@ -326,17 +353,19 @@ def test_a_mask_confines_perturbation_eigenvector_and_hessian():
     params, loss = network()
     mask = {"hidden": {"w": True, "b": False}, "out": False}
     seen = []
-    inner = trackers.power_iteration(num_iters=400)
+    inner = trackers.power_iteration(num_matvecs=400)
     spy = inner._replace(
-        observe=lambda s, epsilon, change, count: seen.append((epsilon, change)) or s
+        observe=lambda s, *given: seen.append(given) or s, observe_interval=1
     )
     tx = eigen_sam(0.1, 0.5, spy, mask=mask)
     grads = jax.grad(loss)(params)
     state = tx.init(params)
-    np.testing.assert_allclose(tree_math.norm(state.tracker.eigenvector), 1, rtol=1e-6)
-    start = state.tracker.eigenvector
-    assert tree_math.norm([start["hidden"]["b"], start["out"]]) == 0
+    assert tree_math.norm(state.tracker.eigenvector) == 0
     updates, state = tx.update(grads, state, params, value_fn=loss)
+    vector = state.tracker.eigenvector
+    np.testing.assert_allclose(tree_math.norm(vector), 1, rtol=1e-6)
+    chex.assert_trees_all_equal_shapes_and_dtypes(vector, params)
+    assert tree_math.norm([vector["hidden"]["b"], vector["out"]]) == 0
 
     block = lambda w: loss(params | {"hidden": params["hidden"] | {"w": w}})
     w = params["hidden"]["w"]
@@ -354,13 +383,13 @@ def test_a_mask_confines_perturbation_eigenvector_and_hessian():
         "out": params["out"],
     }
     chex.assert_trees_all_close(updates, jax.grad(loss)(perturbed), atol=1e-5)
-    ((observed, change),) = seen
-    for tree in (state.tracker.eigenvector, observed, change):
-        chex.assert_trees_all_equal_shapes_and_dtypes(tree, params)
-        assert tree_math.norm([tree["hidden"]["b"], tree["out"]]) == 0
-    np.testing.assert_allclose(flatten(observed["hidden"]["w"]), epsilon, atol=1e-4)
+    (([change], projection, radius),) = seen  # the one perturbed leaf
+    np.testing.assert_allclose(
+        projection, epsilon @ flatten(vector["hidden"]["w"]), rtol=1e-4
+    )
+    np.testing.assert_allclose(radius, np.linalg.norm(epsilon), rtol=1e-5)
     difference = tree_math.add_scaled(updates, -1, grads)["hidden"]["w"]
-    np.testing.assert_array_equal(change["hidden"]["w"], difference)
+    np.testing.assert_array_equal(change, difference)
 
 
 @each_factory
@@ -433,7 +462,7 @@ def test_rho_and_alpha_follow_schedules_of_the_transformations_own_count():
     np.testing.assert_allclose(radii[:2], [0.0, 0.1], rtol=1e-6)
     assert radii[2] > 0.201
     assert radii[3] > 0.301
-    assert state.count == 4
+    assert state.num_updates == 4
 
 
 def test_traced_rho_and_alpha_by_inject_hyperparams():
@@ -520,7 +549,7 @@ def test_one_compilation_over_250_steps():
     tracker = trackers.power_iteration()
     tx = optax.chain(eigen_sam(tracker=tracker), optax.sgd(0.1))
     _, state = train(tx, params, loss, 250)
-    assert state[0].count == 250
+    assert state[0].num_updates == 250
 
 
 def counting_loss(loss, counts):
@@ -543,8 +572,8 @@ def test_only_a_step_that_refreshes_runs_hessian_vector_products(refresh):
     params, loss = network()
     counts = {"value": 0}
     counted = counting_loss(loss, counts)
-    num_iters, interval = 3, 4
-    tx = eigen_sam(tracker=trackers.power_iteration(num_iters, interval))
+    num_matvecs, interval = 3, 4
+    tx = eigen_sam(tracker=trackers.power_iteration(num_matvecs, interval))
     grads = jax.grad(loss)(params)
     step = jax.jit(
         lambda s: tx.update(grads, s, params, value_fn=counted, refresh=refresh)
@@ -555,7 +584,7 @@ def test_only_a_step_that_refreshes_runs_hessian_vector_products(refresh):
         _, state = jax.block_until_ready(step(state))
         jax.effects_barrier()
         refreshed = refresh if refresh is not None else i % interval == 0
-        assert counts["value"] == 1 + num_iters * refreshed
+        assert counts["value"] == 1 + num_matvecs * refreshed
 
 
 def test_the_refresh_is_a_conditional_of_the_compiled_program():
@@ -569,12 +598,15 @@ def test_the_refresh_is_a_conditional_of_the_compiled_program():
         return step.lower(params, tx.init(params), params)
 
     assert program(None).compile().as_text().count(" conditional(") == 1
-    # As it is before XLA makes loops of its own, of a scatter for one. Products without
-    # convolutions are looped over, on every backend.
-    for fixed in (None, False, True, np.True_):
-        text = program(fixed).as_text()
-        assert ("stablehlo.while" in text) == (fixed is None or bool(fixed))
-        assert fixed is None or not re.search(r"stablehlo\.(case|if)", text)
+    # As it is before XLA makes loops of its own, of a scatter for one.
+    loops = {
+        fixed: program(fixed).as_text().count("stablehlo.while")
+        for fixed in (None, False, True, np.True_)
+    }
+    assert loops[None] == loops[True] == loops[np.True_] == loops[False] + 4
+    assert loops[False] == 1  # of the norm; a refresh has one of products, and norms
+    for fixed in (False, True, np.True_):
+        assert not re.search(r"stablehlo\.(case|if)", program(fixed).as_text())
 
 
 def assert_stable(tx, params, loss):
@@ -637,7 +669,9 @@ def test_the_state_can_be_donated(factory):
     )
     state = tx.init(params)
     _, after = step(state, jax.tree.map(jnp.copy, params))
-    used = (state.count, state.tracker)  # what is only looked at is no input
+    used = [state.num_updates]  # what is only looked at is no input
+    if state.tracker is not None:
+        used += [state.tracker.eigenvector, state.tracker.moments]
     assert all(x.is_deleted() for x in jax.tree.leaves(used))
     chex.assert_tree_all_finite(after)
 
@@ -755,11 +789,13 @@ def test_a_state_of_another_transformation_is_refused():
     params, loss = network()
     states = (sam().init(params), optax.sgd(0.1).init(params), None)
     for state in states:
-        with pytest.raises(ValueError, match=r"opt_state is not .* tx\.init\(params\)"):
+        with pytest.raises(
+            ValueError, match=r"opt_state must be .* tx\.init\(params\)"
+        ):
             eigen_sam().update(params, state, params, value_fn=loss)
-    with pytest.raises(ValueError, match="got SharpnessAwareState without a tracker"):
+    with pytest.raises(ValueError, match="got one without a tracker"):
         eigen_sam().update(params, states[0], params, value_fn=loss)
-    with pytest.raises(ValueError, match="got SharpnessAwareState with a tracker"):
+    with pytest.raises(ValueError, match="got one with a tracker"):
         sam().update(params, eigen_sam().init(params), params, value_fn=loss)
 
 

@@ -156,7 +156,9 @@ def make_run(
     steps_per_epoch = len(images) // settings.batch_size
     stops = [] if spec is None else evaluation_steps(settings)
 
-    rest = None if spec is None else spec._replace(tracker=_refreshed_before(spec))
+    rest = spec
+    if spec is not None:  # before the rest of a step it was refreshed, if it was due
+        rest = spec._replace(tracker=spec.tracker._replace(refresh_interval=None))
 
     def init(seed: int) -> TrainState:
         tx = make_optimizer(spec, 0.0, 0.0, settings)
@@ -181,7 +183,7 @@ def make_run(
     shuffle = compiled(training_steps.start_epoch, example)
     plain = compiled(partial(step, False), example, images, labels, scalar, scalar)
     due_step, refresh = plain, None
-    if spec is not None and spec.tracker.observe_interval > 1:
+    if spec is not None and (spec.tracker.observe_interval or 1) > 1:
         due_step = compiled(
             partial(step, True), example, images, labels, scalar, scalar
         )
@@ -210,11 +212,6 @@ def make_run(
     return run
 
 
-def _refreshed_before(spec: Spec) -> Tracker:
-    """The tracker of `spec` for a step before which it was refreshed, if it was due."""
-    return spec.tracker._replace(refresh=lambda state, matvec, count, due: state)
-
-
 def refreshed(
     tracker: Tracker,
     loss: losses.Loss,
@@ -231,7 +228,8 @@ def refreshed(
     value_fn = lambda params: loss(params, images[batch], labels[batch])
     matvec = hessian.matvec(jax.grad(value_fn), state.params)
     ascent, *rest = state.opt_state
-    tracked = tracker.refresh(ascent.tracker, matvec, ascent.count, True)
+    matvec.unroll = True  # type: ignore[attr-defined]
+    tracked = tracker.refresh(ascent.tracker, matvec)
     return state._replace(opt_state=(ascent._replace(tracker=tracked), *rest))
 
 

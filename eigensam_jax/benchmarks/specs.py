@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
-from eigensam_jax import eigen, tree_math
+from eigensam_jax import tree_math
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.trackers import Tracker, lanczos, power_iteration, ritz, secant
+from eigensam_jax.trackers.refreshing import EigenpairState
 
 
 class Spec(NamedTuple):
@@ -43,26 +42,23 @@ def every_product(decay: float = 0.95) -> Tracker:
 
     One Hessian-vector product with the batch of every step where the secant takes a
     difference of gradients along ε; averaged over batches alike. The v that a step uses
-    has seen its batch. It starts from a random unit vector.
+    has seen its batch; the first is the first product with a random one.
 
     Args:
       decay: the weight of the v before, at least 0 and less than 1.
 
     Returns:
-      A `Tracker` whose state is an `eigen.Eigenpair` with λ and residual of the v
+      A `Tracker` whose state is an `EigenpairState` with λ and residual of the v
       before the product.
     """
-    power = power_iteration(num_iters=1, update_interval=1)
+    power = power_iteration(num_matvecs=1, update_interval=1)
 
-    def refresh(
-        state: eigen.Eigenpair, matvec: Matvec, count: jax.Array, due: bool | None
-    ) -> eigen.Eigenpair:
-        new = power.refresh(state, matvec, count, due)
+    def refresh(state: EigenpairState, matvec: Matvec) -> EigenpairState:
+        new: EigenpairState = power.refresh(state, matvec)
         old = tree_math.scale(decay, state.eigenvector)
         v = tree_math.add_scaled(old, 1 - decay, new.eigenvector)
         v = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v)), v)
-        pair: eigen.Eigenpair = new._replace(eigenvector=v)
-        return pair
+        return new._replace(eigenvector=v)
 
     return power._replace(refresh=refresh)
 
@@ -82,7 +78,7 @@ def _spec(
 
 TRACKERS = {
     "power_iteration": _spec(
-        power_iteration, {"num_iters": 5, "update_interval": 100}, 100, 5
+        power_iteration, {"num_matvecs": 5, "update_interval": 100}, 100, 5
     ),
     "lanczos": _spec(lanczos, {"num_matvecs": 5, "update_interval": 100}, 100, 5),
     "secant": _spec(secant, {"decay": 0.95, "update_interval": 1}),

@@ -119,7 +119,7 @@ def test_what_is_there_is_kept_and_the_rest_is_run(
     assert first.startswith("eigensam track --smoke --steps 6 --seeds 1 --alpha 2")
     assert second.startswith("eigensam track --smoke --steps 6 --seeds 2")
     assert results["trackers"]["power_iteration"] == (
-        "power_iteration(num_iters=5, update_interval=100)"
+        "power_iteration(num_matvecs=5, update_interval=100)"
     )
 
 

@@ -14,6 +14,12 @@ def matvec(vector):
     return jax.tree.map(jnp.multiply, SPECTRUM, vector)
 
 
+def observed(tracker, state, epsilon, d):
+    """What `tracker` makes of d = Hε: it sees of ε ⟨ε, v⟩ and ‖ε‖ alone."""
+    projection = tree_math.vdot(epsilon, state.eigenvector)
+    return tracker.observe(state, d, projection, tree_math.norm(epsilon))
+
+
 def observations(
     seed, steps, spectrum, alpha=1.0, sign_of=lambda v, epsilon, d: epsilon
 ):
@@ -42,24 +48,26 @@ def test_secant_is_the_average_of_signed_unit_differences(alpha, seed):
         tracker = trackers.secant(decay=0.95)
         state = tracker.init({"w": jnp.zeros((2, 2))})
         to_tree = lambda x: {"w": jnp.asarray(x).reshape(2, 2)}
-        observe = jax.jit(tracker.observe)
+        step = jax.jit(tracker.observe)
         old, history = np.zeros(4), []
-        for step, (epsilon, d, v) in enumerate(
-            observations(seed, 100, spectrum, alpha)
-        ):
-            state = observe(state, to_tree(epsilon), to_tree(d), step)
+        for epsilon, d, v in observations(seed, 100, spectrum, alpha):
+            radius = np.linalg.norm(epsilon)
+            state = step(state, to_tree(d), epsilon @ old, radius)
             np.testing.assert_allclose(state.eigenvector["w"].ravel(), v, atol=1e-12)
-            history.append((old @ epsilon, old @ d, d))
+            history.append((old @ epsilon / radius, old @ d, np.linalg.norm(d), radius))
             old = v
         del history[0]  # there was no v yet
         weights = 0.95 ** np.arange(98, -1, -1)
-        along, product = (np.array([h[i] for h in history]) for i in (0, 1))
-        slope = (weights * along * product).sum() / (weights * along**2).sum()
+        along, product, length, radius = np.array(history).T
+        slope = (weights * along * product / radius).sum() / (weights * along**2).sum()
         np.testing.assert_allclose(state.eigenvalue, slope, rtol=1e-10)
-        lengths = np.array([h[2] @ h[2] for h in history])
-        unexplained = (weights * (lengths - slope**2 * along**2)).sum()
-        residual = np.sqrt(unexplained / (weights * along**2).sum())
+        size = (weights * abs(along) * length / radius).sum()
+        size /= (weights * along**2).sum()
+        residual = np.sqrt(size**2 - slope**2)
         np.testing.assert_allclose(state.residual, residual, rtol=1e-8)
+        agreement = (weights * along * product / length).sum() * 0.05
+        np.testing.assert_allclose(state.moments[3], agreement, rtol=1e-10)
+        assert state.usable == (agreement >= 0)
 
 
 def test_secant_finds_the_algebraically_largest_eigenvalue_by_the_sign_of_epsilon():
@@ -79,8 +87,9 @@ def test_secant_finds_the_algebraically_largest_eigenvalue_by_the_sign_of_epsilo
 
     def step(state, key):
         g = jax.random.normal(key, (3,))
-        epsilon = perturbation.eigen_sam(g, state.eigenvector, 0.1, 1.0).epsilon
-        return tracker.observe(state, epsilon, spectrum * epsilon, 0), None
+        step = perturbation.eigen_sam(g, state.eigenvector, 0.1, 1.0)
+        d = spectrum * step.epsilon
+        return tracker.observe(state, d, step.projection, step.norm), None
 
     @jax.jit
     @jax.vmap
@@ -99,20 +108,23 @@ def test_secant_along_an_eigenvector_is_exact():
     tracker = trackers.secant(decay=0.9)
     state = tracker.init(jnp.zeros(3))
     epsilon = jnp.array([0.0, 0.6, 0.0])
-    for step in range(3):
-        state = tracker.observe(state, epsilon, -2.0 * epsilon, step)
+    for _ in range(3):
+        state = observed(tracker, state, epsilon, -2.0 * epsilon)
         np.testing.assert_allclose(jnp.abs(state.eigenvector), [0, 1, 0], rtol=1e-6)
     np.testing.assert_allclose(state.eigenvalue, -2, rtol=1e-6)
     np.testing.assert_allclose(state.residual, 0, atol=1e-3)
+    assert not state.usable
 
 
 def test_secant_starts_at_zero_and_keeps_dtypes():
     tracker = trackers.secant()
     state = tracker.init(PARAMS)
     assert tree_math.norm(state.eigenvector) == 0
-    assert tracker.refresh(state, None, jnp.int32(0), True) is state
+    assert state.usable
+    assert tracker.refresh_interval is None
+    assert tracker.refresh(state, None) is state
     epsilon = jax.tree.map(lambda x: 0.1 * jnp.ones(x.shape), PARAMS)
-    after = tracker.observe(state, epsilon, matvec(epsilon), jnp.int32(0))
+    after = observed(tracker, state, epsilon, matvec(epsilon))
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     chex.assert_trees_all_equal_shapes(after.eigenvector, PARAMS)
     np.testing.assert_allclose(tree_math.norm(after.eigenvector), 1, rtol=1e-6)
@@ -125,14 +137,14 @@ def test_secant_keeps_nothing_of_a_bad_difference(leaf, bad):
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), PARAMS)
     for state in (
         tracker.init(PARAMS),
-        tracker.observe(tracker.init(PARAMS), ones, matvec(ones), jnp.int32(0)),
+        observed(tracker, tracker.init(PARAMS), ones, matvec(ones)),
     ):
         change = tree_math.scale(0.0, ones) if bad == 0 else matvec(ones)
         change = change | {leaf: change[leaf] * bad}
         for perturbed in (ones, ones | {leaf: ones[leaf] * bad}):
-            after = tracker.observe(state, perturbed, change, jnp.int32(1))
+            after = observed(tracker, state, perturbed, change)
             chex.assert_trees_all_equal(after, state)
-        again = tracker.observe(after, ones, matvec(ones), jnp.int32(2))
+        again = observed(tracker, after, ones, matvec(ones))
         np.testing.assert_allclose(tree_math.norm(again.eigenvector), 1, rtol=1e-6)
 
 

@@ -57,9 +57,10 @@ def test_against_a_naive_rewrite_with_a_dense_hessian(seed):
 
         @jax.jit
         def step(state, matrix, epsilon, count):
-            matvec = lambda v: matrix @ v
-            state = tracker.refresh(state, matvec, count, None)
-            return tracker.observe(state, epsilon, matrix @ epsilon, count)
+            refresh = lambda s: tracker.refresh(s, lambda v: matrix @ v)
+            is_due = count % tracker.refresh_interval == 0
+            state = jax.lax.cond(is_due, refresh, lambda s: s, state)
+            return tracker.observe(state, matrix @ epsilon, None, None)
 
         naive, state = NaiveRitz(6, decay, gain), tracker.init(jnp.zeros(6))
         for count in range(60):
@@ -84,16 +85,24 @@ def test_against_a_naive_rewrite_with_a_dense_hessian(seed):
         np.testing.assert_allclose([v @ v, p @ p, v @ p], [1, 1, 0], atol=1e-12)
 
 
+def refreshed(tracker, state, spectrum, count):
+    """The state after a refresh with a diagonal Hessian, on steps where it is due."""
+    due = lambda s: tracker.refresh(s, lambda v: spectrum * v)
+    is_due = count % tracker.refresh_interval == 0
+    return jax.lax.cond(is_due, due, lambda s: s, state)
+
+
 def run(tracker, spectrum, steps, keys):
     """Random gradients on a quadratic: the last v, and the tracker's state."""
     spectrum = jnp.asarray(spectrum)
 
     def step(state, count_and_key):
         count, key = count_and_key
-        state = tracker.refresh(state, lambda v: spectrum * v, count, None)
+        state = refreshed(tracker, state, spectrum, count)
         g = jax.random.normal(key, spectrum.shape)
-        epsilon = perturbation.eigen_sam(g, state.eigenvector, 0.1, 0.2).epsilon
-        return tracker.observe(state, epsilon, spectrum * epsilon, count), None
+        step = perturbation.eigen_sam(g, state.eigenvector, 0.1, 0.2)
+        d = spectrum * step.epsilon
+        return tracker.observe(state, d, step.projection, step.norm), None
 
     @jax.jit
     @jax.vmap
@@ -132,9 +141,10 @@ def test_orders_by_the_hessian_where_the_differences_scatter_the_other_way():
         count, key = count_and_key
         u = scale * jax.random.normal(key, (3,))
         a, b = states
-        b = ritz.refresh(b, lambda v: spectrum * v, count, None)
-        a = secant.observe(a, u, spectrum * u, count)
-        return (a, ritz.observe(b, u, spectrum * u, count)), None
+        b = refreshed(ritz, b, spectrum, count)
+        radius = jnp.linalg.norm(u)
+        a = secant.observe(a, spectrum * u, u @ a.eigenvector, radius)
+        return (a, ritz.observe(b, spectrum * u, u @ b.eigenvector, radius)), None
 
     keys = jax.random.split(jax.random.key(0), 200)
     states = secant.init(spectrum), ritz.init(spectrum)
@@ -159,7 +169,7 @@ def started(tracker, observations):
             name: jax.random.normal(key, x.shape)
             for key, (name, x) in zip(keys, PARAMS.items(), strict=True)
         }
-        state = tracker.observe(state, noise, matvec(noise), jnp.int32(i))
+        state = tracker.observe(state, matvec(noise), None, None)
     return state
 
 
@@ -167,8 +177,8 @@ def test_one_direction_alone_is_followed_without_a_companion():
     tracker = trackers.ritz(update_interval=1)
     state, step = tracker.init(jnp.zeros(1)), jax.jit(tracker.observe)
     for factor in (6.0, 40.0, 40.0, 40.0):
-        state = step(state, jnp.ones(1), factor * jnp.ones(1), 0)
-        state = tracker.refresh(state, lambda v, a=factor: a * v, 0, True)
+        state = step(state, factor * jnp.ones(1), None, None)
+        state = tracker.refresh(state, lambda v, a=factor: a * v)
     assert state.num_products == 4
     np.testing.assert_allclose(state.eigenvalue, 40, rtol=1e-5)
 
@@ -176,7 +186,7 @@ def test_one_direction_alone_is_followed_without_a_companion():
 def test_shapes_and_dtypes_are_kept():
     tracker = trackers.ritz()
     state = tracker.init(PARAMS)
-    after = tracker.refresh(started(tracker, 3), matvec, jnp.int32(0), True)
+    after = tracker.refresh(started(tracker, 3), matvec)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     chex.assert_trees_all_equal_shapes(after.eigenvector, PARAMS)
     assert after.num_products == 1
@@ -189,15 +199,10 @@ def test_nothing_of_a_bad_batch_is_kept(observations, bad):
     state = started(tracker, observations)
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), PARAMS)
     spoil = lambda tree: jax.tree.map(lambda x: x * bad, tree)
-    chex.assert_trees_all_equal(
-        tracker.observe(state, ones, spoil(ones), jnp.int32(1)), state
-    )
-    for due in (None, True):
-        after = tracker.refresh(state, lambda v: spoil(matvec(v)), jnp.int32(1), due)
-        chex.assert_trees_all_equal(after, state)
-    again = tracker.refresh(
-        tracker.observe(state, ones, matvec(ones), jnp.int32(1)), matvec, 2, True
-    )
+    chex.assert_trees_all_equal(tracker.observe(state, spoil(ones), None, None), state)
+    after = tracker.refresh(state, lambda v: spoil(matvec(v)))
+    chex.assert_trees_all_equal(after, state)
+    again = tracker.refresh(tracker.observe(state, matvec(ones), None, None), matvec)
     chex.assert_tree_all_finite(again)
     np.testing.assert_allclose(tree_math.norm(again.eigenvector), 1, rtol=1e-5)
 

@@ -1,7 +1,8 @@
 """Eigen-solvers that see a matrix only through its products with vectors."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.typing import ArrayLike
 from eigensam_jax import arguments, krylov, thick_restart, tree_math
 from eigensam_jax.density import SpectralDensity, smooth_density, spectral_density
 from eigensam_jax.hessian import Matvec
+from eigensam_jax.krylov import Carry
 from eigensam_jax.tree_math import PyTree
 
 __all__ = [
@@ -54,6 +56,8 @@ def power_iteration(
       num_matvecs: the number of products, at least 1.
       unroll: True writes the loop out on a CPU if a product has convolutions, which
         XLA runs many times slower in a loop there. Otherwise it has no effect.
+        Outside `jit` it makes it a Python loop, which compiles nothing when it is
+        called again.
 
     Returns:
       An `Eigenpair`. Where Hv = 0 the iteration stays at v, with λ = 0. A non-finite
@@ -85,12 +89,8 @@ def power_iteration(
         moved = tree_math.scale(inverse, product)
         return _Step(v, tree_math.where(inverse > 0, moved, v), length)
 
-    before, after, length = jax.lax.fori_loop(
-        0,
-        num_matvecs,
-        body,
-        _Step(v0, v0, zero),
-        unroll=_unrolls(unroll, matvec, v0),
+    before, after, length = _repeated(
+        num_matvecs, body, _Step(v0, v0, zero), unroll, matvec, v0
     )
     # Hv = length · after, so that λ = length · cosine.
     cosine = tree_math.vdot(before, after)
@@ -150,12 +150,13 @@ def lanczos(
     """
     arguments.check_positive_int("num_matvecs", num_matvecs, "matrix-vector products")
     v0 = tree_math.widen(v0)
-    basis, diagonal, off_diagonal = jax.lax.fori_loop(
-        0,
+    basis, diagonal, off_diagonal = _repeated(
         num_matvecs,
         lambda i, s: krylov.grow(i, s, matvec(krylov.get(s.basis, i))),
         krylov.tridiagonal(v0, num_matvecs),
-        unroll=_unrolls(unroll, matvec, v0),
+        unroll,
+        matvec,
+        v0,
     )
     # A zero says that the space was exhausted: there is no basis vector after it.
     known = jnp.cumsum(off_diagonal[:-1] == 0) == 0
@@ -170,13 +171,26 @@ def lanczos(
     return Eigenpair(krylov.combine(weights, basis), top, jnp.abs(beyond))
 
 
-def _unrolls(unroll: bool, matvec: Matvec, v: PyTree) -> bool | None:
-    """Whether to write a loop over products out: see `unroll` of `power_iteration`."""
-    return (
-        unroll
-        and jax.default_backend() == "cpu"
-        and "conv_general_dilated" in str(jax.make_jaxpr(matvec)(v))
-    ) or None
+def _repeated(
+    num: int,
+    body: Callable[[Any, Carry], Carry],
+    carry: Carry,
+    unroll: bool,
+    matvec: Matvec,
+    v: PyTree,
+) -> Carry:
+    """A loop of `num` products, written out where `unroll` of `power_iteration` says.
+
+    Outside `jit` that is a Python loop: any other would compile anew at each call.
+    """
+    if unroll and not krylov.is_traced(v):
+        for i in range(num):
+            carry = body(i, carry)
+        return carry
+    is_slow = jax.default_backend() == "cpu" and unroll
+    write_out = is_slow and "conv_general_dilated" in str(jax.make_jaxpr(matvec)(v))
+    last: Carry = jax.lax.fori_loop(0, num, body, carry, unroll=write_out or None)
+    return last
 
 
 def top_eigenpairs(

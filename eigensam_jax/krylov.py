@@ -61,6 +61,11 @@ def while_loop(
     return carry
 
 
+def is_traced(tree: PyTree) -> bool:
+    """Whether any leaf is traced. Outside `jit` none is, and a loop compiles anew."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
 def compiled(
     host_loop: bool, function: Callable[..., Any], **options: Any
 ) -> Callable[..., Any]:
@@ -142,7 +147,10 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
         jnp.zeros(num_vectors, norm.dtype),
         jnp.ones((), norm.dtype),
     )
-    basis, coefficients, length = jax.lax.fori_loop(0, 2, orthogonalise, start)
+    if is_traced(start):
+        basis, coefficients, length = jax.lax.fori_loop(0, 2, orthogonalise, start)
+    else:
+        basis, coefficients, length = orthogonalise(1, orthogonalise(0, start))
     # A norm that is not finite is not hidden.
     is_inside = (length <= 10 * eps) & jnp.isfinite(norm)
     length = jnp.where(is_inside, 0, norm * length)

@@ -106,7 +106,7 @@ def test_secant_works_where_there_is_no_second_derivative():
     w = jnp.array([1.0, -0.5, 0.3])
     gradient = jax.grad(kernel)
     other = eigen_sam(tracker=trackers.power_iteration())
-    with pytest.raises(ValueError, match=r"[Pp]ure callbacks|differentiat"):
+    with pytest.raises((ValueError, TypeError), match="differentiated twice"):
         other.update(gradient(w), other.init(w), w, grad_fn=gradient)
     tx = eigen_sam(0.1, 1.0, trackers.secant(decay=0.8))
     state = tx.init(w)

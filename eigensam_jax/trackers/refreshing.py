@@ -137,7 +137,8 @@ def _refreshing(
         is_first = (state.eigenvalue == 0) & (state.residual == 0)
         spread = rounding.spread_like(v, seed + (~is_first).astype(jnp.int32))
         start = tree_math.where(is_first, spread, v)
-        unroll = getattr(matvec, "unroll", False)
+        is_traced = isinstance(state.eigenvalue, jax.core.Tracer)
+        unroll = getattr(matvec, "unroll", False) or not is_traced
         new = EigenpairState(*solve(matvec, start, num_matvecs, unroll=unroll))
         # Of a Hessian that is zero there is no top eigenvector.
         found = (new.eigenvalue != 0) | (new.residual > 0)

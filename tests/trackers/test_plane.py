@@ -25,7 +25,7 @@ class NaiveRitz:
         scatter[:2, :2], curvature[:2, :2] = self.scatter, self.curvature
         scatter = keep * scatter + weight * np.outer(frame @ x, frame @ x)
         plane = np.linalg.eigh(scatter)[1][:, :0:-1]
-        ranked = curvature if curvature.any() else scatter
+        ranked = curvature if self.num_products else scatter
         axes = plane @ np.linalg.eigh(plane.T @ ranked @ plane)[1][:, ::-1]
         self.basis = axes.T @ frame
         self.scatter = axes.T @ scatter @ axes
@@ -44,7 +44,6 @@ class NaiveRitz:
         new[turn] = new[:, turn] = self.basis @ product
         self.curvature += rate * (new - self.curvature)
         self.num_products += 1
-        self.turn(product, 1, self.gain)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from eigensam_jax.benchmarks.commands import add_bench, add_track
-from eigensam_jax.experiments.commands import add_sde, add_spectrum
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.options import Parser
-from eigensam_jax.experiments.study_commands import (
+from eigensam_jax.experiments.spectrum.command import add_sde, add_spectrum
+from eigensam_jax.experiments.study.command import (
     add_ablate,
     add_accuracy,
     add_compare,
     add_report,
 )
+from eigensam_jax.experiments.track.command import add_bench, add_track
 
 _INTERRUPTED = 130
 

@@ -18,17 +18,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from eigensam_jax.benchmarks import bench_plots, bench_tables, track
-from eigensam_jax.benchmarks import plots as track_plots
-from eigensam_jax.experiments import (
-    plots,
-    sde,
-    sde_tables,
-    spectrum_tables,
-    study_plots,
-    study_tables,
-)
+from eigensam_jax.experiments.bench import plots as bench_plots
+from eigensam_jax.experiments.bench import tables as bench_tables
 from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.sde import run as sde
+from eigensam_jax.experiments.sde import tables as sde_tables
+from eigensam_jax.experiments.spectrum import plots
+from eigensam_jax.experiments.spectrum import tables as spectrum_tables
+from eigensam_jax.experiments.study import plots as study_plots
+from eigensam_jax.experiments.study import tables as study_tables
+from eigensam_jax.experiments.track import plots as track_plots
+from eigensam_jax.experiments.track import run as track
 
 Document = dict[str, Any]
 Rows = list[list[str]]

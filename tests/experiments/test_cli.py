@@ -9,16 +9,13 @@ import time
 import pytest
 from command_line import assert_refused
 
-from eigensam_jax.experiments import (
-    cli,
-    data,
-    methods,
-    models,
-    options,
-    plans,
-    plots,
-    training,
-)
+from eigensam_jax.experiments import cli, options
+from eigensam_jax.experiments.data import load as data
+from eigensam_jax.experiments.models import small as models
+from eigensam_jax.experiments.spectrum import plots
+from eigensam_jax.experiments.study import plans
+from eigensam_jax.experiments.training import loop as training
+from eigensam_jax.experiments.training import methods
 
 
 def test_compare_shows_the_difference(tmp_path, capsys):

@@ -1,0 +1,104 @@
+"""The networks whose training steps are measured, on random images and labels."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from eigensam_jax.experiments.models.resnet import ResNet18
+from eigensam_jax.experiments.models.small import MLP, StridedCNN
+from eigensam_jax.experiments.models.vit import ViT
+from eigensam_jax.tree_math import PyTree
+
+NUM_CLASSES = 10
+SEED = 0
+
+
+class Workload(NamedTuple):
+    """A network and what it is trained on.
+
+    Attributes:
+      model: the network.
+      image_shape: height, width, channels.
+      batch_size: where none is asked for.
+      keywords: what `model` takes beside the images, in training.
+    """
+
+    model: nn.Module
+    image_shape: tuple[int, int, int]
+    batch_size: int
+    keywords: dict[str, Any]
+
+
+class Batch(NamedTuple):
+    """What a loss depends on beside the parameters.
+
+    Attributes:
+      images: standard normal, shape (batch, height, width, channels), float32.
+      labels: uniform, int32.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+
+
+Loss = Callable[[PyTree, PyTree, Batch], jax.Array]
+
+_SMALL, _LARGE = (28, 28, 1), (32, 32, 3)
+WORKLOADS = {
+    "wide_mlp": Workload(MLP(NUM_CLASSES, 1024), _SMALL, 256, {}),
+    "strided_cnn": Workload(StridedCNN(NUM_CLASSES), _SMALL, 256, {}),
+    "resnet18": Workload(ResNet18(NUM_CLASSES), _LARGE, 32, {"train": True}),
+    "vit": Workload(ViT(NUM_CLASSES), _LARGE, 32, {}),
+}
+
+
+def mlp(width: int) -> Workload:
+    """A network of two hidden layers of this width, for 28×28 images."""
+    return Workload(MLP(NUM_CLASSES, width), _SMALL, 256, {})
+
+
+def init(workload: Workload) -> tuple[PyTree, PyTree]:
+    """The network's parameters, and its other variables: running statistics or none."""
+    images = jnp.zeros((1, *workload.image_shape))
+    key = jax.random.key(SEED)
+    variables = dict(workload.model.init(key, images, **workload.keywords))
+    return variables.pop("params"), variables
+
+
+def make_batch(workload: Workload, batch_size: int) -> Batch:
+    """The same random batch every time."""
+    images, labels = jax.random.split(jax.random.key(SEED + 1))
+    shape = (batch_size, *workload.image_shape)
+    return Batch(
+        jax.random.normal(images, shape),
+        jax.random.randint(labels, (batch_size,), 0, NUM_CLASSES),
+    )
+
+
+def make_loss(workload: Workload, dtype: DTypeLike) -> Loss:
+    """(params, other variables, batch) -> the mean cross-entropy, in training.
+
+    The network computes in `dtype`, to which parameters and images are cast inside; the
+    loss is float32. Running statistics that the pass would move are left where they
+    were, so that a pass at perturbed weights can't move them either.
+    """
+
+    def loss(params: PyTree, others: PyTree, batch: Batch) -> jax.Array:
+        params, images = jax.tree.map(lambda x: x.astype(dtype), (params, batch.images))
+        logits, _ = workload.model.apply(
+            {"params": params, **others},
+            images,
+            **workload.keywords,
+            mutable=list(others),
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), batch.labels
+        )
+        return jnp.mean(losses)
+
+    return loss

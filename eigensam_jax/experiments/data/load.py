@@ -1,0 +1,240 @@
+"""Image data sets as arrays on the device, read from where they already are.
+
+Nothing is downloaded. `digits` comes with scikit-learn; `mnist` and `fashion_mnist` are
+read from a folder of idx files, plain or gzipped, in the format of the MNIST database;
+`cifar10`, `cifar100` and `svhn` from a folder in the format of their authors.
+"""
+
+import gzip
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn import datasets, model_selection
+
+from eigensam_jax.experiments.data import cifar, svhn
+from eigensam_jax.experiments.data import integrity as canonical
+from eigensam_jax.experiments.data.integrity import Arrays
+from eigensam_jax.experiments.errors import UserError
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_UNSIGNED_BYTE = 0x08
+_CHUNK = 1_000  # images: more at once would be copied as wider numbers
+
+
+class Dataset(NamedTuple):
+    """Images and labels, split into a training and a test set.
+
+    Attributes:
+      train_images: float32, shape (examples, height, width, channels), each channel
+        standardised by its mean and standard deviation over all training pixels.
+      train_labels: int32, shape (examples,).
+      test_images: as `train_images`, standardised by the training set's figures.
+      test_labels: as `train_labels`.
+    """
+
+    train_images: jax.Array
+    train_labels: jax.Array
+    test_images: jax.Array
+    test_labels: jax.Array
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest training label."""
+        return int(self.train_labels.max()) + 1
+
+
+def load(name: str, data_dir: Path | None = None) -> Dataset:
+    """Loads a data set by name.
+
+    Args:
+      name: a key of `LOADERS`.
+      data_dir: the folder with its files; `digits` needs none, `fashion_mnist` only
+        where Debian's package dataset-fashion-mnist is not installed.
+
+    Raises:
+      UserError: if the folder or a file is missing, cut off or not in its format.
+    """
+    images, labels, test_images, test_labels = LOADERS[name](data_dir)
+    table = jnp.asarray(standardised_values(images))
+    look_up = jax.jit(jax.vmap(lambda values, x: values[x], (1, -1), -1))
+    return Dataset(
+        look_up(table, images),
+        jnp.asarray(labels.astype(np.int32)),
+        look_up(table, test_images),
+        jnp.asarray(test_labels.astype(np.int32)),
+    )
+
+
+def first(dataset: Dataset, examples: int, name: str) -> Dataset:
+    """The data set of a name with so many of its training images.
+
+    Raises:
+      UserError: if there are not as many.
+    """
+    images, labels = dataset.train_images, dataset.train_labels
+    if examples > len(labels):
+        raise UserError(
+            f"--train-examples {examples} is more than the {len(labels)} training "
+            f"images of {name}; use at most {len(labels)}"
+        )
+    return dataset._replace(
+        train_images=images[:examples], train_labels=labels[:examples]
+    )
+
+
+def with_label_noise(dataset: Dataset, share: float) -> Dataset:
+    """A `share` of the training labels, drawn anew from all classes alike."""
+    rng = np.random.default_rng(0)
+    labels = np.asarray(dataset.train_labels)
+    drawn = rng.integers(0, dataset.num_classes, len(labels), labels.dtype)
+    noisy = np.where(rng.random(len(labels)) < share, drawn, labels)
+    return dataset._replace(train_labels=jnp.asarray(noisy))
+
+
+def num_for_tuning(dataset: Dataset) -> int:
+    """The number of training images that `for_tuning` keeps."""
+    return len(dataset.train_labels) * 9 // 10
+
+
+def for_tuning(dataset: Dataset) -> Dataset:
+    """Nine tenths of the training set; the last tenth, drawn at random, is the test."""
+    order = np.random.default_rng(0).permutation(len(dataset.train_labels))
+    kept, held = np.split(order, [num_for_tuning(dataset)])
+    images, labels = dataset.train_images, dataset.train_labels
+    return Dataset(images[kept], labels[kept], images[held], labels[held])
+
+
+def standardised_values(images: np.ndarray) -> np.ndarray:
+    """What each value of a pixel is after standardisation, for each channel.
+
+    Images stay bytes until they are on the device, where they are looked up in this.
+
+    Args:
+      images: the training set, uint8, shape (examples, height, width, channels).
+
+    Returns:
+      (value − mean) / standard deviation, float32, shape (256, channels).
+    """
+    values = np.arange(256.0)[:, None]
+    counts = np.zeros((256, images.shape[-1]))
+    for i in range(0, len(images), _CHUNK):
+        for channel in range(images.shape[-1]):
+            pixels = images[i : i + _CHUNK, ..., channel].ravel()
+            counts[:, channel] += np.bincount(pixels, minlength=256)
+    weights = counts / counts.sum(0)
+    mean = (weights * values).sum(0)
+    deviation = np.sqrt((weights * (values - mean) ** 2).sum(0))
+    table: np.ndarray = ((values - mean) / deviation).astype(np.float32)
+    return table
+
+
+def _digits(data_dir: Path | None) -> Arrays:
+    """1,797 images of 8×8 pixels, of which a fifth of each class is the test set."""
+    if data_dir is not None:
+        raise UserError(
+            f"--data-dir {data_dir}: digits comes with scikit-learn and reads no "
+            "folder; leave --data-dir out, or name the data in it with --dataset"
+        )
+    bunch = datasets.load_digits()
+    images, test_images, labels, test_labels = model_selection.train_test_split(
+        bunch.images[..., None].astype(np.uint8),
+        bunch.target,
+        test_size=0.2,
+        random_state=0,
+        stratify=bunch.target,
+    )
+    return images, labels, test_images, test_labels
+
+
+def _fashion_mnist(data_dir: Path | None) -> Arrays:
+    if data_dir is None and not DEBIAN_FASHION_MNIST.is_dir():
+        raise UserError(
+            "--dataset fashion_mnist: no --data-dir is given and "
+            f"{DEBIAN_FASHION_MNIST} does not exist; install Debian's package "
+            "dataset-fashion-mnist, or name a folder with its four idx files"
+        )
+    return _idx_folder("fashion_mnist", data_dir or DEBIAN_FASHION_MNIST)
+
+
+def _mnist(data_dir: Path | None) -> Arrays:
+    return _idx_folder("mnist", data_dir)
+
+
+def _idx_folder(name: str, data_dir: Path | None) -> Arrays:
+    content = "its four idx files, train-images-idx3-ubyte[.gz] and so on"
+    folder = canonical.folder_of(name, data_dir, content)
+    images, labels = _idx_pair(folder, "train")
+    test_images, test_labels = _idx_pair(folder, "t10k")
+    if images.shape[1:] != test_images.shape[1:]:
+        raise UserError(
+            f"{folder}: training images are {images.shape[1:]}, test images "
+            f"{test_images.shape[1:]}; they belong to different data sets"
+        )
+    return images, labels, test_images, test_labels
+
+
+def _idx_pair(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images of shape (n, height, width, 1) and labels of shape (n,)."""
+    images_path = _find(folder, f"{prefix}-images", 3)
+    labels_path = _find(folder, f"{prefix}-labels", 1)
+    images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
+    if len(images) != len(labels):
+        raise UserError(
+            f"{images_path} has {len(images)} images, {labels_path} has {len(labels)} "
+            "labels; they must be of the same set"
+        )
+    return images[..., None], labels
+
+
+def _find(folder: Path, stem: str, ndim: int) -> Path:
+    names = [
+        f"{stem}{separator}idx{ndim}-ubyte{suffix}"
+        for separator in "-."
+        for suffix in ("", ".gz")
+    ]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder} has no file {names[0]}, plain or gzipped (.gz)")
+
+
+def _read_idx(path: Path, ndim: int) -> np.ndarray:
+    """Reads an idx file: 0, 0, type, rank, each length as 4 big-endian bytes, data."""
+    content = canonical.read(path)
+    try:
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); it may be cut off: fetch it anew"
+        ) from error
+    header = 4 + 4 * ndim
+    magic = bytes([0, 0, _UNSIGNED_BYTE, ndim])
+    if len(content) < header or content[:4] != magic:
+        raise UserError(
+            f"{path} is not an idx file of {ndim}-dimensional unsigned bytes: of its "
+            f"{len(content)} bytes the first should be {magic.hex(' ')}"
+        )
+    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", ndim, offset=4))
+    if len(content) - header != math.prod(shape) or 0 in shape:
+        raise UserError(
+            f"{path} should hold {math.prod(shape)} bytes of data for its {shape}, got "
+            f"{len(content) - header}: it is cut off or damaged, fetch it anew"
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
+    "digits": _digits,
+    "fashion_mnist": _fashion_mnist,
+    "mnist": _mnist,
+    "cifar10": cifar.cifar10,
+    "cifar100": cifar.cifar100,
+    "svhn": svhn.svhn,
+}

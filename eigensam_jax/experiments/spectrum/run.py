@@ -1,0 +1,299 @@
+"""`eigensam spectrum`: the eigenvalues of the Hessian of a trained network."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import serialization
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from eigensam_jax import eigen, hessian
+from eigensam_jax.experiments.data import augmentation
+from eigensam_jax.experiments.data import load as data
+from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.models.small import MODELS
+from eigensam_jax.experiments.records import checkpoints, results, resumption, tables
+from eigensam_jax.experiments.spectrum import plots
+from eigensam_jax.experiments.spectrum import tables as spectrum_tables
+from eigensam_jax.experiments.training import loop as training
+from eigensam_jax.experiments.training import losses, measures, methods
+from eigensam_jax.experiments.training.methods import Method
+from eigensam_jax.experiments.training.steps import TrainState
+from eigensam_jax.hessian import Matvec
+from eigensam_jax.tree_math import PyTree
+
+TOLERANCE = 1e-4  # of the residuals, relative to λ_max
+EXAMPLES = 2_000  # training images, where not said
+CHECKPOINT = "training.msgpack"
+CHECKPOINTS = 10  # of a training, beside the one at its end
+_CHUNK = 250  # images per product: convolutions of more take longer for each, on CPUs
+
+
+class Config(NamedTuple):
+    """The options of the command; see `eigensam spectrum --help`."""
+
+    dataset: str
+    data_dir: Path | None
+    model: str
+    optimizer: str
+    seed: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    rho: float
+    alpha: float
+    augment: bool
+    k: int
+    num_matvecs: int
+    num_samples: int
+    examples: int | None
+    out: Path
+
+
+class Trained(NamedTuple):
+    """A network after training.
+
+    Attributes:
+      params: its parameters.
+      train_loss: mean cross-entropy over the training set.
+      test_accuracy: fraction of the test set that is classified correctly.
+      batch_stats: running statistics of batch normalisation; empty where there is none.
+    """
+
+    params: PyTree
+    train_loss: float
+    test_accuracy: float
+    batch_stats: PyTree
+
+
+def run(config: Config, command: str, console: Console) -> None:
+    """Trains a network; leaves `results.json` and `spectrum.png` in `config.out`.
+
+    Whatever ends the command, the same one goes on from the last checkpoint of the
+    training, or from its end. Where the network or its Hessian is not finite, the next
+    one begins again.
+
+    Args:
+      config: what to train, and what to find of its Hessian.
+      command: the command line, for the results file.
+      console: where progress and the table go.
+
+    Raises:
+      UserError: for what can't be run, before any training; or when training diverges.
+    """
+    dataset = data.load(config.dataset, config.data_dir)
+    available = len(dataset.train_images)
+    training.check_batch_size(config.batch_size, config.dataset, available)
+    dimension = _check(config, dataset)
+    examples = config.examples or min(EXAMPLES, available)
+    config = config._replace(examples=examples)
+    results.make_folder(config.out)
+    checkpoint, described = config.out / CHECKPOINT, _described(config, dataset)
+    saved = checkpoints.read(checkpoint) or {"step": 0, "seconds": 0.0}
+    if "described" in saved:
+        resumption.check_same(config.out, json.loads(saved["described"]), described)
+    start = time.perf_counter() - saved["seconds"]
+    with tables.progress_bar(console) as bar:
+        total = training.num_steps(dataset, config.batch_size, config.epochs)
+        training_task = bar.add_task("training", total=total, completed=saved["step"])
+
+        def keep(step: int, what: dict[str, Any]) -> None:
+            bar.update(training_task, completed=step)
+            checkpoints.write(
+                checkpoint,
+                {
+                    "described": json.dumps(described),
+                    "step": step,
+                    "seconds": time.perf_counter() - start,
+                    **what,
+                },
+            )
+
+        try:
+            trained = train(config, dataset, saved, keep)
+        except training.DivergedError:
+            checkpoint.unlink(missing_ok=True)  # a lower rate may use this folder
+            raise
+        params, batch_stats = trained.params, trained.batch_stats
+        product = make_matvec(config.model, dataset, examples, params, batch_stats)
+
+        task, began = bar.add_task("top eigenvalues", total=None), time.perf_counter()
+        matvec, products = _counted(product, bar, task)
+        top = eigen.top_eigenpairs(
+            matvec, params, config.k, tol=TOLERANCE, host_loop=True
+        )
+        seconds, top_products = time.perf_counter() - began, products[0]
+
+        count = config.num_matvecs * config.num_samples
+        task = bar.add_task("spectral density", total=count)
+        density = eigen.spectral_density(
+            _counted(product, bar, task)[0],
+            params,
+            num_matvecs=config.num_matvecs,
+            num_samples=config.num_samples,
+            host_loop=True,
+        )
+    if not all(np.isfinite(x).all() for x in (top.residual, density.nodes)):
+        checkpoint.unlink(missing_ok=True)
+        raise UserError(
+            "the Hessian's products are not finite; lower --learning-rate (now "
+            f"{config.learning_rate:g})"
+        )
+    document: dict[str, Any] = {
+        "command": command,
+        "config": {
+            **config._asdict(),
+            "data_dir": config.data_dir and str(config.data_dir),
+            "out": str(config.out),
+            **training.protocol(dataset),
+            "tolerance": TOLERANCE,
+            "near_zero": spectrum_tables.NEAR_ZERO,
+        },
+        **results.environment(),
+        "wall_time_s": time.perf_counter() - start,
+        "top_wall_time_s": seconds,
+        "top_matvecs": top_products,
+        "parameters": dimension,
+        "train_loss": trained.train_loss,
+        "test_accuracy": trained.test_accuracy,
+        "eigenvalues": top.eigenvalue.tolist(),
+        "residuals": top.residual.tolist(),
+        **spectrum_tables.summarise(density, dimension, float(top.eigenvalue[0])),
+        "nodes": density.nodes.tolist(),
+        "weights": density.weights.tolist(),
+    }
+    path, plot = config.out / "results.json", config.out / "spectrum.png"
+    results.write(path, document)
+    title = f"{config.dataset}, {config.model}, {config.optimizer}"
+    plots.spectrum(document, title, plot)
+    checkpoint.unlink(missing_ok=True)
+    console.print(spectrum_tables.table(document, title))
+    console.print(spectrum_tables.sentence(document))
+    console.print(
+        f"Results: {path}   Plot: {plot}   Wall time: {document['wall_time_s']:.0f} s"
+    )
+
+
+def train(
+    config: Config,
+    dataset: data.Dataset,
+    saved: dict[str, Any] | None = None,
+    keep: Callable[[int, dict[str, Any]], None] = lambda step, what: None,
+) -> Trained:
+    """The network at the end of training.
+
+    Args:
+      config: how it is trained.
+      dataset: what it is trained on.
+      saved: what was kept of an interrupted training, to go on with.
+      keep: called on the way and at the end, with the steps so far and what there is
+        to go on with.
+
+    Raises:
+      DivergedError: if the loss is not finite.
+    """
+    saved = saved or {}
+    if "trained" in saved:
+        trained = Trained(**saved["trained"])
+        arrays = jax.tree.map(jnp.asarray, (trained.params, trained.batch_stats))
+        return trained._replace(params=arrays[0], batch_stats=arrays[1])
+    steps = training.num_steps(dataset, config.batch_size, config.epochs)
+    settings = training.Settings(
+        *(config.epochs, config.batch_size, config.learning_rate, CHECKPOINTS + 1),
+        augmentation.of(config.dataset, config.augment),
+    )
+    model = MODELS[config.model](dataset.num_classes)
+    means = measures.make_means(model)
+
+    def measure(
+        method: Method, state: TrainState, top: Any
+    ) -> tuple[Trained | None, None]:
+        del method, top
+        if int(state.step) < steps:
+            return None, None
+        params, batch_stats = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
+        train_loss, _ = means(
+            params, dataset.train_images, dataset.train_labels, batch_stats
+        )
+        if not np.isfinite(train_loss):
+            raise FloatingPointError(f"the training loss is {train_loss}")
+        _, accuracy = means(
+            params, dataset.test_images, dataset.test_labels, batch_stats
+        )
+        return Trained(params, train_loss, accuracy, batch_stats), None
+
+    method = methods.named(config.optimizer, config.rho, config.alpha)
+    run = training.make_run(model, dataset, measure, settings)
+    for point in run(method, config.seed, saved.get("progress")):
+        if 0 < point.step < steps:
+            progress = serialization.to_state_dict(point.progress)
+            keep(point.step, {"progress": progress})
+    trained = cast(Trained, point.measurement)
+    keep(steps, {"trained": trained._asdict()})
+    return trained
+
+
+def make_matvec(
+    model: str,
+    dataset: data.Dataset,
+    examples: int,
+    params: PyTree,
+    batch_stats: PyTree = None,
+) -> Matvec:
+    """The product with the Hessian of the loss on the first `examples` images.
+
+    In evaluation: batch normalisation is by the running `batch_stats`.
+    """
+    loss = losses.cross_entropy(MODELS[model](dataset.num_classes))
+    images, labels = dataset.train_images[:examples], dataset.train_labels[:examples]
+    batches = [
+        (images[i : i + _CHUNK], labels[i : i + _CHUNK])
+        for i in range(0, examples, _CHUNK)
+    ]
+    return hessian.mean_matvec(
+        lambda p, batch: loss(p, *batch, batch_stats), params, lambda: batches
+    )
+
+
+def _described(config: Config, dataset: data.Dataset) -> dict[str, Any]:
+    """All that the trained network depends on."""
+    later = ("k", "num_matvecs", "num_samples", "examples", "data_dir", "out")
+    fields = {key: x for key, x in config._asdict().items() if key not in later}
+    return {**fields, **training.protocol(dataset), **results.environment()}
+
+
+def _check(config: Config, dataset: data.Dataset) -> int:
+    """Refuses what can't be done, and returns the number of parameters."""
+    images = len(dataset.train_images)
+    if config.examples is not None and config.examples > images:
+        raise UserError(
+            f"--examples {config.examples} is more than the {images} training images "
+            f"of {config.dataset}; use at most {images}"
+        )
+    model = MODELS[config.model](dataset.num_classes)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), dataset.train_images[:1])
+    dimension = sum(int(x.size) for x in jax.tree.leaves(shapes["params"]))
+    if config.k > dimension:
+        raise UserError(
+            f"--k {config.k} is more than the {dimension} parameters of "
+            f"{config.model}; a few dozen are usual"
+        )
+    return dimension
+
+
+def _counted(matvec: Matvec, bar: Progress, task: TaskID) -> tuple[Matvec, list[int]]:
+    """`matvec`, and a list whose only entry counts its products, as `bar` does."""
+    products = [0]
+
+    def counted(vector: PyTree) -> PyTree:
+        products[0] += 1
+        bar.update(task, completed=products[0])
+        return matvec(vector)
+
+    return counted, products

@@ -33,8 +33,8 @@ from eigensam_jax.experiments.track import run as track
 Document = dict[str, Any]
 Rows = list[list[str]]
 
-FOLDERS = ("eigensam_jax/experiments/results", "eigensam_jax/benchmarks/results")
-PAGES = ("README.md", "notebooks/*.md", *(f"{folder}/*.md" for folder in FOLDERS))
+FOLDER = "notebooks/results"
+PAGES = ("README.md", "notebooks/*.md", f"{FOLDER}/*.md")
 _MARK = re.compile(r"<!-- report: (\S+) (\S+) ?([^>]*?) -->\n")
 
 
@@ -53,7 +53,7 @@ def run(root: Path) -> list[Path]:
     found = results_of(root)
     if not found:
         raise UserError(
-            f"--root {root} holds no results under {FOLDERS[0]}; name a clone's folder"
+            f"--root {root} holds no results under {FOLDER}; name a clone's folder"
         )
     pages = {path: path.read_text("utf-8") for path in pages_of(root)}
     new = {path: rendered(text, found, path.name) for path, text in pages.items()}
@@ -69,8 +69,7 @@ def results_of(root: Path) -> dict[str, Document]:
     """The results files of a clone, by the names of their folders."""
     return {
         path.parent.name: json.loads(path.read_text("utf-8"))
-        for folder in FOLDERS
-        for path in sorted(root.glob(f"{folder}/*/*.json"))
+        for path in sorted(root.glob(f"{FOLDER}/*/*.json"))
     }
 
 
@@ -164,7 +163,7 @@ ROWS: dict[str, Callable[[list[Document], str], list[str]]] = {
 
 def _draw(root: Path, name: str, document: Document) -> list[Path]:
     """Draws the plots of a results file anew."""
-    (folder,) = (root / x / name for x in FOLDERS if (root / x / name).is_dir())
+    folder = root / FOLDER / name
     config, runs = document.get("config", {}), document.get("runs", [])
     title = ", ".join(str(config[x]) for x in ("dataset", "model") if x in config)
     kind = name.partition("_")[0]

@@ -64,8 +64,8 @@ def test_what_there_is_not_is_named(mark):
 
 
 def test_the_command_writes_pages_and_plots(tmp_path, capsys):
-    folder = tmp_path / report.FOLDERS[0] / "spectrum_digits"
-    shutil.copytree(ROOT / report.FOLDERS[0] / "spectrum_digits", folder)
+    folder = tmp_path / report.FOLDER / "spectrum_digits"
+    shutil.copytree(ROOT / report.FOLDER / "spectrum_digits", folder)
     (folder / "spectrum.png").unlink()
     page = tmp_path / "README.md"
     page.write_text(

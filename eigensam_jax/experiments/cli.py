@@ -7,18 +7,21 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
+from eigensam_jax.experiments import options
+from eigensam_jax.experiments.bench.command import add_bench
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.options import Parser
-from eigensam_jax.experiments.spectrum.command import add_sde, add_spectrum
+from eigensam_jax.experiments.sde.command import add_sde
+from eigensam_jax.experiments.spectrum.command import add_spectrum
 from eigensam_jax.experiments.study.command import (
     add_ablate,
     add_accuracy,
     add_compare,
-    add_report,
 )
-from eigensam_jax.experiments.track.command import add_bench, add_track
+from eigensam_jax.experiments.track.command import add_track
 
 _INTERRUPTED = 130
 
@@ -66,5 +69,31 @@ def _parser() -> argparse.ArgumentParser:
     add_spectrum(commands)
     add_sde(commands)
     add_bench(commands)
-    add_report(commands)
+    _add_report(commands)
     return parser
+
+
+def _add_report(commands: Any) -> None:
+    """Adds `eigensam report`."""
+    report = commands.add_parser(
+        "report",
+        help="bring the tables and plots of a clone up to date with its results",
+        description="Write the rows of every table in the pages of a clone from its "
+        "results files, and draw every plot anew.",
+    )
+    report.add_argument(
+        "--root",
+        metavar="DIR",
+        type=Path,
+        default=Path(),
+        help="folder of the clone [this one]",
+    )
+    report.set_defaults(run=_report)
+
+
+def _report(chosen: argparse.Namespace, command: str) -> None:
+    del command
+    with options.extras():
+        from eigensam_jax.experiments import report
+    for path in report.run(chosen.root):
+        print(path)

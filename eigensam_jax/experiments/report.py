@@ -28,7 +28,7 @@ from eigensam_jax.experiments.spectrum import tables as spectrum_tables
 from eigensam_jax.experiments.study import plots as study_plots
 from eigensam_jax.experiments.study import tables as study_tables
 from eigensam_jax.experiments.track import plots as track_plots
-from eigensam_jax.experiments.track import run as track
+from eigensam_jax.experiments.track import tables as track_tables
 
 Document = dict[str, Any]
 Rows = list[list[str]]
@@ -139,9 +139,9 @@ def _bench(documents: list[Document], model: str) -> Rows:
 
 ROWS: dict[str, Callable[[list[Document], str], list[str]]] = {
     "run": lambda documents, _: provenance(documents[0]),
-    "track": _table(lambda d, alpha: track.summary(d[0]["runs"], float(alpha))),
-    "track_differences": _of_runs(track.differences),
-    "track_across": _table(lambda d, _: track.across([x["runs"] for x in d])),
+    "track": _table(lambda d, alpha: track_tables.summary(d[0]["runs"], float(alpha))),
+    "track_differences": _of_runs(track_tables.differences),
+    "track_across": _table(lambda d, _: track_tables.across([x["runs"] for x in d])),
     "bench": _table(_bench),
     "bench_across": _of_runs(bench_tables.across),
     "growth": _of_runs(bench_tables.growth_summary),

@@ -8,7 +8,7 @@ import optax
 
 from eigensam_jax import eigen_sam, sam
 from eigensam_jax.experiments.bench.workloads import Batch, Loss
-from eigensam_jax.experiments.track.trackers import TRACKERS
+from eigensam_jax.experiments.training.trackers import TRACKERS
 from eigensam_jax.hessian import ValueFn
 from eigensam_jax.tree_math import PyTree
 

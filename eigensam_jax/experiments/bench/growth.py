@@ -11,7 +11,7 @@ from eigensam_jax.experiments.bench import plots as bench_plots
 from eigensam_jax.experiments.bench import tables as bench_tables
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.records import results, resumption, tables
-from eigensam_jax.experiments.track.trackers import TRACKERS
+from eigensam_jax.experiments.training.trackers import TRACKERS
 
 OPTIMIZERS = ("sgd", "sam", "secant", "power_iteration")
 WIDTHS = (12, 112, 676, 2790, 9610)  # 10⁴, 10⁵, … 10⁸ parameters, about

@@ -20,7 +20,7 @@ from eigensam_jax.experiments.bench import tables as bench_tables
 from eigensam_jax.experiments.bench.placement import Placement
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.records import results, resumption, tables
-from eigensam_jax.experiments.track.trackers import TRACKERS
+from eigensam_jax.experiments.training.trackers import TRACKERS
 
 BASELINES = ("sgd", "sam")
 

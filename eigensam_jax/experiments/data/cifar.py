@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eigensam_jax.experiments.data import integrity as canonical
+from eigensam_jax.experiments.data import integrity
 from eigensam_jax.experiments.data.integrity import FACTS, Arrays, Facts
 from eigensam_jax.experiments.errors import UserError
 
@@ -37,19 +37,19 @@ def cifar10(data_dir: Path | None, facts: Facts = FACTS["cifar10"]) -> Arrays:
     Raises:
       UserError: if a file is missing, cut off or not what it should be.
     """
-    folder = canonical.folder_of("cifar10", data_dir, _CONTENT["cifar10"])
+    folder = integrity.folder_of("cifar10", data_dir, _CONTENT["cifar10"])
     if (folder / f"{_TRAIN[0]}.png").is_file():
         return _sheets(folder, facts)
     paths = [folder / f"{name}.bin" for name in (*_TRAIN, _TEST)]
-    canonical.check_there(paths, _CONTENT["cifar10"])
+    integrity.check_there(paths, _CONTENT["cifar10"])
     each = sum(facts.train_counts) // len(_TRAIN)
     batches = [_binary(path, each, 1, facts) for path in paths[:-1]]
     images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     test_images, test_labels = _binary(paths[-1], sum(facts.test_counts), 1, facts)
-    canonical.check_counts(test_labels, facts.test_counts, str(paths[-1]))
+    integrity.check_counts(test_labels, facts.test_counts, str(paths[-1]))
     source = f"{paths[0]} to {paths[-2].name}"
-    canonical.check_counts(labels, facts.train_counts, source)
-    canonical.check_means(images, facts.train_means, source)
+    integrity.check_counts(labels, facts.train_counts, source)
+    integrity.check_means(images, facts.train_means, source)
     return images, labels, test_images, test_labels
 
 
@@ -63,14 +63,14 @@ def cifar100(data_dir: Path | None, facts: Facts = FACTS["cifar100"]) -> Arrays:
     Raises:
       UserError: if a file is missing, cut off or not what it should be.
     """
-    folder = canonical.folder_of("cifar100", data_dir, _CONTENT["cifar100"])
+    folder = integrity.folder_of("cifar100", data_dir, _CONTENT["cifar100"])
     path, test_path = folder / "train.bin", folder / "test.bin"
-    canonical.check_there([path, test_path], _CONTENT["cifar100"])
+    integrity.check_there([path, test_path], _CONTENT["cifar100"])
     images, labels = _binary(path, sum(facts.train_counts), 2, facts)
     test_images, test_labels = _binary(test_path, sum(facts.test_counts), 2, facts)
-    canonical.check_counts(labels, facts.train_counts, str(path))
-    canonical.check_counts(test_labels, facts.test_counts, str(test_path))
-    canonical.check_means(images, facts.train_means, str(path))
+    integrity.check_counts(labels, facts.train_counts, str(path))
+    integrity.check_counts(test_labels, facts.test_counts, str(test_path))
+    integrity.check_means(images, facts.train_means, str(path))
     return images, labels, test_images, test_labels
 
 
@@ -79,7 +79,7 @@ def _binary(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images of a binary file, and the last label of each."""
     record = num_labels + 3 * _PIXELS
-    content = canonical.read(path)
+    content = integrity.read(path)
     if len(content) != count * record:
         raise UserError(
             f"{path} should hold {count} records of {record} bytes, {count * record} "
@@ -103,7 +103,7 @@ def _sheets(folder: Path, facts: Facts) -> Arrays:
     paths = [folder / f"{name}.png" for name in (*_TRAIN, _TEST)]
     names = ("train_lables.json", "test_lables.json")  # so it is spelt
     label_paths = [folder / name for name in names]
-    canonical.check_there([*paths, *label_paths], _CONTENT["cifar10"])
+    integrity.check_there([*paths, *label_paths], _CONTENT["cifar10"])
     labels = _labels(label_paths[0], facts.train_counts)
     test_labels = _labels(label_paths[1], facts.test_counts)
     each = len(labels) // len(_TRAIN)
@@ -137,7 +137,7 @@ def _sheet(path: Path, count: int) -> np.ndarray:
 def _labels(path: Path, counts: tuple[int, ...]) -> np.ndarray:
     expected = f"a list of {sum(counts)} whole numbers from 0 to {len(counts) - 1}"
     try:
-        found = json.loads(canonical.read(path))
+        found = json.loads(integrity.read(path))
     except ValueError as error:
         raise UserError(
             f"{path} is not JSON ({error}); it should be {expected}: fetch it anew"
@@ -149,14 +149,14 @@ def _labels(path: Path, counts: tuple[int, ...]) -> np.ndarray:
     ):
         raise UserError(f"{path} should be {expected}; it is another file or damaged")
     labels = np.array(found, np.uint8)
-    canonical.check_counts(labels, counts, str(path))
+    integrity.check_counts(labels, counts, str(path))
     return labels
 
 
 def _check_sheet(
     path: Path, label_path: Path, images: np.ndarray, labels: np.ndarray, known: int
 ) -> None:
-    found = canonical.checksum(images, labels)
+    found = integrity.checksum(images, labels)
     if found != known:
         raise UserError(
             f"{path} and its labels in {label_path.name} have the checksum "

@@ -5,9 +5,6 @@ read from a folder of idx files, plain or gzipped, in the format of the MNIST da
 `cifar10`, `cifar100` and `svhn` from a folder in the format of their authors.
 """
 
-import gzip
-import math
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,15 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn import datasets, model_selection
 
-from eigensam_jax.experiments.data import cifar, svhn
-from eigensam_jax.experiments.data import integrity as canonical
+from eigensam_jax.experiments.data import cifar, digits, idx, svhn
 from eigensam_jax.experiments.data.integrity import Arrays
 from eigensam_jax.experiments.errors import UserError
 
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-_UNSIGNED_BYTE = 0x08
 _CHUNK = 1_000  # images: more at once would be copied as wider numbers
 
 
@@ -134,106 +127,10 @@ def standardised_values(images: np.ndarray) -> np.ndarray:
     return table
 
 
-def _digits(data_dir: Path | None) -> Arrays:
-    """1,797 images of 8×8 pixels, of which a fifth of each class is the test set."""
-    if data_dir is not None:
-        raise UserError(
-            f"--data-dir {data_dir}: digits comes with scikit-learn and reads no "
-            "folder; leave --data-dir out, or name the data in it with --dataset"
-        )
-    bunch = datasets.load_digits()
-    images, test_images, labels, test_labels = model_selection.train_test_split(
-        bunch.images[..., None].astype(np.uint8),
-        bunch.target,
-        test_size=0.2,
-        random_state=0,
-        stratify=bunch.target,
-    )
-    return images, labels, test_images, test_labels
-
-
-def _fashion_mnist(data_dir: Path | None) -> Arrays:
-    if data_dir is None and not DEBIAN_FASHION_MNIST.is_dir():
-        raise UserError(
-            "--dataset fashion_mnist: no --data-dir is given and "
-            f"{DEBIAN_FASHION_MNIST} does not exist; install Debian's package "
-            "dataset-fashion-mnist, or name a folder with its four idx files"
-        )
-    return _idx_folder("fashion_mnist", data_dir or DEBIAN_FASHION_MNIST)
-
-
-def _mnist(data_dir: Path | None) -> Arrays:
-    return _idx_folder("mnist", data_dir)
-
-
-def _idx_folder(name: str, data_dir: Path | None) -> Arrays:
-    content = "its four idx files, train-images-idx3-ubyte[.gz] and so on"
-    folder = canonical.folder_of(name, data_dir, content)
-    images, labels = _idx_pair(folder, "train")
-    test_images, test_labels = _idx_pair(folder, "t10k")
-    if images.shape[1:] != test_images.shape[1:]:
-        raise UserError(
-            f"{folder}: training images are {images.shape[1:]}, test images "
-            f"{test_images.shape[1:]}; they belong to different data sets"
-        )
-    return images, labels, test_images, test_labels
-
-
-def _idx_pair(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images of shape (n, height, width, 1) and labels of shape (n,)."""
-    images_path = _find(folder, f"{prefix}-images", 3)
-    labels_path = _find(folder, f"{prefix}-labels", 1)
-    images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
-    if len(images) != len(labels):
-        raise UserError(
-            f"{images_path} has {len(images)} images, {labels_path} has {len(labels)} "
-            "labels; they must be of the same set"
-        )
-    return images[..., None], labels
-
-
-def _find(folder: Path, stem: str, ndim: int) -> Path:
-    names = [
-        f"{stem}{separator}idx{ndim}-ubyte{suffix}"
-        for separator in "-."
-        for suffix in ("", ".gz")
-    ]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder} has no file {names[0]}, plain or gzipped (.gz)")
-
-
-def _read_idx(path: Path, ndim: int) -> np.ndarray:
-    """Reads an idx file: 0, 0, type, rank, each length as 4 big-endian bytes, data."""
-    content = canonical.read(path)
-    try:
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); it may be cut off: fetch it anew"
-        ) from error
-    header = 4 + 4 * ndim
-    magic = bytes([0, 0, _UNSIGNED_BYTE, ndim])
-    if len(content) < header or content[:4] != magic:
-        raise UserError(
-            f"{path} is not an idx file of {ndim}-dimensional unsigned bytes: of its "
-            f"{len(content)} bytes the first should be {magic.hex(' ')}"
-        )
-    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", ndim, offset=4))
-    if len(content) - header != math.prod(shape) or 0 in shape:
-        raise UserError(
-            f"{path} should hold {math.prod(shape)} bytes of data for its {shape}, got "
-            f"{len(content) - header}: it is cut off or damaged, fetch it anew"
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-
-
 LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
-    "digits": _digits,
-    "fashion_mnist": _fashion_mnist,
-    "mnist": _mnist,
+    "digits": digits.digits,
+    "fashion_mnist": idx.fashion_mnist,
+    "mnist": idx.mnist,
     "cifar10": cifar.cifar10,
     "cifar100": cifar.cifar100,
     "svhn": svhn.svhn,

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import io
 from scipy.io import matlab
 
-from eigensam_jax.experiments.data import integrity as canonical
+from eigensam_jax.experiments.data import integrity
 from eigensam_jax.experiments.data.integrity import FACTS, Arrays, Facts
 from eigensam_jax.experiments.errors import UserError
 
@@ -26,18 +26,18 @@ def svhn(data_dir: Path | None, facts: Facts = FACTS["svhn"]) -> Arrays:
     Raises:
       UserError: if a file is missing, cut off or not what it should be.
     """
-    folder = canonical.folder_of("svhn", data_dir, _CONTENT)
+    folder = integrity.folder_of("svhn", data_dir, _CONTENT)
     path, test_path = folder / "train_32x32.mat", folder / "test_32x32.mat"
-    canonical.check_there([path, test_path], _CONTENT)
+    integrity.check_there([path, test_path], _CONTENT)
     images, labels = _read(path, facts.train_counts)
     test_images, test_labels = _read(test_path, facts.test_counts)
-    canonical.check_means(images, facts.train_means, str(path))
+    integrity.check_means(images, facts.train_means, str(path))
     return images, labels, test_images, test_labels
 
 
 def _read(path: Path, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Images X of shape (32, 32, 3, n) and labels y (n, 1), in which 0 is 10."""
-    content = canonical.read(path)
+    content = integrity.read(path)
     try:
         found = io.loadmat(BytesIO(content), variable_names=("X", "y"))
     except (
@@ -62,7 +62,7 @@ def _read(path: Path, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
             "fetch it anew"
         )
     digits = labels.ravel() % 10
-    canonical.check_counts(digits, counts, str(path))
+    integrity.check_counts(digits, counts, str(path))
     return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), digits
 
 

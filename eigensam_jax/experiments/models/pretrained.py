@@ -4,10 +4,11 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from eigensam_jax.experiments.data import integrity as canonical
+from jax.tree_util import Partial
+
+from eigensam_jax.experiments.data import integrity
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import efficientnet, torch_file
-from eigensam_jax.experiments.training.steps import Begin
 from eigensam_jax.tree_math import PyTree
 
 MODEL = "efficientnet_lite0"
@@ -28,9 +29,9 @@ class Pretrained(NamedTuple):
     variables: dict[str, PyTree]
 
     @property
-    def begin(self) -> Begin:
+    def begin(self) -> Partial:
         """Makes of new variables those that training begins from."""
-        return Begin(  # type: ignore[no-untyped-call]
+        return Partial(  # type: ignore[no-untyped-call]
             efficientnet.fine_tuned, pretrained=self.variables
         )
 
@@ -60,7 +61,7 @@ def load(path: Path, model: str) -> Pretrained:
             f"--pretrained {path} is not a file; it should be the .pth file of the "
             f"Python package {PACKAGE}"
         )
-    content = canonical.read(path)
+    content = integrity.read(path)
     arrays = torch_file.arrays(content, path)
     variables = efficientnet.from_state_dict(arrays, path)
     return Pretrained(path.name, hashlib.sha256(content).hexdigest(), variables)

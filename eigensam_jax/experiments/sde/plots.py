@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
+from eigensam_jax.experiments.records.colours import COLOURS
 from eigensam_jax.experiments.sde import tables as sde_tables
-from eigensam_jax.experiments.spectrum.plots import COLOURS
 
 _STYLES = {
     "sam": (COLOURS["sam"], "-"),

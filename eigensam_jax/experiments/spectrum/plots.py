@@ -1,4 +1,4 @@
-"""Plots of results files."""
+"""The plot of what `eigensam spectrum` found."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,16 +9,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from eigensam_jax import eigen
-
-COLOURS = {
-    "sgd": "#7f7f7f",
-    "sam": "#1f77b4",
-    "asam": "#9467bd",
-    "eigen_sam_paper": "#ff7f0e",
-    "sam_matched_paper": "#bcbd22",
-    "eigen_sam": "#d62728",
-    "sam_matched": "#17becf",
-}
 
 
 def spectrum(document: Mapping[str, Any], title: str, path: Path) -> None:

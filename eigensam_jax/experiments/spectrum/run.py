@@ -2,74 +2,30 @@
 
 import json
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import serialization
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from eigensam_jax import eigen, hessian
-from eigensam_jax.experiments.data import augmentation
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models.small import MODELS
 from eigensam_jax.experiments.records import checkpoints, results, resumption, tables
-from eigensam_jax.experiments.spectrum import plots
+from eigensam_jax.experiments.spectrum import network, plots
 from eigensam_jax.experiments.spectrum import tables as spectrum_tables
+from eigensam_jax.experiments.spectrum.network import Config
 from eigensam_jax.experiments.training import loop as training
-from eigensam_jax.experiments.training import losses, measures, methods
-from eigensam_jax.experiments.training.methods import Method
-from eigensam_jax.experiments.training.steps import TrainState
+from eigensam_jax.experiments.training import losses
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
 TOLERANCE = 1e-4  # of the residuals, relative to λ_max
 EXAMPLES = 2_000  # training images, where not said
 CHECKPOINT = "training.msgpack"
-CHECKPOINTS = 10  # of a training, beside the one at its end
 _CHUNK = 250  # images per product: convolutions of more take longer for each, on CPUs
-
-
-class Config(NamedTuple):
-    """The options of the command; see `eigensam spectrum --help`."""
-
-    dataset: str
-    data_dir: Path | None
-    model: str
-    optimizer: str
-    seed: int
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    rho: float
-    alpha: float
-    augment: bool
-    k: int
-    num_matvecs: int
-    num_samples: int
-    examples: int | None
-    out: Path
-
-
-class Trained(NamedTuple):
-    """A network after training.
-
-    Attributes:
-      params: its parameters.
-      train_loss: mean cross-entropy over the training set.
-      test_accuracy: fraction of the test set that is classified correctly.
-      batch_stats: running statistics of batch normalisation; empty where there is none.
-    """
-
-    params: PyTree
-    train_loss: float
-    test_accuracy: float
-    batch_stats: PyTree
 
 
 def run(config: Config, command: str, console: Console) -> None:
@@ -116,7 +72,7 @@ def run(config: Config, command: str, console: Console) -> None:
             )
 
         try:
-            trained = train(config, dataset, saved, keep)
+            trained = network.train(config, dataset, saved, keep)
         except training.DivergedError:
             checkpoint.unlink(missing_ok=True)  # a lower rate may use this folder
             raise
@@ -178,65 +134,6 @@ def run(config: Config, command: str, console: Console) -> None:
     console.print(
         f"Results: {path}   Plot: {plot}   Wall time: {document['wall_time_s']:.0f} s"
     )
-
-
-def train(
-    config: Config,
-    dataset: data.Dataset,
-    saved: dict[str, Any] | None = None,
-    keep: Callable[[int, dict[str, Any]], None] = lambda step, what: None,
-) -> Trained:
-    """The network at the end of training.
-
-    Args:
-      config: how it is trained.
-      dataset: what it is trained on.
-      saved: what was kept of an interrupted training, to go on with.
-      keep: called on the way and at the end, with the steps so far and what there is
-        to go on with.
-
-    Raises:
-      DivergedError: if the loss is not finite.
-    """
-    saved = saved or {}
-    if "trained" in saved:
-        trained = Trained(**saved["trained"])
-        arrays = jax.tree.map(jnp.asarray, (trained.params, trained.batch_stats))
-        return trained._replace(params=arrays[0], batch_stats=arrays[1])
-    steps = training.num_steps(dataset, config.batch_size, config.epochs)
-    settings = training.Settings(
-        *(config.epochs, config.batch_size, config.learning_rate, CHECKPOINTS + 1),
-        augmentation.of(config.dataset, config.augment),
-    )
-    model = MODELS[config.model](dataset.num_classes)
-    means = measures.make_means(model)
-
-    def measure(
-        method: Method, state: TrainState, top: Any
-    ) -> tuple[Trained | None, None]:
-        del method, top
-        if int(state.step) < steps:
-            return None, None
-        params, batch_stats = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
-        train_loss, _ = means(
-            params, dataset.train_images, dataset.train_labels, batch_stats
-        )
-        if not np.isfinite(train_loss):
-            raise FloatingPointError(f"the training loss is {train_loss}")
-        _, accuracy = means(
-            params, dataset.test_images, dataset.test_labels, batch_stats
-        )
-        return Trained(params, train_loss, accuracy, batch_stats), None
-
-    method = methods.named(config.optimizer, config.rho, config.alpha)
-    run = training.make_run(model, dataset, measure, settings)
-    for point in run(method, config.seed, saved.get("progress")):
-        if 0 < point.step < steps:
-            progress = serialization.to_state_dict(point.progress)
-            keep(point.step, {"progress": progress})
-    trained = cast(Trained, point.measurement)
-    keep(steps, {"trained": trained._asdict()})
-    return trained
 
 
 def make_matvec(

@@ -1,7 +1,6 @@
-"""The options of `eigensam compare`, `accuracy`, `ablate` and `report`."""
+"""The options of `eigensam compare`, `accuracy` and `ablate`."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from eigensam_jax.experiments import options
@@ -103,24 +102,6 @@ def add_ablate(commands: Any) -> None:
     ablate.set_defaults(run=_ablate)
 
 
-def add_report(commands: Any) -> None:
-    """Adds `eigensam report`."""
-    report = commands.add_parser(
-        "report",
-        help="bring the tables and plots of a clone up to date with its results",
-        description="Write the rows of every table in the pages of a clone from its "
-        "results files, and draw every plot anew.",
-    )
-    report.add_argument(
-        "--root",
-        metavar="DIR",
-        type=Path,
-        default=Path(),
-        help="folder of the clone [this one]",
-    )
-    report.set_defaults(run=_report)
-
-
 def _compare(chosen: argparse.Namespace, command: str) -> None:
     with options.extras():
         from eigensam_jax.experiments.study import plans
@@ -180,7 +161,8 @@ def _study(
         from rich.console import Console
 
         from eigensam_jax.experiments.study import run as study
-    config = study.Config(
+        from eigensam_jax.experiments.study import runner
+    config = runner.Config(
         dataset=chosen.dataset,
         data_dir=chosen.data_dir,
         model=chosen.model,
@@ -198,11 +180,3 @@ def _study(
         resolution=chosen.resolution,
     )
     study.run(config, plan, chosen.command, command, Console())
-
-
-def _report(chosen: argparse.Namespace, command: str) -> None:
-    del command
-    with options.extras():
-        from eigensam_jax.experiments import report
-    for path in report.run(chosen.root):
-        print(path)

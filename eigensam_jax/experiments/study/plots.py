@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eigensam_jax.experiments.records.colours import COLOURS
 from eigensam_jax.experiments.records.tables import half_interval
-from eigensam_jax.experiments.spectrum.plots import COLOURS
 from eigensam_jax.experiments.study.tables import by_row
 
 Record = dict[str, Any]

@@ -2,79 +2,25 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
 from inspect import signature
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
-import jax
-import numpy as np
-from flax import serialization
 from rich.console import Console
 
-from eigensam_jax.experiments.data import augmentation
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import pretrained
 from eigensam_jax.experiments.models import small as models
 from eigensam_jax.experiments.models.pretrained import Pretrained
-from eigensam_jax.experiments.records import checkpoints, results, resumption, tables
+from eigensam_jax.experiments.records import results, resumption, tables
 from eigensam_jax.experiments.study import plots as study_plots
+from eigensam_jax.experiments.study import runner
 from eigensam_jax.experiments.study import tables as study_tables
 from eigensam_jax.experiments.study.plans import PARTS, Job, Plan, Record
+from eigensam_jax.experiments.study.runner import Config, Runner
 from eigensam_jax.experiments.training import loop as training
-from eigensam_jax.experiments.training import losses, measures
-from eigensam_jax.experiments.training.measures import Measurement
-from eigensam_jax.experiments.training.methods import Method
-from eigensam_jax.experiments.training.steps import TrainState
-
-LOOK_EXAMPLES = 1_000
-TOLERANCE = 1e-2
-CHECKPOINT = "checkpoint.msgpack"
-_NUM_VECTORS = 8  # of the search for the top eigenvector
-
-Look = Measurement | None
-Curves = dict[str, list[Any]]
-
-
-class Config(NamedTuple):
-    """What all runs share, and what the results file says of the plan.
-
-    Attributes:
-      dataset: a key of `data.LOADERS`.
-      data_dir: the folder with its files.
-      model: a key of `models.MODELS`.
-      epochs: of each run.
-      batch_size: of each step.
-      augment: whether training images are changed at random, where that is usual.
-      label_noise: the share of training labels that are drawn anew.
-      looks: how often the network is measured on the way, the end included.
-      plan: the options of the plan.
-      out: where results go.
-      file: the name of the results file.
-      train_examples: how many of the training images there are; None for all.
-      pretrained: the file of what the network begins from; None for nothing.
-      resolution: height and width that the network resizes images to; None for its own.
-      curvature_examples: training images that λ_max is taken on at the end.
-    """
-
-    dataset: str
-    data_dir: Path | None
-    model: str
-    epochs: int
-    batch_size: int
-    augment: bool
-    label_noise: float
-    looks: int
-    plan: dict[str, Any]
-    out: Path
-    file: str
-    train_examples: int | None
-    pretrained: Path | None
-    resolution: int | None
-    curvature_examples: int
+from eigensam_jax.experiments.training import measures
 
 
 def run(config: Config, plan: Plan, kind: str, command: str, console: Console) -> None:
@@ -109,10 +55,10 @@ def run(config: Config, plan: Plan, kind: str, command: str, console: Console) -
     path = config.out / config.file
     document = resumption.of_runs(path, command, _protocol(config, dataset, weights))
     noisy = data.with_label_noise(dataset, config.label_noise)
-    trainer = _Trainer(config, noisy, weights)
-    missing = _records(trainer, plan, document["runs"], console)
+    train = Runner(config, noisy, weights)
+    missing = _records(train, plan, document["runs"], console)
     resumption.add_runs(path, document, missing, lambda runs: runs, console)
-    (config.out / CHECKPOINT).unlink(missing_ok=True)
+    (config.out / runner.CHECKPOINT).unlink(missing_ok=True)
     runs, title = document["runs"], f"{config.dataset}, {config.model}"
     for table in study_tables.all_tables(runs, title):
         console.print(table)
@@ -163,14 +109,14 @@ def _protocol(
         "pretrained": weights and weights.record(),
         **training.protocol(dataset),
         "curvature_examples": min(examples, config.curvature_examples),
-        "look_examples": min(examples, config.curvature_examples, LOOK_EXAMPLES),
-        "curvature_tolerance": TOLERANCE,
+        "look_examples": min(examples, config.curvature_examples, runner.LOOK_EXAMPLES),
+        "curvature_tolerance": runner.TOLERANCE,
         "alignment_batches": measures.ALIGNMENT_BATCHES,
     }
 
 
 def _records(
-    trainer: "_Trainer", plan: Plan, runs: list[Record], console: Console
+    train: Runner, plan: Plan, runs: list[Record], console: Console
 ) -> Iterator[Record]:
     """The records that `runs` lacks; of a job that is done, another row's is copied."""
     known = {(run["table"], run["row"], run["job"]): run for run in runs}
@@ -183,7 +129,7 @@ def _records(
             key = str(job)
             found = known.get((table, row, key))
             if found is None:
-                figures = done.get(job) or trainer(job)
+                figures = done.get(job) or train(job)
                 found = {**figures, "table": table, "row": row, "job": key}
                 yield found
             done[job] = found
@@ -195,103 +141,3 @@ class _Anything(dict[Job, Record]):
 
     def __missing__(self, job: Job) -> Record:
         return defaultdict(float)
-
-
-class _Trainer:
-    """Does a job; one that has a checkpoint goes on from there.
-
-    A candidate that diverges counts as the worst: no image is classified correctly.
-    """
-
-    def __init__(self, config: Config, dataset: Dataset, weights: Pretrained | None):
-        self.config, self.dataset, self.weights = config, dataset, weights
-        self.unfinished = checkpoints.read(config.out / CHECKPOINT) or {}
-        self.runs: dict[tuple[float, bool], tuple[training.Run[Look], int]] = {}
-
-    def __call__(self, job: Job) -> Record:
-        described = {
-            "method": job.method._asdict(),
-            "learning_rate": job.learning_rate,
-            "seed": job.seed,
-            "tuning": job.tuning,
-        }
-        try:
-            return described | self._figures(job)
-        except training.DivergedError as error:
-            if not job.tuning:
-                raise
-            return described | {"test_accuracy": 0.0, "diverged": str(error)}
-
-    def _figures(self, job: Job) -> Record:
-        curves: Curves = {"step": [], "radius": []}
-        curves |= {key: [] for key in Measurement._fields}
-        saved = None
-        if self.unfinished.get("job") == str(job):
-            curves, saved = self.unfinished["curves"], self.unfinished["progress"]
-        run, total_steps = self._run_of(job)
-        for point in run(job.method, job.seed, saved):
-            if point.measurement is None:
-                continue
-            looked = {**point._asdict(), **point.measurement._asdict()}
-            for key, curve in curves.items():
-                curve.append(looked[key])
-            if point.step < total_steps:
-                progress = serialization.to_state_dict(point.progress)
-                state = {"job": str(job), "curves": curves, "progress": progress}
-                checkpoints.write(self.config.out / CHECKPOINT, state)
-        return {
-            "gradients": job.method.gradients(total_steps),
-            "training_time_s": point.progress.seconds,
-            **{key: curve[-1] for key, curve in curves.items()},
-            "alignment": float(np.mean(curves["alignment"])),
-            "curves": curves,
-        }
-
-    def _run_of(self, job: Job) -> tuple[training.Run[Look], int]:
-        """What trains, which jobs of the same rate and data share, and its steps."""
-        key = (job.learning_rate, job.tuning)
-        if key not in self.runs:
-            config = self.config
-            dataset = data.for_tuning(self.dataset) if job.tuning else self.dataset
-            settings = training.Settings(
-                config.epochs,
-                config.batch_size,
-                job.learning_rate,
-                1 if job.tuning else config.looks,
-                augmentation.of(config.dataset, config.augment),
-                self.weights and self.weights.begin,
-            )
-            classes = self.dataset.num_classes
-            model = models.make(config.model, classes, config.resolution)
-            steps = training.num_steps(dataset, config.batch_size, config.epochs)
-            at_look = min(LOOK_EXAMPLES, config.curvature_examples)
-            at_end = at_look if job.tuning else config.curvature_examples
-            measure = _make_measure(model, dataset, settings, at_look, at_end, steps)
-            run = training.make_run(model, dataset, measure, settings)
-            self.runs[key] = run, steps
-        return self.runs[key]
-
-
-def _make_measure(
-    model: nn.Module,
-    dataset: Dataset,
-    settings: training.Settings,
-    at_look: int,
-    at_end: int,
-    steps: int,
-) -> training.Measure[Look]:
-    """What looks at a network: nothing at the start, closely at the end only."""
-    loss = losses.cross_entropy(model)
-    top = measures.make_top_eigenpair(loss, _NUM_VECTORS, TOLERANCE)
-    make = partial(measures.make_measure, model, dataset, settings.batch_size)
-    look, end = make(at_look, top, LOOK_EXAMPLES), make(at_end, top)
-
-    def measure(
-        method: Method, state: TrainState, start: Any
-    ) -> tuple[Look, jax.Array | None]:
-        step = int(state.step)
-        if step == 0:
-            return None, None
-        return (end if step == steps else look)(method, state, start)
-
-    return measure

@@ -14,11 +14,11 @@ from jax.typing import ArrayLike
 
 from eigensam_jax import eigen_sam, hessian, sam
 from eigensam_jax.experiments.data.load import Dataset
-from eigensam_jax.experiments.track.trackers import Spec
 from eigensam_jax.experiments.training import loop as training
 from eigensam_jax.experiments.training import losses, measures
 from eigensam_jax.experiments.training import steps as training_steps
 from eigensam_jax.experiments.training.steps import TrainState
+from eigensam_jax.experiments.training.trackers import Spec
 from eigensam_jax.trackers import Tracker
 
 _UNSEEN = 0.15  # of the steps, at the start, before the first evaluation

@@ -6,9 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.errors import UserError
@@ -16,19 +14,15 @@ from eigensam_jax.experiments.models.small import MODELS
 from eigensam_jax.experiments.records import results, resumption, tables
 from eigensam_jax.experiments.track import looks as following
 from eigensam_jax.experiments.track import plots
-from eigensam_jax.experiments.track.trackers import TRACKERS
+from eigensam_jax.experiments.track import tables as track_tables
+from eigensam_jax.experiments.track.jobs import Job, jobs
 from eigensam_jax.experiments.training import measures, methods
+from eigensam_jax.experiments.training.trackers import TRACKERS
 
 RHO = 0.1
 BATCH_SIZE = 128
 LEARNING_RATES = {"mlp": 0.05, "cnn": 0.1, "strided_cnn": 0.1}
 TRAIN_EXAMPLES = 10_000
-
-_DIFFERENCES = {  # title, factor, digits
-    "lambda_max": ("λ_max", 1, 3),
-    "train_loss": ("train loss", 1, 5),
-    "test_accuracy": ("test acc. %", 100, 2),
-}
 
 Record = dict[str, Any]
 
@@ -45,36 +39,6 @@ class Config(NamedTuple):
     steps: int
     evaluations: int
     out: Path
-
-
-class Job(NamedTuple):
-    """One training run.
-
-    Attributes:
-      optimizer: "eigen_sam", "sam", or "sam_matched", which is SAM at the mean radius
-        that the run of `tracker`, `alpha` and `seed` had.
-      tracker: a key of `TRACKERS`; None for "sam".
-      alpha: α; None for "sam".
-      seed: of the initialisation and of the order of the examples.
-    """
-
-    optimizer: str
-    tracker: str | None
-    alpha: float | None
-    seed: int
-
-
-def jobs(config: Config) -> list[Job]:
-    """What to run: seed by seed, so that an early end leaves whole comparisons."""
-    result = []
-    for seed in range(config.seeds):
-        result.append(Job("sam", None, None, seed))
-        for alpha in config.alphas:
-            for name in config.trackers:
-                result.append(Job("eigen_sam", name, alpha, seed))
-                if not TRACKERS[name].is_ceiling:
-                    result.append(Job("sam_matched", name, alpha, seed))
-    return result
 
 
 def run(config: Config, command: str, console: Console) -> None:
@@ -101,15 +65,15 @@ def run(config: Config, command: str, console: Console) -> None:
     resumption.add_runs(path, document, missing, in_order, console)
     runs, title = document["runs"], f"{config.dataset}, {config.model}"
     plots.track(runs, title, config.out / "track.png")
-    for alpha in alphas(runs):
-        console.print(table(runs, alpha, title))
+    for alpha in track_tables.alphas(runs):
+        console.print(track_tables.table(runs, alpha, title))
     examples = document["config"]["curvature_examples"]
     console.print(
         "Mean ± standard deviation over seeds; worst: the least of all looks. HVPs: "
         "Hessian-vector products per 100 steps. ratio: vᵀHv/λ_max of the v that a step "
         f"uses, and |cos| with the true one, on {examples} training images."
     )
-    console.print(difference_table(runs, title))
+    console.print(track_tables.difference_table(runs, title))
     console.print(
         "eigen_sam − SAM at its radius, paired by seed, with 95% intervals.\n"
         f"Results: {path}   Plot: {config.out / 'track.png'}   "
@@ -120,109 +84,6 @@ def run(config: Config, command: str, console: Console) -> None:
 def in_order(runs: list[Record]) -> list[Record]:
     """By seed and α, whenever they were run."""
     return sorted(runs, key=lambda run: (run["seed"], run["alpha"] or 0.0))
-
-
-def alphas(runs: list[Record]) -> list[float]:
-    """All α of the runs, ascending."""
-    return sorted({run["alpha"] for run in runs if run["alpha"] is not None})
-
-
-def table(runs: list[Record], alpha: float, title: str) -> Table:
-    """The rows of `summary` for a terminal."""
-    headers = ("HVPs", "ratio", "worst", "|cos|", "λ_max", "train loss", "acc. %")
-    title = f"{title}, α = {alpha:g}"
-    return tables.table(title, ("tracker", *headers), summary(runs, alpha))
-
-
-def difference_table(runs: list[Record], title: str) -> Table:
-    """The rows of `differences` for a terminal."""
-    headers = ("α", "radius", *(header for header, _, _ in _DIFFERENCES.values()))
-    return tables.table(title, ("tracker", *headers), differences(runs))
-
-
-def summary(runs: list[Record], alpha: float) -> list[list[str]]:
-    """SAM and every tracker at α: cost, how well v is followed, and where runs end.
-
-    The columns are products per 100 steps, vᵀHv/λ_max and its minimum, |cos(v, v_top)|,
-    the final λ_max, training loss and test accuracy.
-    """
-    rows = []
-    for name in (None, *names(runs)):
-        optimizer, at = ("sam", None) if name is None else ("eigen_sam", alpha)
-        chosen = [
-            run
-            for run in runs
-            if (run["optimizer"], run["tracker"], run["alpha"]) == (optimizer, name, at)
-        ]
-        if not chosen:
-            continue
-        column = {key: [run[key] for run in chosen] for key in chosen[0]}
-        followed = ["–"] * 4
-        if name is not None:
-            followed = [
-                f"{TRACKERS[name].products:g}",
-                tables.mean_and_deviation(column["ratio"], 2),
-                f"{min(column['worst_ratio']):.2f}",
-                tables.mean_and_deviation(column["cosine"], 2).split()[0],
-            ]
-        rows.append(
-            [
-                name or "sam",
-                *followed,
-                tables.mean_and_deviation(
-                    column["lambda_max"], 3 if max(column["lambda_max"]) < 1 else 2
-                ),
-                tables.mean_and_deviation(column["train_loss"], 4).split()[0],
-                tables.mean_and_deviation(column["test_accuracy"], 1, 100),
-            ]
-        )
-    return rows
-
-
-def across(networks: list[list[Record]]) -> list[list[str]]:
-    """A row a tracker: its products, and the ratio on each network at α 0.2 and 1."""
-    summaries = [
-        {row[0]: row for row in summary(runs, alpha)}
-        for runs in networks
-        for alpha in (0.2, 1.0)
-    ]
-    return [
-        [
-            name,
-            f"{spec.products:g}",
-            *(rows[name][2] if name in rows else "–" for rows in summaries),
-        ]
-        for name, spec in TRACKERS.items()
-    ]
-
-
-def differences(runs: list[Record]) -> list[list[str]]:
-    """A row a tracker and α: the radius, and Eigen-SAM less SAM at that of its run."""
-    by_job = {tuple(run[key] for key in Job._fields): run for run in runs}
-    rows = []
-    for alpha in alphas(runs):
-        for name in names(runs):
-            pairs = [
-                (run, by_job["sam_matched", name, alpha, run["seed"]])
-                for run in runs
-                if (run["optimizer"], run["tracker"], run["alpha"])
-                == ("eigen_sam", name, alpha)
-                and ("sam_matched", name, alpha, run["seed"]) in by_job
-            ]
-            if pairs:
-                radius = np.mean([run["radius"] for run, _ in pairs])
-                row = [name, f"{alpha:g}", f"{radius:.3f}"]
-                for key, (_, factor, digits) in _DIFFERENCES.items():
-                    less = [a[key] - b[key] for a, b in pairs]
-                    row.append(tables.mean_and_interval(less, digits, factor))
-                rows.append(row)
-    return rows
-
-
-def names(runs: list[Record]) -> list[str]:
-    """The trackers of the runs, in the order of `TRACKERS`."""
-    present = {run["tracker"] for run in runs}
-    return [name for name in TRACKERS if name in present]
 
 
 def _load(config: Config) -> data.Dataset:
@@ -270,7 +131,8 @@ def _records(
 ) -> Iterator[Record]:
     """Does the jobs that `runs` lacks; yields the record of each."""
     done = {Job(*(run[key] for key in Job._fields)): run for run in runs}
-    missing = [job for job in jobs(config) if job not in done]
+    wanted = jobs(config.trackers, config.alphas, config.seeds)
+    missing = [job for job in wanted if job not in done]
     model = MODELS[config.model](dataset.num_classes)
     measure = following.make_measure(model, dataset)
 

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 from scipy import io
 
-from eigensam_jax.experiments.data import cifar, svhn
-from eigensam_jax.experiments.data import integrity as canonical
+from eigensam_jax.experiments.data import cifar, integrity, svhn
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.errors import UserError
 
@@ -33,7 +32,7 @@ def facts(arrays):
     sheets.append(crc(test_images, test_labels))
     per_class = TRAIN // CLASSES, TEST // CLASSES
     counts = [(count,) * CLASSES for count in per_class]
-    return canonical.Facts("a small set", *counts, means, tuple(sheets))
+    return integrity.Facts("a small set", *counts, means, tuple(sheets))
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +315,7 @@ def test_the_facts_add_up():
         "svhn": (73_257, 26_032, 10),
     }
     for name, (train, test, classes) in sizes.items():
-        known = canonical.FACTS[name]
+        known = integrity.FACTS[name]
         assert (sum(known.train_counts), sum(known.test_counts)) == (train, test)
         assert len(known.train_counts) == len(known.test_counts) == classes
 
@@ -332,4 +331,4 @@ def test_the_real_cifar10():
     assert labels[:4].tolist() == [6, 9, 9, 4]  # a frog, two trucks, a deer
     np.testing.assert_array_equal(np.bincount(labels), [5_000] * 10)
     np.testing.assert_array_equal(np.bincount(test_labels), [1_000] * 10)
-    canonical.check_means(images, canonical.FACTS["cifar10"].train_means, "")
+    integrity.check_means(images, integrity.FACTS["cifar10"].train_means, "")

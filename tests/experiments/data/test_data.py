@@ -4,6 +4,7 @@ import struct
 import numpy as np
 import pytest
 
+from eigensam_jax.experiments.data import idx
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.errors import UserError
 
@@ -65,7 +66,7 @@ def test_a_folder_of_idx_files(tmp_path, name, joint, compress):
 
 
 @pytest.mark.skipif(
-    not data.DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist not installed"
+    not idx.DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist not installed"
 )
 def test_debians_fashion_mnist_is_the_real_one():
     images, labels, test_images, test_labels = data.LOADERS["fashion_mnist"](None)
@@ -136,6 +137,6 @@ def test_a_folder_that_is_missing_or_not_asked_for(tmp_path, monkeypatch):
         data.load("mnist", tmp_path / "nowhere")
     with pytest.raises(UserError, match="digits comes with scikit-learn"):
         data.load("digits", tmp_path)
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
+    monkeypatch.setattr(idx, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
     with pytest.raises(UserError, match=r"install Debian's package|name a folder"):
         data.load("fashion_mnist")

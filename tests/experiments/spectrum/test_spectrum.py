@@ -14,12 +14,13 @@ from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.models import small as models
 from eigensam_jax.experiments.records import checkpoints
 from eigensam_jax.experiments.spectrum import command as commands
+from eigensam_jax.experiments.spectrum import network
 from eigensam_jax.experiments.spectrum import run as spectrum
 from eigensam_jax.experiments.spectrum import tables as spectrum_tables
 from eigensam_jax.experiments.training import loop as training
 from eigensam_jax.experiments.training import losses, measures, methods
 
-SMOKE = spectrum.Config(
+SMOKE = network.Config(
     dataset="digits",
     data_dir=None,
     model="mlp",
@@ -59,7 +60,7 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     assert results["wall_time_s"] > results["top_wall_time_s"] > 0
 
     dataset = data.load("digits")
-    trained = spectrum.train(SMOKE, dataset)
+    trained = network.train(SMOKE, dataset)
     for key in ("train_loss", "test_accuracy"):
         assert results[key] == getattr(trained, key)
     model = models.MLP(10)
@@ -81,7 +82,7 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
 
 def test_training_is_that_of_compare():
     dataset = data.load("digits")
-    trained = spectrum.train(SMOKE._replace(optimizer="eigen_sam"), dataset)
+    trained = network.train(SMOKE._replace(optimizer="eigen_sam"), dataset)
     model = models.MLP(10)
     run = training.make_run(
         model,
@@ -145,7 +146,7 @@ def test_figures_of_the_whole_spectrum():
 def test_a_bad_option_ends_with_one_line(
     options, wrong, right, capsys, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(spectrum, "train", None)  # training would fail
+    monkeypatch.setattr(network, "train", None)  # training would fail
     assert_refused("spectrum", options, wrong, right, capsys, monkeypatch, tmp_path)
 
 
@@ -177,7 +178,7 @@ def test_killed_in_training_it_comes_to_the_same(tmp_path, monkeypatch, capsys):
         patch.setattr(eigen, "top_eigenpairs", interrupted)
         assert cli.main([*command, "--k", "1"]) == 130
     assert kept == sorted(set(kept))
-    assert len(kept) == spectrum.CHECKPOINTS + 1
+    assert len(kept) == network.CHECKPOINTS + 1
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "make_run", None)  # there is nothing to train
@@ -206,7 +207,7 @@ def test_an_interruption_keeps_the_earlier_results(tmp_path, capsys, monkeypatch
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(spectrum, "train", interrupted)
+    monkeypatch.setattr(network, "train", interrupted)
     assert cli.main(["spectrum", "--out", str(tmp_path)]) == 130
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == earlier
 

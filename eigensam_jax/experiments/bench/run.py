@@ -19,8 +19,8 @@ from eigensam_jax.experiments.bench import plots as bench_plots
 from eigensam_jax.experiments.bench import tables as bench_tables
 from eigensam_jax.experiments.bench.placement import Placement
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.records import results, resumption, tables
-from eigensam_jax.experiments.training.trackers import TRACKERS
+from eigensam_jax.experiments.records import progress, results, resumption
+from eigensam_jax.experiments.registry import TRACKERS
 
 BASELINES = ("sgd", "sam")
 
@@ -39,7 +39,7 @@ class Config(NamedTuple):
     out: Path
 
 
-def run(config: Config, command: str, console: Console) -> None:
+def run(config: Config, command: str) -> None:
     """Runs the benchmark; leaves `results.json` and `bench.png` in `config.out`.
 
     Figures of other networks that are there already are kept, those of the same network
@@ -48,12 +48,12 @@ def run(config: Config, command: str, console: Console) -> None:
     Args:
       config: what to run.
       command: the command line, for the results file.
-      console: where progress and the tables go.
 
     Raises:
       UserError: for what can't be run, before any work is done.
       KeyboardInterrupt: passed on, with the finished networks on disk.
     """
+    console = Console()
     names = {model: optimizers(config, model) for model in config.models}
     placed = placement.data_parallel(placement.claim(config.devices))
     results.make_folder(config.out)
@@ -62,7 +62,14 @@ def run(config: Config, command: str, console: Console) -> None:
     document = resumption.of_runs(path, command, protocol(config), calls)
     for model in config.models:
         start = time.perf_counter()
-        record = measure(config, model, names[model], placed, console)
+        try:
+            record = measure(config, model, names[model], placed, console)
+        except KeyboardInterrupt:
+            done = ", ".join(run["model"] for run in document["runs"])
+            console.print(
+                f"{path} holds {done}." if done else "No network was finished."
+            )
+            raise
         record["wall_time_s"] = time.perf_counter() - start
         others = [run for run in document["runs"] if run["model"] != model]
         document["runs"] = in_order([*others, record])
@@ -132,14 +139,14 @@ def measure(
     task = steps.make_task(model, workload, batch_size, config.dtype, placed)
     every = contenders.make_contenders()
     ours = {name: every[name] for name in names if name in every}
-    with tables.progress_bar(console) as progress:
-        bar = progress.add_task("", total=len(ours) + config.rounds)
+    with progress.shown(console) as bar:
+        task_id = bar.add_task("", total=len(ours) + config.rounds)
 
         def say(what: str) -> None:
-            progress.update(bar, description=f"{model}: {what}")
+            bar.update(task_id, description=f"{model}: {what}")
 
         def advance() -> None:
-            progress.advance(bar)
+            bar.advance(task_id)
 
         say("compiling")
         units = steps.compile_units(task)

@@ -1,17 +1,15 @@
 """The networks whose training steps are measured, on random images and labels."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from eigensam_jax.experiments.models.resnet import ResNet18
-from eigensam_jax.experiments.models.small import MLP, StridedCNN
-from eigensam_jax.experiments.models.vit import ViT
+from eigensam_jax.experiments.registry import MODELS
 from eigensam_jax.tree_math import PyTree
 
 NUM_CLASSES = 10
@@ -22,13 +20,13 @@ class Workload(NamedTuple):
     """A network and what it is trained on.
 
     Attributes:
-      model: the network.
+      make: from a number of classes to the network.
       image_shape: height, width, channels.
       batch_size: where none is asked for.
-      keywords: what `model` takes beside the images, in training.
+      keywords: what it takes beside the images, in training.
     """
 
-    model: nn.Module
+    make: Callable[[int], Any]
     image_shape: tuple[int, int, int]
     batch_size: int
     keywords: dict[str, Any]
@@ -48,25 +46,32 @@ class Batch(NamedTuple):
 
 Loss = Callable[[PyTree, PyTree, Batch], jax.Array]
 
+
+def _mlp(width: int, num_classes: int) -> Any:
+    from eigensam_jax.experiments.models.small import MLP
+
+    return MLP(num_classes, width)
+
+
 _SMALL, _LARGE = (28, 28, 1), (32, 32, 3)
 WORKLOADS = {
-    "wide_mlp": Workload(MLP(NUM_CLASSES, 1024), _SMALL, 256, {}),
-    "strided_cnn": Workload(StridedCNN(NUM_CLASSES), _SMALL, 256, {}),
-    "resnet18": Workload(ResNet18(NUM_CLASSES), _LARGE, 32, {"train": True}),
-    "vit": Workload(ViT(NUM_CLASSES), _LARGE, 32, {}),
+    "wide_mlp": Workload(partial(_mlp, 1024), _SMALL, 256, {}),
+    "strided_cnn": Workload(MODELS["strided_cnn"].make, _SMALL, 256, {}),
+    "resnet18": Workload(MODELS["resnet18"].make, _LARGE, 32, {"train": True}),
+    "vit": Workload(MODELS["vit"].make, _LARGE, 32, {}),
 }
 
 
 def mlp(width: int) -> Workload:
     """A network of two hidden layers of this width, for 28×28 images."""
-    return Workload(MLP(NUM_CLASSES, width), _SMALL, 256, {})
+    return Workload(partial(_mlp, width), _SMALL, 256, {})
 
 
 def init(workload: Workload) -> tuple[PyTree, PyTree]:
     """The network's parameters, and its other variables: running statistics or none."""
     images = jnp.zeros((1, *workload.image_shape))
     key = jax.random.key(SEED)
-    variables = dict(workload.model.init(key, images, **workload.keywords))
+    variables = dict(workload.make(NUM_CLASSES).init(key, images, **workload.keywords))
     return variables.pop("params"), variables
 
 
@@ -87,10 +92,11 @@ def make_loss(workload: Workload, dtype: DTypeLike) -> Loss:
     loss is float32. Running statistics that the pass would move are left where they
     were, so that a pass at perturbed weights can't move them either.
     """
+    model = workload.make(NUM_CLASSES)
 
     def loss(params: PyTree, others: PyTree, batch: Batch) -> jax.Array:
         params, images = jax.tree.map(lambda x: x.astype(dtype), (params, batch.images))
-        logits, _ = workload.model.apply(
+        logits, _ = model.apply(
             {"params": params, **others},
             images,
             **workload.keywords,

@@ -37,15 +37,3 @@ def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     images = crop(crop_key, images)
     flipped = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
     return jnp.where(flipped, images[:, :, ::-1], images)
-
-
-def of(dataset: str, wanted: bool) -> Augment | None:
-    """What is usual for a data set, by name; None for nothing, or where not wanted."""
-    return AUGMENTATIONS.get(dataset) if wanted else None
-
-
-AUGMENTATIONS: dict[str, Augment] = {
-    "cifar10": crop_and_flip,
-    "cifar100": crop_and_flip,
-    "svhn": crop,  # a digit that is turned is none
-}

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eigensam_jax.experiments.data import cifar, digits, idx, svhn
 from eigensam_jax.experiments.data.integrity import Arrays
 from eigensam_jax.experiments.errors import UserError
+
+Reader = Callable[[Path | None], Arrays]
 
 _CHUNK = 1_000  # images: more at once would be copied as wider numbers
 
@@ -42,24 +43,31 @@ class Dataset(NamedTuple):
         return int(self.train_labels.max()) + 1
 
 
-def load(name: str, data_dir: Path | None = None) -> Dataset:
-    """Loads a data set by name.
+def load(read: Reader, data_dir: Path | None = None) -> Dataset:
+    """The data set that `read` finds in a folder.
 
-    Args:
-      name: a key of `LOADERS`.
-      data_dir: the folder with its files; `digits` needs none, `fashion_mnist` only
-        where Debian's package dataset-fashion-mnist is not installed.
+    Its images are bytes, which are standardised on the device, or floating-point
+    numbers, of which a copy is made.
 
     Raises:
       UserError: if the folder or a file is missing, cut off or not in its format.
     """
-    images, labels, test_images, test_labels = LOADERS[name](data_dir)
-    table = jnp.asarray(standardised_values(images))
-    look_up = jax.jit(jax.vmap(lambda values, x: values[x], (1, -1), -1))
+    images, labels, test_images, test_labels = read(data_dir)
+    if images.dtype == np.uint8:
+        table = jnp.asarray(standardised_values(images))
+        standardise = jax.jit(jax.vmap(lambda values, x: values[x], (1, -1), -1))
+        both = (standardise(table, x) for x in (images, test_images))
+    else:
+        mean, deviation = images.mean((0, 1, 2)), images.std((0, 1, 2))
+        both = (
+            jnp.asarray((x - mean) / deviation, jnp.float32)
+            for x in (images, test_images)
+        )
+    train, test = both
     return Dataset(
-        look_up(table, images),
+        train,
         jnp.asarray(labels.astype(np.int32)),
-        look_up(table, test_images),
+        test,
         jnp.asarray(test_labels.astype(np.int32)),
     )
 
@@ -125,13 +133,3 @@ def standardised_values(images: np.ndarray) -> np.ndarray:
     deviation = np.sqrt((weights * (values - mean) ** 2).sum(0))
     table: np.ndarray = ((values - mean) / deviation).astype(np.float32)
     return table
-
-
-LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
-    "digits": digits.digits,
-    "fashion_mnist": idx.fashion_mnist,
-    "mnist": idx.mnist,
-    "cifar10": cifar.cifar10,
-    "cifar100": cifar.cifar100,
-    "svhn": svhn.svhn,
-}

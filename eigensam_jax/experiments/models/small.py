@@ -5,11 +5,6 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.models.efficientnet import EfficientNetLite0
-from eigensam_jax.experiments.models.resnet import ResNet18
-from eigensam_jax.experiments.models.vit import ViT
-
 
 class MLP(nn.Module):
     """Two hidden layers, of rectified linear units where no others are named.
@@ -105,37 +100,3 @@ class CNN6(nn.Module):
             strides = (stride, stride)
             x = nn.relu(nn.Conv(channels, (3, 3), strides, kernel_init=he)(x))
         return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
-
-
-MODELS: dict[str, Callable[[int], nn.Module]] = {
-    "cnn": CNN,
-    "mlp": MLP,
-    "strided_cnn": StridedCNN,
-    "norm_cnn": NormCNN,
-    "cnn6": CNN6,
-    "resnet18": ResNet18,
-    "vit": ViT,
-    "efficientnet_lite0": EfficientNetLite0,
-}
-
-
-def make(name: str, num_classes: int, resolution: int | None = None) -> nn.Module:
-    """A network by its name.
-
-    Args:
-      name: a key of `MODELS`.
-      num_classes: the number of logits.
-      resolution: height and width that it resizes images to, where it does; None for
-        its own.
-
-    Raises:
-      UserError: if there is a `resolution` and the network resizes nothing.
-    """
-    model = MODELS[name](num_classes)
-    if resolution is None:
-        return model
-    if not hasattr(model, "resolution"):
-        raise UserError(
-            f"--resolution {resolution}: {name} takes images as they are; leave it out"
-        )
-    return model.clone(resolution=resolution)

@@ -45,8 +45,9 @@ def add_runs(
     path: Path,
     document: dict[str, Any],
     runs: Iterator[dict[str, Any]],
-    in_order: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
     console: Console,
+    in_order: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
+    checkpoint: Path | None = None,
 ) -> None:
     """Adds `runs` to the results file one by one, as they end, and completes it.
 
@@ -54,8 +55,9 @@ def add_runs(
       path: of `results.json`.
       document: what it holds; brought up to date.
       runs: those that are missing.
-      in_order: how all of them are sorted.
       console: where it is said what is kept, if something ends this early.
+      in_order: how all of them are sorted.
+      checkpoint: the file in which a run in progress is kept, if it is.
 
     Raises:
       KeyboardInterrupt: passed on, as is a UserError, with what is done on disk.
@@ -73,6 +75,10 @@ def add_runs(
             if done
             else "No run was finished."
         )
+        if checkpoint is not None and checkpoint.exists():
+            console.print(
+                f"The one in progress is in {checkpoint}, up to its last look."
+            )
         raise
     document["complete"] = True
     results.write(path, document)

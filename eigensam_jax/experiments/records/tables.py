@@ -1,37 +1,12 @@
 """What the commands show in a terminal, and the statistics in their tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Column, Table
 from scipy import stats
-
-# In seconds; by rich's own 30, parts that take longer would show no time left.
-_SPEED_PERIOD = 86_400.0
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar with what is running, how much is done, and the time it took and takes."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(
-        *columns, console=console, transient=True, speed_estimate_period=_SPEED_PERIOD
-    )
 
 
 def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -73,9 +48,20 @@ def mean_and_interval(
     return text
 
 
-def half_interval(values: np.ndarray) -> float:
-    """Half the 95% interval of the mean, by Student's t; of one value, 0."""
+def half_interval(values: np.ndarray) -> Any:
+    """Half the 95% interval of the mean over the first axis, by Student's t.
+
+    Of one value, 0: there is none.
+    """
     if len(values) < 2:
-        return 0.0
+        return 0 * values[0]
     quantile = stats.t.ppf(0.975, len(values) - 1)
-    return float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
+    return quantile * values.std(0, ddof=1) / np.sqrt(len(values))
+
+
+def of_seeds(runs: Iterable[Mapping[str, Any]]) -> str:
+    """What the figures of runs are over their seeds, in words."""
+    seeds = {run["seed"] for run in runs if "seed" in run and not run.get("tuning")}
+    if len(seeds) == 1:
+        return "Of one seed, so that there are no intervals."
+    return "Means over seeds with 95% intervals; differences are paired by seed."

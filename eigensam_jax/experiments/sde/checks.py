@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from eigensam_jax import hessian, perturbation, sde, tree_math
-from eigensam_jax.experiments.sde.problem import NUM_BATCHES, Problem
-from eigensam_jax.experiments.sde.steps import ORDERS, sam_gradient
+from eigensam_jax.experiments.sde.problem import Problem
+from eigensam_jax.experiments.sde.steps import ORDERS, make_advance, sam_gradient, start
 from eigensam_jax.experiments.training import programs
 from eigensam_jax.sde import expansion
 from eigensam_jax.tree_math import PyTree
@@ -110,10 +110,9 @@ def moments(
     standard errors of the difference each equation's is off.
     """
     params = problem.init(0)
-    value_fn, batches = problem.value_fn, problem.batches
     v = _eigenvector(problem)
     whole = (problem.dataset.train_images, problem.dataset.train_labels)
-    f = lambda p: value_fn(p, whole)
+    f = lambda p: problem.value_fn(p, whole)
 
     def observe(params: PyTree) -> jax.Array:
         value, gradient = jax.value_and_grad(f)(params)
@@ -121,32 +120,16 @@ def moments(
         squares = [tree_math.vdot(x, x) for x in (gradient, params)]
         return jnp.stack([value, *squares, curvature, tree_math.vdot(v, params)])
 
-    def discrete(key: jax.Array) -> jax.Array:
-        def step(params: PyTree, index: jax.Array) -> tuple[PyTree, None]:
-            batch = jax.tree.map(lambda x: x[index], batches)
-            of_batch = lambda p: value_fn(p, batch)
-            gradient = sam_gradient(of_batch, params, rho)
-            return tree_math.add_scaled(params, -learning_rate, gradient), None
+    def path(method: str) -> Callable[[jax.Array], jax.Array]:
+        advance = make_advance(problem, method, learning_rate, MOMENT_STEPS)
+        state, radius = start(method, params), jnp.float32(rho)
+        return lambda key: observe(advance(key, state, radius, jnp.float32(0))[0])
 
-        drawn = jax.random.randint(key, (MOMENT_STEPS,), 0, NUM_BATCHES)
-        return observe(jax.lax.scan(step, params, drawn)[0])
-
-    def simulated(order: sde.Order) -> Callable[[jax.Array], jax.Array]:
-        return lambda key: observe(
-            sde.simulate(
-                *(key, value_fn, sde.start(params), batches),
-                rho=rho,
-                eta=learning_rate,
-                num_steps=MOMENT_STEPS,
-                order=order,
-            )[0].params
-        )
-
-    paths = {"sam": discrete, **{name: simulated(k) for name, k in ORDERS.items()}}
+    paths = {name: path(name) for name in ("sam", *ORDERS)}
     keys = jax.random.split(jax.random.key(0), (len(paths), num_paths))
     mean, error = {}, {}
-    for of_path, (name, path) in zip(keys, paths.items(), strict=True):
-        run = jax.jit(lambda keys, path=path: jax.lax.map(path, keys))
+    for of_path, (name, follow) in zip(keys, paths.items(), strict=True):
+        run = jax.jit(lambda keys, follow=follow: jax.lax.map(follow, keys))
         seen = np.asarray(run(of_path), np.float64)
         powers = np.concatenate([seen, seen**2], axis=1)
         mean[name] = powers.mean(0)

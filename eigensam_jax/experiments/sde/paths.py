@@ -12,7 +12,7 @@ from eigensam_jax import sde, tree_math
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.experiments.sde import steps as sde_steps
 from eigensam_jax.experiments.sde.problem import Problem
-from eigensam_jax.experiments.training import loop as training
+from eigensam_jax.experiments.training import loop
 from eigensam_jax.tree_math import PyTree
 
 CURVATURE_TOLERANCE = 1e-2  # of each linear system in Itô's term
@@ -106,7 +106,7 @@ def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[...,
     """
     value_fn, batches = problem.value_fn, problem.batches
     images, labels = problem.dataset.train_images, problem.dataset.train_labels
-    stops = training.evaluation_steps(plan.steps, plan.evaluations)
+    stops = loop.evaluation_steps(plan.steps, plan.evaluations)
     eta = plan.learning_rate
 
     @jax.jit

@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
-from eigensam_jax.experiments.records.colours import COLOURS
+from eigensam_jax.experiments.records.tables import half_interval
+from eigensam_jax.experiments.registry import METHODS
 from eigensam_jax.experiments.sde import tables as sde_tables
+from eigensam_jax.experiments.sde.paths import middle
 
 _STYLES = {
-    "sam": (COLOURS["sam"], "-"),
-    "order_1": (COLOURS["sgd"], ":"),
+    "sam": (METHODS["sam"].colour, "-"),
+    "order_1": (METHODS["sgd"].colour, ":"),
     "order_2": ("#2ca02c", "--"),
     "order_3": ("#ff7f0e", "--"),
 }
@@ -26,7 +27,7 @@ _PANELS = {
     "lambda_max": ("λ_max", "log"),
 }
 _PARTS = {
-    "first": ("gradient", COLOURS["sgd"], "-"),
+    "first": ("gradient", METHODS["sgd"].colour, "-"),
     "second": ("second derivatives", "#2ca02c", "-"),
     "third": ("third derivatives", "#ff7f0e", "-"),
     "aligned": ("third, if ε were along v", "#ff7f0e", ":"),
@@ -34,6 +35,15 @@ _PARTS = {
 }
 
 Run = Mapping[str, Any]
+
+
+def draw(document: Mapping[str, Any], out: Path) -> None:
+    """Draws the plots of a complete results file."""
+    runs, rho = document["runs"], middle(tuple(document["config"]["rhos"]))
+    title = sde_tables.title(document)
+    paths(runs, rho, f"{title}, ρ {rho:g}", out / "paths.png")
+    off(runs, title, out / "off.png")
+    rates(runs, f"{title}, ρ {rho:g}", out / "rates.png")
 
 
 def paths(runs: Sequence[Run], rho: float, title: str, path: Path) -> None:
@@ -115,7 +125,7 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
             np.ravel([run["rates"]["perturbation_alignment"][1:] for run in chosen]),
             np.ravel([sde_tables.share(run)[1:] for run in chosen]),
             ".",
-            color=COLOURS[method],
+            color=METHODS[method].colour,
             label=sde_tables.LABELS[method],
         )
     middle.legend(fontsize="small", loc="center right")
@@ -131,14 +141,10 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
 
 
 def _off(axes: Any, runs: Sequence[Run], method: str, rho: float, key: str) -> None:
-    colour = _STYLES.get(method, (COLOURS["sgd"],))[0]
+    colour = _STYLES.get(method, (METHODS["sgd"].colour,))[0]
     steps = sde_tables.paths(runs, "sam", rho)[0]["curves"]["step"][1:]
     values = 100 * sde_tables.relative(runs, method, rho, key)
-    mean = values.mean(0)
-    half = 0 * mean
-    if len(values) > 1:
-        quantile = stats.t.ppf(0.975, len(values) - 1)
-        half = quantile * values.std(0, ddof=1) / np.sqrt(len(values))
+    mean, half = values.mean(0), half_interval(values)
     axes.plot(steps, mean, "-", color=colour, label=sde_tables.LABELS[method])
     axes.fill_between(
         steps, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from eigensam_jax.experiments.data import load as data
+from eigensam_jax.experiments import registry
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.records import results, resumption, tables
+from eigensam_jax.experiments.records import progress, results, resumption, tables
 from eigensam_jax.experiments.sde import checks as sde_checks
 from eigensam_jax.experiments.sde import paths as sde_paths
 from eigensam_jax.experiments.sde import plots as sde_plots
@@ -19,7 +19,7 @@ from eigensam_jax.experiments.sde import steps as sde_steps
 from eigensam_jax.experiments.sde import tables as sde_tables
 from eigensam_jax.experiments.sde.paths import Job
 from eigensam_jax.experiments.sde.problem import Problem
-from eigensam_jax.experiments.training import loop as training
+from eigensam_jax.experiments.training import loop
 
 Record = dict[str, Any]
 
@@ -40,7 +40,7 @@ class Config(NamedTuple):
     out: Path
 
 
-def run(config: Config, command: str, console: Console) -> None:
+def run(config: Config, command: str) -> None:
     """Runs paths and checks; leaves `results.json` and three plots in `config.out`.
 
     The results are brought up to date after every path. Those of the same configuration
@@ -49,13 +49,13 @@ def run(config: Config, command: str, console: Console) -> None:
     Args:
       config: what to run.
       command: the command line, for the results file.
-      console: where progress and the tables go.
 
     Raises:
       UserError: for what can't be run, before any path; or when a path diverges.
       KeyboardInterrupt: passed on, with the finished paths on disk.
     """
-    dataset = data.load(config.dataset, config.data_dir)
+    console = Console()
+    dataset = registry.dataset(config.dataset, config.data_dir)
     needed = sde_problem.NUM_BATCHES * sde_problem.BATCH_SIZE
     if len(dataset.train_images) < needed:
         raise UserError(
@@ -67,34 +67,21 @@ def run(config: Config, command: str, console: Console) -> None:
     path = config.out / "results.json"
     document = resumption.of_runs(path, command, _protocol(config, problem))
     missing = _records(config, problem, document["runs"], console)
-    resumption.add_runs(path, document, missing, in_order, console)
+    resumption.add_runs(path, document, missing, console, in_order)
     show(document, config.out, console)
-
-
-def draw(document: Record, out: Path) -> None:
-    """Draws the plots of a complete results file."""
-    runs, rho = document["runs"], sde_paths.middle(tuple(document["config"]["rhos"]))
-    title = _title(document)
-    sde_plots.paths(runs, rho, f"{title}, ρ {rho:g}", out / "paths.png")
-    sde_plots.off(runs, title, out / "off.png")
-    sde_plots.rates(runs, f"{title}, ρ {rho:g}", out / "rates.png")
 
 
 def show(document: Record, out: Path, console: Console) -> None:
     """Draws the plots of a complete results file, and prints its tables."""
-    draw(document, out)
-    for table in sde_tables.all_tables(document["runs"], _title(document)):
+    runs = document["runs"]
+    sde_plots.draw(document, out)
+    for table in sde_tables.all_tables(runs, sde_tables.title(document)):
         console.print(table)
-    console.print(sde_tables.NOTES)
+    console.print(f"{sde_tables.NOTES} {tables.of_seeds(runs)}")
     console.print(
         f"Results: {out / 'results.json'}   Plots: paths.png, off.png, rates.png\n"
         f"Wall time: {document['wall_time_s']:.0f} s"
     )
-
-
-def _title(document: Record) -> str:
-    config = document["config"]
-    return f"{config['dataset']}, tanh network, η {config['learning_rate']:g}"
 
 
 def in_order(runs: list[Record]) -> list[Record]:
@@ -132,7 +119,7 @@ def _protocol(config: Config, problem: Problem) -> Record:
         "alpha": config.alpha,
         "learning_rate": config.learning_rate,
         "steps": config.steps,
-        "evaluations": training.evaluation_steps(config.steps, config.evaluations),
+        "evaluations": list(loop.evaluation_steps(config.steps, config.evaluations)),
         "moment_paths": config.moment_paths,
         "model": f"tanh, two hidden layers of {sde_problem.WIDTH}",
         "num_batches": sde_problem.NUM_BATCHES,
@@ -156,18 +143,18 @@ def _records(
     missing = [job for job in wanted if job not in paths]
     plan = sde_paths.Plan(config.steps, config.evaluations, config.learning_rate)
     run = sde_paths.make_run(problem, plan, sde_paths.middle(config.rhos))
-    looks = len(training.evaluation_steps(config.steps, config.evaluations))
-    with tables.progress_bar(console) as progress:
+    looks = len(loop.evaluation_steps(config.steps, config.evaluations))
+    with progress.shown(console) as bar:
         total = looks * (len(missing) + len(missing_checks))
-        task = progress.add_task("", total=total)
+        task = bar.add_task("", total=total)
         for job in missing:
             description = f"{job.method}, ρ {job.rho:g}, seed {job.seed}"
-            progress.update(task, description=description)
+            bar.update(task, description=description)
             start, points = time.perf_counter(), []
             try:
                 for point in run(job):
                     points.append(point)
-                    progress.advance(task)
+                    bar.advance(task)
             except FloatingPointError as error:
                 raise UserError(
                     f"{description}: {error}; lower --rho or --learning-rate (now "
@@ -180,10 +167,10 @@ def _records(
                 "wall_time_s": time.perf_counter() - start,
             }
         for name, check in missing_checks.items():
-            progress.update(task, description=name)
+            bar.update(task, description=name)
             start = time.perf_counter()
             record = {"method": name, **check(problem)}
-            progress.advance(task, looks)
+            bar.advance(task, looks)
             yield {**record, "wall_time_s": time.perf_counter() - start}
 
 

@@ -11,7 +11,7 @@ from eigensam_jax.experiments.records import tables
 
 NOTES = (
     "Off: (path − SAM's)/SAM's from the same start, mean over the looks after the "
-    "start, mean over seeds with 95% intervals; distance: the same of |path − SAM's|. "
+    "start, mean over seeds; distance: the same of |path − SAM's|. "
     "SAM, other batches: what chance alone makes. No noise: the drift alone, against "
     "the mean of SAM's gradient over all batches. Rates: mean over the looks after the "
     "start, ± standard deviation over seeds."
@@ -37,6 +37,12 @@ PARTS = {
 }
 
 Record = Mapping[str, Any]
+
+
+def title(document: Record) -> str:
+    """What was trained, in words."""
+    config = document["config"]
+    return f"{config['dataset']}, tanh network, η {config['learning_rate']:g}"
 
 
 def all_tables(runs: Sequence[Record], title: str) -> list[Table]:

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
-from eigensam_jax.experiments.data import augmentation
-from eigensam_jax.experiments.data import load as data
-from eigensam_jax.experiments.models.small import MODELS
-from eigensam_jax.experiments.training import loop as training
-from eigensam_jax.experiments.training import measures, methods
-from eigensam_jax.experiments.training.methods import Method
+from eigensam_jax.experiments import registry
+from eigensam_jax.experiments.data.load import Dataset
+from eigensam_jax.experiments.training import loop, measures, methods
+from eigensam_jax.experiments.training.methods import Setup
 from eigensam_jax.experiments.training.steps import TrainState
 from eigensam_jax.tree_math import PyTree
 
@@ -39,6 +37,8 @@ class Config(NamedTuple):
     num_matvecs: int
     num_samples: int
     examples: int | None
+    base_optimizer: str
+    weight_decay: float
     out: Path
 
 
@@ -60,7 +60,7 @@ class Trained(NamedTuple):
 
 def train(
     config: Config,
-    dataset: data.Dataset,
+    dataset: Dataset,
     saved: dict[str, Any] | None = None,
     keep: Callable[[int, dict[str, Any]], None] = lambda step, what: None,
 ) -> Trained:
@@ -81,18 +81,21 @@ def train(
         trained = Trained(**saved["trained"])
         arrays = jax.tree.map(jnp.asarray, (trained.params, trained.batch_stats))
         return trained._replace(params=arrays[0], batch_stats=arrays[1])
-    steps = training.num_steps(dataset, config.batch_size, config.epochs)
-    settings = training.Settings(
-        *(config.epochs, config.batch_size, config.learning_rate, CHECKPOINTS + 1),
-        augmentation.of(config.dataset, config.augment),
+    steps = loop.num_steps(dataset, config.batch_size, config.epochs)
+    settings = loop.Settings(
+        *(steps, config.batch_size, config.learning_rate),
+        looks=loop.evaluation_steps(steps, CHECKPOINTS + 1)[1:],
+        augment=registry.augmentation(config.dataset, config.augment),
+        base=config.base_optimizer,
+        weight_decay=config.weight_decay,
     )
-    model = MODELS[config.model](dataset.num_classes)
+    model = registry.model(config.model, dataset.num_classes)
     means = measures.make_means(model)
 
     def measure(
-        method: Method, state: TrainState, top: Any
+        setup: Setup, state: TrainState, top: Any
     ) -> tuple[Trained | None, None]:
-        del method, top
+        del setup, top
         if int(state.step) < steps:
             return None, None
         params, batch_stats = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
@@ -107,9 +110,9 @@ def train(
         return Trained(params, train_loss, accuracy, batch_stats), None
 
     method = methods.named(config.optimizer, config.rho, config.alpha)
-    run = training.make_run(model, dataset, measure, settings)
+    run = loop.make_run(model, dataset, measure, settings)
     for point in run(method, config.seed, saved.get("progress")):
-        if 0 < point.step < steps:
+        if point.step < steps:
             progress = serialization.to_state_dict(point.progress)
             keep(point.step, {"progress": progress})
     trained = cast(Trained, point.measurement)

@@ -9,26 +9,25 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from eigensam_jax import eigen, hessian
-from eigensam_jax.experiments.data import load as data
+from eigensam_jax import eigen
+from eigensam_jax.experiments import registry
+from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.models.small import MODELS
-from eigensam_jax.experiments.records import checkpoints, results, resumption, tables
+from eigensam_jax.experiments.records import checkpoints, progress, results, resumption
 from eigensam_jax.experiments.spectrum import network, plots
 from eigensam_jax.experiments.spectrum import tables as spectrum_tables
 from eigensam_jax.experiments.spectrum.network import Config
-from eigensam_jax.experiments.training import loop as training
-from eigensam_jax.experiments.training import losses
+from eigensam_jax.experiments.spectrum.wing import EXAMPLES
+from eigensam_jax.experiments.training import loop, losses, measures
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
 TOLERANCE = 1e-4  # of the residuals, relative to λ_max
-EXAMPLES = 2_000  # training images, where not said
+
 CHECKPOINT = "training.msgpack"
-_CHUNK = 250  # images per product: convolutions of more take longer for each, on CPUs
 
 
-def run(config: Config, command: str, console: Console) -> None:
+def run(config: Config, command: str) -> None:
     """Trains a network; leaves `results.json` and `spectrum.png` in `config.out`.
 
     Whatever ends the command, the same one goes on from the last checkpoint of the
@@ -38,15 +37,16 @@ def run(config: Config, command: str, console: Console) -> None:
     Args:
       config: what to train, and what to find of its Hessian.
       command: the command line, for the results file.
-      console: where progress and the table go.
 
     Raises:
       UserError: for what can't be run, before any training; or when training diverges.
     """
-    dataset = data.load(config.dataset, config.data_dir)
+    console = Console()
+    dataset = registry.dataset(config.dataset, config.data_dir)
     available = len(dataset.train_images)
-    training.check_batch_size(config.batch_size, config.dataset, available)
-    dimension = _check(config, dataset)
+    loop.check_batch_size(config.batch_size, config.dataset, available)
+    model = registry.model(config.model, dataset.num_classes)
+    dimension = _check(config, dataset, model)
     examples = config.examples or min(EXAMPLES, available)
     config = config._replace(examples=examples)
     results.make_folder(config.out)
@@ -55,46 +55,49 @@ def run(config: Config, command: str, console: Console) -> None:
     if "described" in saved:
         resumption.check_same(config.out, json.loads(saved["described"]), described)
     start = time.perf_counter() - saved["seconds"]
-    with tables.progress_bar(console) as bar:
-        total = training.num_steps(dataset, config.batch_size, config.epochs)
+    with progress.shown(console) as bar:
+        total = loop.num_steps(dataset, config.batch_size, config.epochs)
         training_task = bar.add_task("training", total=total, completed=saved["step"])
 
         def keep(step: int, what: dict[str, Any]) -> None:
             bar.update(training_task, completed=step)
-            checkpoints.write(
-                checkpoint,
-                {
-                    "described": json.dumps(described),
-                    "step": step,
-                    "seconds": time.perf_counter() - start,
-                    **what,
-                },
-            )
+            kept = {"described": json.dumps(described), "step": step, **what}
+            kept["seconds"] = time.perf_counter() - start
+            checkpoints.write(checkpoint, kept)
 
         try:
             trained = network.train(config, dataset, saved, keep)
-        except training.DivergedError:
+            product = measures.make_matvec(losses.cross_entropy(model))(
+                *(trained.params, dataset.train_images[:examples]),
+                *(dataset.train_labels[:examples], trained.batch_stats),
+            )
+            task = bar.add_task("top eigenvalues", total=None)
+            began = time.perf_counter()
+            matvec, products = _counted(product, bar, task)
+            top = eigen.top_eigenpairs(
+                matvec, trained.params, config.k, tol=TOLERANCE, host_loop=True
+            )
+            seconds, top_products = time.perf_counter() - began, products[0]
+
+            count = config.num_matvecs * config.num_samples
+            task = bar.add_task("spectral density", total=count)
+            density = eigen.spectral_density(
+                _counted(product, bar, task)[0],
+                trained.params,
+                num_matvecs=config.num_matvecs,
+                num_samples=config.num_samples,
+                host_loop=True,
+            )
+        except loop.DivergedError:
             checkpoint.unlink(missing_ok=True)  # a lower rate may use this folder
             raise
-        params, batch_stats = trained.params, trained.batch_stats
-        product = make_matvec(config.model, dataset, examples, params, batch_stats)
-
-        task, began = bar.add_task("top eigenvalues", total=None), time.perf_counter()
-        matvec, products = _counted(product, bar, task)
-        top = eigen.top_eigenpairs(
-            matvec, params, config.k, tol=TOLERANCE, host_loop=True
-        )
-        seconds, top_products = time.perf_counter() - began, products[0]
-
-        count = config.num_matvecs * config.num_samples
-        task = bar.add_task("spectral density", total=count)
-        density = eigen.spectral_density(
-            _counted(product, bar, task)[0],
-            params,
-            num_matvecs=config.num_matvecs,
-            num_samples=config.num_samples,
-            host_loop=True,
-        )
+        except KeyboardInterrupt:
+            if checkpoint.exists():
+                console.print(
+                    f"The training so far is in {checkpoint}; the same command goes on "
+                    "from there."
+                )
+            raise
     if not all(np.isfinite(x).all() for x in (top.residual, density.nodes)):
         checkpoint.unlink(missing_ok=True)
         raise UserError(
@@ -107,7 +110,7 @@ def run(config: Config, command: str, console: Console) -> None:
             **config._asdict(),
             "data_dir": config.data_dir and str(config.data_dir),
             "out": str(config.out),
-            **training.protocol(dataset),
+            **loop.protocol(dataset, config.base_optimizer, config.weight_decay),
             "tolerance": TOLERANCE,
             "near_zero": spectrum_tables.NEAR_ZERO,
         },
@@ -136,36 +139,18 @@ def run(config: Config, command: str, console: Console) -> None:
     )
 
 
-def make_matvec(
-    model: str,
-    dataset: data.Dataset,
-    examples: int,
-    params: PyTree,
-    batch_stats: PyTree = None,
-) -> Matvec:
-    """The product with the Hessian of the loss on the first `examples` images.
-
-    In evaluation: batch normalisation is by the running `batch_stats`.
-    """
-    loss = losses.cross_entropy(MODELS[model](dataset.num_classes))
-    images, labels = dataset.train_images[:examples], dataset.train_labels[:examples]
-    batches = [
-        (images[i : i + _CHUNK], labels[i : i + _CHUNK])
-        for i in range(0, examples, _CHUNK)
-    ]
-    return hessian.mean_matvec(
-        lambda p, batch: loss(p, *batch, batch_stats), params, lambda: batches
-    )
-
-
-def _described(config: Config, dataset: data.Dataset) -> dict[str, Any]:
+def _described(config: Config, dataset: Dataset) -> dict[str, Any]:
     """All that the trained network depends on."""
     later = ("k", "num_matvecs", "num_samples", "examples", "data_dir", "out")
     fields = {key: x for key, x in config._asdict().items() if key not in later}
-    return {**fields, **training.protocol(dataset), **results.environment()}
+    return {
+        **fields,
+        **loop.protocol(dataset, config.base_optimizer, config.weight_decay),
+        **results.environment(),
+    }
 
 
-def _check(config: Config, dataset: data.Dataset) -> int:
+def _check(config: Config, dataset: Dataset, model: Any) -> int:
     """Refuses what can't be done, and returns the number of parameters."""
     images = len(dataset.train_images)
     if config.examples is not None and config.examples > images:
@@ -173,7 +158,6 @@ def _check(config: Config, dataset: data.Dataset) -> int:
             f"--examples {config.examples} is more than the {images} training images "
             f"of {config.dataset}; use at most {images}"
         )
-    model = MODELS[config.model](dataset.num_classes)
     shapes = jax.eval_shape(model.init, jax.random.key(0), dataset.train_images[:1])
     dimension = sum(int(x.size) for x in jax.tree.leaves(shapes["params"]))
     if config.k > dimension:

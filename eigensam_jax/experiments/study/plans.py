@@ -7,14 +7,15 @@ record of the last one, so that a plan can choose by what it found.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from eigensam_jax.experiments.training.methods import Method, by_paper, by_secant, named
+from eigensam_jax.experiments.registry import METHODS, matched
+from eigensam_jax.experiments.training.methods import Setup, named
 
 TUNING_SEED = 1_000  # which no other run has
 
 PARTS = (1, 4, 16)  # of a batch
 
 Record = dict[str, Any]
-Row = tuple[str, Method]
+Row = tuple[str, Setup]
 
 
 class Job(NamedTuple):
@@ -28,7 +29,7 @@ class Job(NamedTuple):
         the test set.
     """
 
-    method: Method
+    method: Setup
     learning_rate: float
     seed: int
     tuning: bool = False
@@ -71,21 +72,24 @@ class Grids(NamedTuple):
 
 
 def comparison(
-    names: Sequence[str], rho: float, alpha: float, learning_rate: float, seeds: int
+    names: Sequence[str],
+    rho: float,
+    alpha: float,
+    learning_rates: Mapping[str, float],
+    seeds: int,
 ) -> Plan:
     """The plan of the named methods at the same ρ and α, seed by seed.
 
-    `sam_matched` is SAM at the mean radius that `eigen_sam` had from the same seed, and
-    comes after it.
+    SAM at the mean radius that a method had from the same seed comes after it.
     """
 
     def plan(done: Done) -> Iterator[Entry]:
         for seed in range(seeds):
             for name in names:
-                if name == "sam_matched":
+                if METHODS[name].radius_of:
                     continue
-                job = Job(named(name, rho, alpha), learning_rate, seed)
-                if name == "eigen_sam" and "sam_matched" in names:
+                job = Job(named(name, rho, alpha), learning_rates[name], seed)
+                if matched(name) in names:
                     yield from with_matched("main", name, job, done)
                 else:
                     yield Entry("main", name, job)
@@ -93,12 +97,13 @@ def comparison(
     return plan
 
 
-def accuracy(grids: Grids, seeds: int) -> Plan:
+def accuracy(grids: Grids, seeds: int, plain: str = "sgd") -> Plan:
     """The plan that tunes each method on a validation split, then trains it anew.
 
     What a grid has several of is chosen by accuracy on the validation split, of one
     seed; on a tie the first. `sam_matched` is SAM at the mean radius that `eigen_sam`
-    had from the same seed, `sam_matched_paper` at that of `eigen_sam_paper`.
+    had from the same seed, `sam_matched_paper` at that of `eigen_sam_paper`. `plain` is
+    the method that does not perturb.
     """
 
     def plan(done: Done) -> Iterator[Entry]:
@@ -106,7 +111,7 @@ def accuracy(grids: Grids, seeds: int) -> Plan:
         def best(
             row: str,
             grid: Sequence[float],
-            make: Callable[[float], tuple[Method, float]],
+            make: Callable[[float], tuple[Setup, float]],
         ) -> Iterator[Entry]:
             jobs = {value: Job(*make(value), TUNING_SEED, True) for value in grid}
             chosen[row] = grid[0]
@@ -116,24 +121,22 @@ def accuracy(grids: Grids, seeds: int) -> Plan:
                 chosen[row] = max(grid, key=lambda x: done[jobs[x]]["test_accuracy"])
 
         chosen: dict[str, float] = {}
-        paper, secant = "eigen_sam_paper", "eigen_sam"
-        yield from best("sgd", grids.learning_rates, lambda x: (Method("sgd"), x))
-        rate = chosen["sgd"]
-        yield from best("sam", grids.rhos, lambda x: (Method("sam", x), rate))
-        yield from best("asam", grids.asam_rhos, lambda x: (Method("asam", x), rate))
+        names = (plain, "sam", "asam", "eigen_sam_paper", "eigen_sam")
+        yield from best(plain, grids.learning_rates, lambda x: (Setup(plain), x))
+        rate = chosen[plain]
+        yield from best("sam", grids.rhos, lambda x: (Setup("sam", x), rate))
+        yield from best("asam", grids.asam_rhos, lambda x: (Setup("asam", x), rate))
         rho = chosen["sam"]
-        yield from best(paper, grids.paper_alphas, lambda x: (by_paper(rho, x), rate))
-        yield from best(secant, grids.alphas, lambda x: (by_secant(rho, x), rate))
-        rows = [
-            ("sgd", Method("sgd")),
-            ("sam", Method("sam", rho)),
-            ("asam", Method("asam", chosen["asam"])),
-            (paper, by_paper(rho, chosen[paper])),
-            (secant, by_secant(rho, chosen[secant])),
-        ]
+        for name, alphas in zip(names[3:], grids[3:], strict=True):
+            make = lambda x, name=name: (named(name, rho, x), rate)
+            yield from best(name, alphas, make)
+        setups = {
+            name: named(name, chosen["asam"] if name == "asam" else rho, chosen[name])
+            for name in names
+        }
         for seed in range(seeds):
-            for row, method in rows:
-                yield from with_matched("main", row, Job(method, rate, seed), done)
+            for row, setup in setups.items():
+                yield from with_matched("main", row, Job(setup, rate, seed), done)
 
     return plan
 
@@ -141,29 +144,32 @@ def accuracy(grids: Grids, seeds: int) -> Plan:
 def with_matched(table: str, row: str, job: Job, done: Done) -> Iterator[Entry]:
     """A job; after one of Eigen-SAM, SAM at the mean radius that it had."""
     yield Entry(table, row, job)
-    if job.method.optimizer == "eigen_sam":
-        matched = job.method._replace(
-            optimizer="sam",
-            rho=done[job]["radius"],
-            alpha=0.0,
-            tracker="",
-            num_products=0,
-            update_interval=1,
-        )
-        name = row.replace("eigen_sam", "sam_matched", 1)
-        yield Entry(table, name, job._replace(method=matched))
+    name, setup = job.method.optimizer, job.method.matched
+    if setup is not None:
+        own = row.replace(name, str(matched(name)), 1)
+        setup = setup._replace(rho=done[job]["radius"])
+        yield Entry(table, own, job._replace(method=setup))
 
 
 def ablations(
-    tables: Sequence[str], rho: float, alpha: float, learning_rate: float, seeds: int
+    tables: Sequence[str],
+    rho: float,
+    alpha: float,
+    learning_rate: float,
+    seeds: int,
+    plain: str = "sgd",
 ) -> Plan:
-    """The plan of the named tables of `ABLATIONS`, seed by seed."""
+    """The plan of the named tables of `ABLATIONS`, seed by seed.
+
+    All but one begin with `plain`, the method that does not perturb.
+    """
 
     def plan(done: Done) -> Iterator[Entry]:
         for seed in range(seeds):
             for table in tables:
-                for row, method in ABLATIONS[table](rho, alpha):
-                    job = Job(method, learning_rate, seed)
+                without = [] if table == "tracker" else [(plain, Setup(plain))]
+                for row, setup in without + ABLATIONS[table](rho, alpha):
+                    job = Job(setup, learning_rate, seed)
                     if table in MATCHED:
                         yield from with_matched(table, row, job, done)
                     else:
@@ -174,32 +180,33 @@ def ablations(
 
 def _alpha(rho: float, alpha: float) -> list[Row]:
     del alpha
-    rows = [("sgd", Method("sgd")), ("sam", Method("sam", rho))]
+    rows = [("sam", Setup("sam", rho))]
     for value in (0.2, 0.5, 1.0, 2.0, 3.0):
-        rows.append((f"eigen_sam_paper, α {value:g}", by_paper(rho, value)))
-        rows.append((f"eigen_sam, α {value:g}", by_secant(rho, value)))
+        for name in ("eigen_sam_paper", "eigen_sam"):
+            rows.append((f"{name}, α {value:g}", named(name, rho, value)))
     return rows
 
 
 def _rho(rho: float, alpha: float) -> list[Row]:
-    rows = [("sgd", Method("sgd"))]
+    rows = []
     for factor in (0.25, 0.5, 1.0, 2.0, 4.0):
         value = factor * rho
-        rows.append((f"sam, ρ {value:g}", Method("sam", value)))
-        rows.append((f"eigen_sam_paper, ρ {value:g}", by_paper(value, alpha)))
-        rows.append((f"eigen_sam, ρ {value:g}", by_secant(value, alpha)))
+        for name in ("sam", "eigen_sam_paper", "eigen_sam"):
+            rows.append((f"{name}, ρ {value:g}", named(name, value, alpha)))
     return rows
 
 
 def _tracker(rho: float, alpha: float) -> list[Row]:
+    secant = named("eigen_sam", rho, alpha)
+
     def products(name: str, num_products: int, interval: int) -> Row:
-        method = Method("eigen_sam", rho, alpha, name, num_products, interval)
+        method = Setup("eigen_sam", rho, alpha, name, num_products, interval)
         return f"{name}, {num_products} products every {interval} steps", method
 
     return [
-        ("sam", Method("sam", rho)),
-        ("secant, every step", by_secant(rho, alpha)),
-        ("secant, every 5 steps", by_secant(rho, alpha)._replace(update_interval=5)),
+        ("sam", Setup("sam", rho)),
+        ("secant, every step", secant),
+        ("secant, every 5 steps", secant._replace(update_interval=5)),
         products("ritz", 1, 20),
         products("lanczos", 5, 100),
         *(products("power_iteration", 5, interval) for interval in (10, 100, 1000)),
@@ -208,7 +215,7 @@ def _tracker(rho: float, alpha: float) -> list[Row]:
 
 
 def _when(rho: float, alpha: float) -> list[Row]:
-    rows = [("sgd", Method("sgd"))]
+    rows = []
     for name, method in _pair(rho, alpha):
         rows.append((f"{name}, every step", method))
         for every in (2, 5, 10):
@@ -220,7 +227,7 @@ def _when(rho: float, alpha: float) -> list[Row]:
 
 
 def _norms(rho: float, alpha: float) -> list[Row]:
-    rows = [("sgd", Method("sgd"))]
+    rows = []
     for name, method in _pair(rho, alpha):
         rows.append((f"{name}, all parameters", method))
         for factor in (1.0, 2.0, 4.0):
@@ -230,7 +237,7 @@ def _norms(rho: float, alpha: float) -> list[Row]:
 
 
 def _parts(rho: float, alpha: float) -> list[Row]:
-    rows = [("sgd", Method("sgd"))]
+    rows = []
     for name, method in _pair(rho, alpha):
         for parts in PARTS:
             rows.append((f"{name}, {parts} parts", method._replace(parts=parts)))
@@ -238,7 +245,7 @@ def _parts(rho: float, alpha: float) -> list[Row]:
 
 
 def _pair(rho: float, alpha: float) -> list[Row]:
-    return [("sam", Method("sam", rho)), ("eigen_sam", by_secant(rho, alpha))]
+    return [("sam", Setup("sam", rho)), ("eigen_sam", named("eigen_sam", rho, alpha))]
 
 
 ABLATIONS: dict[str, Callable[[float, float], list[Row]]] = {

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eigensam_jax.experiments.records.colours import COLOURS
 from eigensam_jax.experiments.records.tables import half_interval
+from eigensam_jax.experiments.registry import METHODS
 from eigensam_jax.experiments.study.tables import by_row
 
 Record = dict[str, Any]
@@ -46,13 +46,18 @@ def accuracy(runs: Sequence[Record], title: str, path: Path) -> None:
     figure.suptitle(title)
     panels = figure.subplots(1, 3)
     found = by_row(runs, "main")
-    few = ("sgd", "sam", "eigen_sam_paper", "eigen_sam")
-    drawn = {name: of_row for name, of_row in found.items() if name in few}
+    plain = {name for name in METHODS if METHODS[name].link is None}
+    few = plain | {name for name in METHODS if METHODS[name].usual}
+    drawn = {
+        name: of_row
+        for name, of_row in found.items()
+        if name in few and not METHODS[name].radius_of
+    }
     for axes, key in zip(panels, ("lambda_max", "alignment"), strict=False):
         _over_training(axes, drawn, key)
     panels[0].legend()
     for name, of_row in found.items():
-        _point(panels[2], of_row, "lambda_max", COLOURS[name], name)
+        _point(panels[2], of_row, "lambda_max", METHODS[name].colour, name)
     panels[2].set(xlabel=_LABELS["lambda_max"], title=_LABELS["test_accuracy"])
     panels[2].set_xscale("log")
     panels[2].grid(alpha=0.3)
@@ -71,7 +76,7 @@ def ablate(runs: Sequence[Record], title: str, path: Path) -> None:
     for name, panels in zip(
         names, figure.subplots(len(names), 2, squeeze=False), strict=True
     ):
-        by_radius = name in ("alpha", "rho", "parts", "norms")
+        by_radius = name not in ("tracker", "when")
         x = "radius" if by_radius else "gradients"
         label = "mean ‖ε‖" if by_radius else "gradient evaluations a step"
         for axes, key in zip(panels, ("test_accuracy", "lambda_max"), strict=True):
@@ -79,8 +84,8 @@ def ablate(runs: Sequence[Record], title: str, path: Path) -> None:
             for row, of_row in by_row(runs, name).items():
                 first = row.partition(",")[0]
                 label_once = None if first in colours else first
-                colour = COLOURS.get(first, f"C{len(colours)}")
-                colour = colours.setdefault(first, colour)
+                own = METHODS[first].colour if first in METHODS else f"C{len(colours)}"
+                colour = colours.setdefault(first, own)
                 _point(axes, of_row, x, colour, label_once, key)
             axes.set(xlabel=label, title=f"{name}: {_LABELS[key]}")
             axes.grid(alpha=0.3)
@@ -105,8 +110,8 @@ def _over_training(axes: Axes, found: dict[str, list[Record]], key: str) -> None
         spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
         # On a logarithmic scale there is no place for what is below zero.
         low = np.maximum(mean - spread, values.min(0))
-        colour = COLOURS[name]
-        style = ".--" if "matched" in name else ".-"
+        colour = METHODS[name].colour
+        style = ".--" if METHODS[name].radius_of else ".-"
         axes.plot(steps, mean, style, color=colour, label=name)
         axes.fill_between(steps, low, mean + spread, color=colour, alpha=0.2)
     axes.set(xlabel="step", title=_LABELS[key])
@@ -125,11 +130,12 @@ def _point(
     factor = 100 if y == "test_accuracy" else 1
     across = np.array([run[x] for run in runs])
     up = factor * np.array([run[y] for run in runs])
+    several = len(runs) > 1  # of one there is no interval
     axes.errorbar(
         across.mean(),
         up.mean(),
-        xerr=half_interval(across),
-        yerr=half_interval(up),
+        xerr=half_interval(across) if several else None,
+        yerr=half_interval(up) if several else None,
         fmt="o",
         color=colour,
         label=label,

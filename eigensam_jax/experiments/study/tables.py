@@ -5,7 +5,9 @@ from typing import Any
 
 from rich.table import Table
 
+from eigensam_jax.experiments.entries import PLAIN
 from eigensam_jax.experiments.records import tables
+from eigensam_jax.experiments.registry import METHODS
 
 Record = dict[str, Any]
 
@@ -17,12 +19,6 @@ _FIGURES = {  # factor, digits
     "train_loss": (1, 4),
     "lambda_max": (1, 3),
     "alignment": (1, 3),
-}
-_PAIRS = {  # where both are there
-    "sam": "sgd",
-    "asam": "sam",
-    "eigen_sam_paper": "sam_matched_paper",
-    "eigen_sam": "sam_matched",
 }
 
 
@@ -58,10 +54,13 @@ def summary(runs: Sequence[Record], table: str) -> list[list[str]]:
 def paired(runs: Sequence[Record], table: str) -> list[list[str]]:
     """A row a pair of methods by `PAIRED_HEADERS`: differences of the same seeds."""
     rows, found = [], by_row(runs, table)
+    plain = [name for name, method in METHODS.items() if method.link is None]
     for row in found:
-        name, _, rest = row.partition(",")
-        other = _PAIRS.get(name, "") + (f",{rest}" if rest else "")
-        if other in found:
+        name, comma, rest = row.partition(",")
+        baseline = METHODS[name].baseline if name in METHODS else ""
+        others = plain if baseline == PLAIN else [baseline]
+        there = [x for x in (f"{y}{comma}{rest}" for y in others) if x in found]
+        for other in there[:1]:
             rows.append([f"{row} − {other}", *difference(found[row], found[other])])
     return rows
 
@@ -92,14 +91,13 @@ def tuning(runs: Sequence[Record]) -> list[list[str]]:
         best = max(of_row, key=lambda run: run["test_accuracy"])
         for run in of_row:
             method, accuracy = run["method"], run["test_accuracy"]
-            is_eigen = method["optimizer"] == "eigen_sam"
             mark = " ←" if run is best else ""
             rows.append(
                 [
                     row,
                     f"{run['learning_rate']:g}",
-                    f"{method['rho']:g}" if row != "sgd" else "–",
-                    f"{method['alpha']:g}" if is_eigen else "–",
+                    f"{method['rho']:g}" if METHODS[row].link else "–",
+                    f"{method['alpha']:g}" if METHODS[row].tracker else "–",
                     "diverged" if "diverged" in run else f"{100 * accuracy:.2f}{mark}",
                 ]
             )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from eigensam_jax.experiments.training.trackers import TRACKERS
+from eigensam_jax.experiments.registry import TRACKERS
 
 
 class Job(NamedTuple):

@@ -1,4 +1,4 @@
-"""Plots of the benchmarks' results files."""
+"""The plot of what `eigensam track` found."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eigensam_jax.experiments.training.trackers import TRACKERS
+from eigensam_jax.experiments.registry import TRACKERS
 
 Run = Mapping[str, Any]
 _OUTCOMES = {"lambda_max": "λ_max", "train_loss": "training loss"}

@@ -6,8 +6,8 @@ import numpy as np
 from rich.table import Table
 
 from eigensam_jax.experiments.records import tables
+from eigensam_jax.experiments.registry import TRACKERS
 from eigensam_jax.experiments.track.jobs import Job
-from eigensam_jax.experiments.training.trackers import TRACKERS
 
 _DIFFERENCES = {  # title, factor, digits
     "lambda_max": ("λ_max", 1, 3),

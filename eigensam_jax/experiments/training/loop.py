@@ -14,10 +14,11 @@ from flax import serialization
 from eigensam_jax.experiments.data.augmentation import Augment
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.registry import BASE_OPTIMIZERS, METHODS
 from eigensam_jax.experiments.training import methods
 from eigensam_jax.experiments.training import steps as training_steps
 from eigensam_jax.experiments.training.losses import cross_entropy, training_loss
-from eigensam_jax.experiments.training.methods import Method
+from eigensam_jax.experiments.training.methods import Setup
 from eigensam_jax.experiments.training.steps import Begin, TrainState
 
 Measurement = TypeVar("Measurement")
@@ -31,22 +32,26 @@ class Settings(NamedTuple):
     """What all runs of a comparison share.
 
     Attributes:
-      epochs: passes over the training set.
+      steps: of each run.
       batch_size: examples a step; what is left over at the end of an epoch is dropped.
-      learning_rate: of SGD with momentum 0.9, decayed to zero by a cosine.
-      evaluations: how often to measure, evenly spread over the steps, the end included.
+      learning_rate: of the base optimizer, decayed to zero by a cosine.
+      looks: the steps after which to measure, ascending, the last of all among them.
       augment: what is done to the images of each step, before both gradients; None for
         nothing.
       begin: what a network's new variables are exchanged for before the first step;
         None to keep them.
+      base: the base optimizer of methods that have none of their own.
+      weight_decay: of the base optimizer.
     """
 
-    epochs: int
+    steps: int
     batch_size: int
     learning_rate: float
-    evaluations: int
+    looks: tuple[int, ...]
     augment: Augment | None = None
     begin: Begin | None = None
+    base: str = "sgd"
+    weight_decay: float = 0.0
 
 
 class Progress(NamedTuple):
@@ -85,7 +90,7 @@ class Run(Protocol[Measurement]):
     """Trains by a method from a seed."""
 
     def __call__(
-        self, method: Method, seed: int, saved: dict[str, Any] | None = None
+        self, setup: Setup, seed: int, saved: dict[str, Any] | None = None
     ) -> Iterator[Point[Measurement]]:
         """Yields the points of the run; of one that was `saved`, the points to come.
 
@@ -93,7 +98,7 @@ class Run(Protocol[Measurement]):
         """
 
 
-Measure = Callable[[Method, TrainState, Any], tuple[Measurement, Any]]
+Measure = Callable[[Setup, TrainState, Any], tuple[Measurement, Any]]
 
 
 def check_batch_size(batch_size: int, name: str, examples: int) -> None:
@@ -105,10 +110,12 @@ def check_batch_size(batch_size: int, name: str, examples: int) -> None:
         )
 
 
-def protocol(dataset: Dataset) -> dict[str, Any]:
+def protocol(dataset: Dataset, base: str, weight_decay: float) -> dict[str, Any]:
     """What a results file says of the training beside the options of the command."""
     return {
-        "momentum": methods.MOMENTUM,
+        "base_optimizer": base,
+        **BASE_OPTIMIZERS[base].constants,
+        "weight_decay": weight_decay,
         "schedule": "cosine to 0",
         "train_examples": len(dataset.train_images),
         "test_examples": len(dataset.test_images),
@@ -120,16 +127,10 @@ def num_steps(dataset: Dataset, batch_size: int, epochs: int) -> int:
     return len(dataset.train_labels) // batch_size * epochs
 
 
-def evaluation_steps(total_steps: int, evaluations: int) -> list[int]:
+def evaluation_steps(total_steps: int, evaluations: int) -> tuple[int, ...]:
     """The steps after which to measure: none, and `evaluations` or all, to the end."""
     evaluations = min(evaluations, total_steps)
-    return [k * total_steps // evaluations for k in range(evaluations + 1)]
-
-
-def sgd(learning_rate: float, total_steps: int) -> optax.GradientTransformation:
-    """SGD with momentum and a cosine schedule to zero."""
-    schedule = optax.cosine_decay_schedule(learning_rate, total_steps)
-    return optax.sgd(schedule, momentum=methods.MOMENTUM)
+    return tuple(k * total_steps // evaluations for k in range(evaluations + 1))
 
 
 def restored(example: TrainState, saved: dict[str, Any]) -> Progress:
@@ -146,9 +147,9 @@ def make_run(
     measure: Measure[Measurement],
     settings: Settings,
 ) -> Run[Measurement]:
-    """The training of a network by any method, from any seed.
+    """The training of a network by any setup, from any seed.
 
-    `measure` is called at every evaluation, with the method, the state, and what it
+    `measure` is called at every evaluation, with the setup, the state, and what it
     returned second the last time, at first None. The state is given away afterwards: it
     must copy what it keeps.
 
@@ -161,16 +162,23 @@ def make_run(
     """
     images, labels = dataset.train_images, dataset.train_labels
     steps_per_epoch = len(images) // settings.batch_size
-    steps = num_steps(dataset, settings.batch_size, settings.epochs)
-    descent = sgd(settings.learning_rate, steps)
+    steps = settings.steps
+    schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
     loss, augment = training_loss(model), settings.augment
 
-    def init(method: Method, seed: int) -> TrainState:
-        tx = methods.make_optimizer(method, descent)
+    def optimizer(
+        setup: Setup, acts: bool = True
+    ) -> optax.GradientTransformationExtraArgs:
+        base = METHODS[setup.optimizer].base or settings.base
+        descent = BASE_OPTIMIZERS[base].make(schedule, settings.weight_decay)
+        return methods.make_optimizer(setup, descent, acts)
+
+    def init(setup: Setup, seed: int) -> TrainState:
+        tx = optimizer(setup)
         return training_steps.start(model, tx, images, seed, settings.begin)
 
     def step(
-        structure: Method,
+        structure: Setup,
         acts: bool,
         refresh: bool,
         state: TrainState,
@@ -179,20 +187,20 @@ def make_run(
         rho: jax.Array,
         alpha: jax.Array,
     ) -> TrainState:
-        method = structure._replace(rho=rho, alpha=alpha)
-        tx = methods.make_optimizer(method, descent, acts)
+        setup = structure._replace(rho=rho, alpha=alpha)
+        tx = optimizer(setup, acts)
         batch = training_steps.next_batch(state, settings.batch_size)
         examples = images[batch]
         if augment is not None:
             examples = augment(training_steps.step_key(state), examples)
         return training_steps.take_step(
             *(tx, loss, state, examples, labels[batch]),
-            *(refresh, method.parts, acts),
+            *(refresh, setup.parts, acts),
             cross_entropy(model),
         )
 
     @cache
-    def program(structure: Method, acts: bool, refresh: bool) -> Any:
+    def program(structure: Setup, acts: bool, refresh: bool) -> Any:
         example, scalar = jax.eval_shape(partial(init, structure), 0), jnp.zeros(())
         return training_steps.compile_donating(
             partial(step, structure, acts, refresh),
@@ -200,29 +208,29 @@ def make_run(
         )
 
     @cache
-    def shuffle(structure: Method) -> Any:
+    def shuffle(structure: Setup) -> Any:
         example = jax.eval_shape(partial(init, structure), 0)
         return training_steps.compile_donating(training_steps.start_epoch, example)
 
     def run(
-        method: Method, seed: int, saved: dict[str, Any] | None = None
+        setup: Setup, seed: int, saved: dict[str, Any] | None = None
     ) -> Iterator[Point[Measurement]]:
-        start_epoch = shuffle(method.structure)
+        start_epoch = shuffle(setup.structure)
         kinds = [
-            (acts, acts and method.refreshes(i, steps))
+            (acts, acts and setup.refreshes(i, steps))
             for i in range(steps)
-            for acts in (method.acts(i, steps),)
+            for acts in (setup.acts(i, steps),)
         ]
-        programs = {kind: program(method.structure, *kind) for kind in set(kinds)}
-        scalars = jnp.float32(method.rho), jnp.float32(method.alpha)
-        stops, done = evaluation_steps(steps, settings.evaluations), 0
+        programs = {kind: program(setup.structure, *kind) for kind in set(kinds)}
+        scalars = jnp.float32(setup.rho), jnp.float32(setup.alpha)
+        stops, done = settings.looks, 0
         if saved is None:
-            state, top, seconds = init(method, seed), None, 0.0
+            state, top, seconds = init(setup, seed), None, 0.0
         else:
-            example = jax.eval_shape(partial(init, method), 0)
+            example = jax.eval_shape(partial(init, setup), 0)
             state, top, seconds = restored(example, saved)
             done = int(state.step)
-            stops = [stop for stop in stops if stop > done]
+            stops = tuple(stop for stop in stops if stop > done)
         for stop in stops:
             began = time.perf_counter()
             with jax.transfer_guard("disallow"):
@@ -233,12 +241,12 @@ def make_run(
                 state.step.block_until_ready()
             seconds, done = seconds + time.perf_counter() - began, stop
             try:
-                measurement, top = measure(method, state, top)
+                measurement, top = measure(setup, state, top)
             except FloatingPointError as error:
                 raise DivergedError(
-                    f"{method.optimizer}, seed {seed}: {error} after {done} steps; "
-                    f"lower --learning-rate (now {settings.learning_rate:g}) or --rho "
-                    f"(now {method.rho:g})"
+                    f"{setup.optimizer}, seed {seed}: {error} after {done} steps; "
+                    f"lower --learning-rate (now {settings.learning_rate:g}) or ρ "
+                    f"(now {setup.rho:g})"
                 ) from error
             perturbed = sum(acts for acts, _ in kinds[:done])
             radius = float(state.radius_sum) / max(perturbed, 1)

@@ -1,5 +1,6 @@
 """What is measured of a network while it trains, always on the unperturbed weights."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,29 +10,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
-from scipy.sparse import linalg
 
-from eigensam_jax import hessian, tree_math
+from eigensam_jax import eigen, hessian, tree_math
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.training import losses, methods
 from eigensam_jax.experiments.training.losses import Loss
-from eigensam_jax.experiments.training.methods import Method
+from eigensam_jax.experiments.training.methods import Setup
 from eigensam_jax.experiments.training.steps import TrainState
+from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
 CURVATURE_EXAMPLES = 2_000
 CURVATURE_TOLERANCE = 1e-3
 ALIGNMENT_BATCHES = 8
 _CHUNK = 2_000  # examples per call when a whole set is evaluated
-_CURVATURE_CHUNK = 250  # and when it is differentiated twice
+CHUNK = 250  # and when it is differentiated twice
 
-# The last argument of each, which may be left out: running statistics of batch
+# The last argument of both, which may be left out: running statistics of batch
 # normalisation, None or empty where there are none.
 Means = Callable[..., tuple[float, float]]
-Product = Callable[..., jax.Array]
-TopEigenpair = Callable[..., Eigenpair]
+MatvecAt = Callable[..., Matvec]
 
 
 class Measurement(NamedTuple):
@@ -54,99 +53,71 @@ class Measurement(NamedTuple):
     alignment: float
 
 
-Measure = Callable[..., tuple[Measurement, jax.Array]]  # the same
+Measure = Callable[..., tuple[Measurement, PyTree]]
 
 
-def make_product(loss: Loss) -> Product:
-    """Builds (params, images, labels, v, batch_stats) -> ∇²loss·v, flat as v is.
+def make_matvec(loss: Loss) -> MatvecAt:
+    """Builds (params, images, labels, batch_stats) -> the product with ∇²loss.
 
     A chunk at a time: on a CPU, convolutions of a few hundred images take half as long
     for each as those of a few thousand.
     """
 
-    @jax.jit
-    def chunk_product(
+    @partial(jax.jit, donate_argnums=0)
+    def add_chunk(
+        total: PyTree,
         params: PyTree,
         images: jax.Array,
         labels: jax.Array,
-        vector: jax.Array,
-        batch_stats: PyTree = None,
-    ) -> jax.Array:
-        unravel = ravel_pytree(params)[1]
-        value_fn = lambda p: len(images) * loss(p, images, labels, batch_stats)
-        return ravel_pytree(hessian.hvp(value_fn, params, unravel(vector)))[0]
+        batch_stats: PyTree,
+        share: jax.Array,
+        vector: PyTree,
+    ) -> PyTree:
+        value_fn = lambda p: loss(p, images, labels, batch_stats)
+        return tree_math.add_scaled(total, share, hessian.hvp(value_fn, params, vector))
 
-    def product(
-        params: PyTree,
-        images: jax.Array,
-        labels: jax.Array,
-        vector: jax.Array,
-        batch_stats: PyTree = None,
-    ) -> jax.Array:
+    def at(
+        params: PyTree, images: jax.Array, labels: jax.Array, batch_stats: PyTree = None
+    ) -> Matvec:
         chunks = [
-            chunk_product(
-                params,
-                images[i : i + _CURVATURE_CHUNK],
-                labels[i : i + _CURVATURE_CHUNK],
-                vector,
-                batch_stats,
-            )
-            for i in range(0, len(images), _CURVATURE_CHUNK)
+            (images[i : i + CHUNK], labels[i : i + CHUNK], batch_stats)
+            for i in range(0, len(images), CHUNK)
         ]
-        return jnp.asarray(sum(chunks)) / len(images)
+        shares = [jnp.float32(len(chunk[0]) / len(images)) for chunk in chunks]
 
-    return product
+        def matvec(vector: PyTree) -> PyTree:
+            total = tree_math.zeros_like(vector)
+            for chunk, share in zip(chunks, shares, strict=True):
+                total = add_chunk(total, params, *chunk, share, vector)
+            return total
+
+        return matvec
+
+    return at
 
 
-def make_top_eigenpair(
-    loss: Loss, num_vectors: int = 20, tolerance: float = CURVATURE_TOLERANCE
-) -> TopEigenpair:
-    """Builds (params, images, labels, start, batch_stats) -> ∇²loss's top `Eigenpair`.
+def top_eigenpair(matvec: Matvec, params: PyTree, start: Any, tol: float) -> Eigenpair:
+    """The top eigenpair of a Hessian, by products that the host asks for one by one.
 
-    ARPACK's restarted Lanczos iteration runs on the host and asks the device for one
-    Hessian-vector product at a time: on a CPU, convolutions inside a compiled loop
-    would be many times slower. `start` is where to begin, for example the eigenvector
-    found some steps ago; None for a random vector. Eigenvectors are flat arrays
-    over the raveled parameters; the residual is at most about `tolerance` times the
-    eigenvalue. `num_vectors` are held at a time: fewer are fewer products where `start`
-    is good or the eigenvalue stands apart, and more where not.
+    On a CPU, convolutions inside a compiled loop would be many times slower.
+
+    Args:
+      matvec: the product with the Hessian.
+      params: a tree with the shapes of its vectors.
+      start: where to begin, for example the eigenvector found some steps ago; None for
+        a random vector.
+      tol: of the residual, relative to the eigenvalue.
+
+    Raises:
+      FloatingPointError: if the Hessian is zero or not finite.
     """
-    product = make_product(loss)
-
-    def top_eigenpair(
-        params: PyTree,
-        images: jax.Array,
-        labels: jax.Array,
-        start: jax.Array | None = None,
-        batch_stats: PyTree = None,
-    ) -> Eigenpair:
-        size = sum(x.size for x in jax.tree.leaves(params))
-        v0 = np.random.default_rng(0).normal(size=size)
-        if start is not None:
-            v0 = np.asarray(start, np.float64)
-
-        def matvec(vector: np.ndarray) -> np.ndarray:
-            flat = jnp.asarray(vector.reshape(size), jnp.float32)
-            found = product(params, images, labels, flat, batch_stats)
-            return np.asarray(found, np.float64)
-
-        operator = linalg.LinearOperator((size, size), matvec, dtype=np.float64)
-        try:
-            values, vectors = linalg.eigsh(
-                operator,
-                k=1,
-                which="LA",
-                v0=v0,
-                ncv=num_vectors,
-                tol=tolerance,
-            )
-        except linalg.ArpackError as error:  # a Hessian of zeros, for one
-            raise FloatingPointError(f"λ_max is not found: {error}") from error
-        vector = vectors[:, 0]
-        residual = np.linalg.norm(matvec(vector) - values[0] * vector)
-        return Eigenpair(*map(jnp.asarray, (vector, values[0], residual)))
-
-    return top_eigenpair
+    found = eigen.top_eigenpairs(matvec, params, 1, tol=tol, v0=start, host_loop=True)
+    top = Eigenpair(*jax.tree.map(lambda x: x[0], found))
+    if not (jnp.isfinite(top.residual) and top.eigenvalue):
+        raise FloatingPointError(
+            "λ_max is not found: the Hessian is zero or not finite"
+        )
+    return top
 
 
 def make_means(model: nn.Module) -> Means:
@@ -179,33 +150,43 @@ def make_measure(
     dataset: Dataset,
     batch_size: int,
     examples: int,
-    top_eigenpair: TopEigenpair | None = None,
+    *,
+    matvec_at: MatvecAt | None = None,
+    tolerance: float = CURVATURE_TOLERANCE,
     loss_examples: int | None = None,
+    batches: int = ALIGNMENT_BATCHES,
 ) -> Measure:
     """Builds what looks at a network: -> (`Measurement`, top eigenvector).
 
-    Its arguments are (method, state, start): `start` is where the search for the top
-    eigenvector begins, None for anywhere. The Hessian is that of the first `examples`
-    training images, its eigenpair by `top_eigenpair`, as `make_top_eigenpair` builds
-    it; the training loss, that of the first `loss_examples`, by default of all. The
-    alignment is measured on the first batches of the order in which the state has the
-    training images. Loss, accuracy and Hessian are those of evaluation, by the
-    running statistics where the network has any; the perturbation is that of training,
-    but on images that are not augmented. A training loss that is not finite raises
-    FloatingPointError.
+    Its arguments are (setup, state, start): `start` is where the search for the top
+    eigenvector begins, None for anywhere. Loss, accuracy and Hessian are those of
+    evaluation, by the running statistics where the network has any; the perturbation is
+    that of training, but on images that are not augmented. A training loss that is not
+    finite raises FloatingPointError.
+
+    Args:
+      model: the network.
+      dataset: what it is trained on.
+      batch_size: of its training.
+      examples: the Hessian is that of the first so many training images.
+      matvec_at: as `make_matvec` builds it, to be shared.
+      tolerance: of λ_max's residual, relative to it.
+      loss_examples: the training loss is that of the first so many; None for all.
+      batches: for the alignment, the first ones of the order in which the state has the
+        training images; 0 to leave it out, which makes it NaN.
     """
     loss, means = losses.training_loss(model), make_means(model)
-    top_eigenpair = top_eigenpair or make_top_eigenpair(losses.cross_entropy(model))
+    matvec_at = matvec_at or make_matvec(losses.cross_entropy(model))
     images, labels = dataset.train_images, dataset.train_labels
     few = slice(examples)
 
     @partial(jax.jit, static_argnums=0)
     def cosine(
-        structure: Method,
+        structure: Setup,
         alpha: jax.Array,
         state: TrainState,
         batch: tuple[jax.Array, jax.Array],
-        top: jax.Array,
+        top: PyTree,
     ) -> jax.Array:
         """|cos| between `top` and the perturbation from a batch."""
         gradient = jax.grad(lambda *args: loss(*args)[0])
@@ -213,44 +194,39 @@ def make_measure(
         direction = methods.epsilon(
             structure._replace(alpha=alpha), grads, state.params, state.opt_state
         )
-        product = jnp.abs(jnp.sum(ravel_pytree(direction)[0] * top))
-        return product * tree_math.safe_inverse(tree_math.norm(direction))
+        return jnp.abs(tree_math.vdot(direction, top)) * tree_math.safe_inverse(
+            tree_math.norm(direction)
+        )
 
     def measure(
-        method: Method, state: TrainState, start: jax.Array | None
-    ) -> tuple[Measurement, jax.Array]:
-        train_loss, _ = means(
-            *(state.params, images[:loss_examples], labels[:loss_examples]),
-            state.batch_stats,
-        )
+        setup: Setup, state: TrainState, start: PyTree | None
+    ) -> tuple[Measurement, PyTree]:
+        params, stats = state.params, state.batch_stats
+        seen = slice(loss_examples)
+        train_loss, _ = means(params, images[seen], labels[seen], stats)
         if not np.isfinite(train_loss):
             raise FloatingPointError(f"the training loss is {train_loss}")
-        top = top_eigenpair(
-            state.params, images[few], labels[few], start, state.batch_stats
-        )
-        used = len(state.order) // batch_size * batch_size
-        batches = state.order[:used].reshape(-1, batch_size)[:ALIGNMENT_BATCHES]
+        matvec = matvec_at(params, images[few], labels[few], stats)
+        top = top_eigenpair(matvec, params, start, tolerance)
+        alpha = jnp.float32(setup.alpha)
         cosines = [
-            float(
-                cosine(
-                    method.structure,
-                    jnp.float32(method.alpha),
-                    state,
-                    (images[batch], labels[batch]),
-                    top.eigenvector,
-                )
-            )
-            for batch in batches
+            float(cosine(setup.structure, alpha, state, batch, top.eigenvector))
+            for chosen in first_batches(state.order, batch_size, batches)
+            for batch in [(images[chosen], labels[chosen])]
         ]
-        _, accuracy = means(
-            state.params, dataset.test_images, dataset.test_labels, state.batch_stats
-        )
+        _, accuracy = means(params, dataset.test_images, dataset.test_labels, stats)
         return Measurement(
             train_loss,
             accuracy,
             float(top.eigenvalue),
             float(top.residual),
-            float(np.mean(cosines)),
+            float(np.mean(cosines)) if cosines else math.nan,
         ), top.eigenvector
 
     return measure
+
+
+def first_batches(order: jax.Array, batch_size: int, count: int) -> jax.Array:
+    """The first `count` batches of an epoch, or all: indices, a row a batch."""
+    used = len(order) // batch_size * batch_size
+    return order[:used].reshape(-1, batch_size)[:count]

@@ -1,4 +1,4 @@
-"""What experiments compare: what comes before SGD, and on which steps it acts."""
+"""What a run trains by: a method, its ρ and α, and the steps on which it perturbs."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,24 +7,24 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
-from eigensam_jax import asam, eigen_sam, perturbation, sam, trackers
+from eigensam_jax.experiments.registry import METHODS, TRACKERS, matched
+from eigensam_jax.trackers import Tracker
 from eigensam_jax.tree_math import PyTree
 
-MOMENTUM = 0.9
 PARTS = "parts"  # the axis over the parts of a batch that are perturbed by themselves
 
 
-class Method(NamedTuple):
-    """Plain SGD, or SGD on the gradients of `sam`, `asam` or `eigen_sam`.
+class Setup(NamedTuple):
+    """A method with all that can be chosen of it.
 
     Attributes:
-      optimizer: "sgd", "sam", "asam" or "eigen_sam".
+      optimizer: the method, a key of `registry.METHODS`.
       rho: ρ.
       alpha: α of Eigen-SAM.
-      tracker: how Eigen-SAM follows v, a name in `eigensam_jax.trackers`.
+      tracker: how Eigen-SAM follows v, a key of `registry.TRACKERS`.
       num_products: Hessian-vector products of a refresh, where it has a choice.
       update_interval: steps from one refresh to the next.
-      every: perturbs on every so many steps; the others are plain SGD.
+      every: perturbs on every so many steps; the others are the base optimizer's.
       last: perturbs in this last share of the steps only.
       norms_only: perturbs the parameters of normalisation layers only.
       parts: each batch is cut into so many parts, each perturbed by its own gradient.
@@ -42,14 +42,15 @@ class Method(NamedTuple):
     parts: int = 1
 
     @property
-    def structure(self) -> "Method":
+    def structure(self) -> "Setup":
         """What compiled steps depend on: ρ and α are their arguments."""
         return self._replace(rho=0.0, alpha=0.0, every=1, last=1.0)
 
     def acts(self, step: int, total_steps: int) -> bool:
         """Whether this step perturbs."""
         since = step - self._first(total_steps)
-        return self.optimizer != "sgd" and since >= 0 and since % self.every == 0
+        perturbs = METHODS[self.optimizer].link is not None
+        return perturbs and since >= 0 and since % self.every == 0
 
     def refreshes(self, step: int, total_steps: int) -> bool:
         """Whether the tracker refreshes v on this step, one of those that perturb."""
@@ -59,38 +60,52 @@ class Method(NamedTuple):
         """Gradient evaluations a step, on average; a product counts as two of them."""
         acting = sum(self.acts(step, total_steps) for step in range(total_steps))
         products = 2 * self.num_products / self.update_interval
-        return 1 + acting / total_steps * (1 + products)
+        more = METHODS[self.optimizer].gradients - 1 + products
+        return 1 + acting / total_steps * more
+
+    @property
+    def matched(self) -> "Setup | None":
+        """SAM in its place, ρ still to be set, where a method is compared with that."""
+        if matched(self.optimizer) is None:
+            return None
+        return self._replace(
+            optimizer="sam", alpha=0.0, tracker="", num_products=0, update_interval=1
+        )
 
     def _first(self, total_steps: int) -> int:
         return total_steps - math.ceil(self.last * total_steps)
 
 
-def by_paper(rho: float, alpha: float) -> Method:
-    """Eigen-SAM with the paper's tracker: five power iterations every 100 steps."""
-    return Method("eigen_sam", rho, alpha, "power_iteration", 5, 100)
+def named(name: str, rho: float, alpha: float, tracker: str = "") -> Setup:
+    """The method of this name, with what it takes of ρ, α and a tracker."""
+    method = METHODS[name]
+    if method.link is None:
+        return Setup(name)
+    tracker = method.tracker and (tracker or method.tracker)
+    if not tracker:
+        return Setup(name, rho)
+    found = TRACKERS[tracker]
+    return Setup(name, rho, alpha, tracker, found.num_matvecs, found.update_interval)
 
 
-def by_secant(rho: float, alpha: float) -> Method:
-    """Eigen-SAM with the library's tracker, which makes no products."""
-    return Method("eigen_sam", rho, alpha, "secant")
-
-
-def named(name: str, rho: float, alpha: float) -> Method:
-    """The method that the option `--optimizer` calls by this name."""
-    return {
-        "sgd": Method("sgd"),
-        "sam": Method("sam", rho),
-        "sam_matched": Method("sam", rho),
-        "eigen_sam_paper": by_paper(rho, alpha),
-        "eigen_sam": by_secant(rho, alpha),
-    }[name]
+def make_tracker(setup: Setup) -> Tracker:
+    """The tracker of a method that has one."""
+    return TRACKERS[setup.tracker].make(setup.num_products, setup.update_interval)
 
 
 def make_optimizer(
-    method: Method, descent: optax.GradientTransformation, acts: bool = True
+    setup: Setup, descent: optax.GradientTransformation, acts: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """The method's link before `descent`, passed by on a step that does not act."""
-    link = _link(method)
+    method, options = METHODS[setup.optimizer], dict[str, Any]()
+    if method.link is None:
+        return optax.chain(optax.with_extra_args_support(optax.identity()), descent)
+    if setup.norms_only:
+        options["mask"] = is_norm
+    if setup.parts > 1:
+        options |= {"axis_name": PARTS, "per_device": True}
+    tracker = make_tracker(setup) if setup.tracker else None
+    link = method.link(setup.rho, setup.alpha, tracker, **options)
     if not acts:
         link = optax.GradientTransformationExtraArgs(
             link.init, lambda updates, state, params=None, **_: (updates, state)
@@ -98,17 +113,16 @@ def make_optimizer(
     return optax.chain(link, descent)
 
 
-def epsilon(method: Method, grads: PyTree, params: PyTree, opt_state: Any) -> PyTree:
+def epsilon(setup: Setup, grads: PyTree, params: PyTree, opt_state: Any) -> PyTree:
     """The direction of the perturbation from a batch's `grads`; their own, for SGD."""
-    if method.norms_only:
+    if setup.norms_only:
         mask = is_norm(params)
         grads = jax.tree.map(lambda g, inside: inside * g, grads, mask)
-    if method.optimizer == "asam":
-        return perturbation.asam(grads, params, 1.0, 0.01).epsilon
-    if method.optimizer == "eigen_sam":
-        v = optax.tree.get(opt_state, "eigenvector")
-        return perturbation.eigen_sam(grads, v, 1.0, method.alpha).epsilon
-    return grads
+    direction = METHODS[setup.optimizer].direction
+    if direction is None:
+        return grads
+    v = optax.tree.get(opt_state, "eigenvector")
+    return direction(grads, params, v, setup.alpha)
 
 
 def is_norm(params: PyTree) -> PyTree:
@@ -116,27 +130,3 @@ def is_norm(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: "norm" in jax.tree_util.keystr(path).lower(), params
     )
-
-
-def _link(method: Method) -> optax.GradientTransformationExtraArgs:
-    options: dict[str, Any] = {"mask": is_norm if method.norms_only else None}
-    if method.parts > 1:
-        options |= {"axis_name": PARTS, "per_device": True}
-    if method.optimizer == "sgd":
-        return optax.with_extra_args_support(optax.identity())
-    if method.optimizer == "sam":
-        return sam(method.rho, **options)
-    if method.optimizer == "asam":
-        return asam(method.rho, **options)
-    return eigen_sam(method.rho, method.alpha, _tracker(method), **options)
-
-
-def _tracker(method: Method) -> trackers.Tracker:
-    interval = method.update_interval
-    if method.tracker == "secant":
-        return trackers.secant(update_interval=interval)
-    if method.tracker == "ritz":
-        return trackers.ritz(update_interval=interval)
-    make = getattr(trackers, method.tracker)
-    tracker: trackers.Tracker = make(method.num_products, interval)
-    return tracker

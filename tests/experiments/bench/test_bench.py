@@ -27,7 +27,6 @@ from eigensam_jax.experiments.bench import (
 from eigensam_jax.experiments.bench import run as bench
 from eigensam_jax.experiments.bench import tables as bench_tables
 from eigensam_jax.experiments.models import resnet, vit
-from eigensam_jax.experiments.track import command as commands
 from eigensam_jax.experiments.training import collectives, programs
 
 NAMES = ("sgd", "sam", "power_iteration", "secant")
@@ -189,9 +188,7 @@ def test_help_fits_a_screen():
 
 
 def test_the_options_name_what_exists():
-    assert tuple(workloads.WORKLOADS) == commands.BENCH_MODELS
-    ours = tuple(contenders.make_contenders())
-    assert ours + torch_reference.METHODS == commands.BENCH_OPTIMIZERS
+    assert tuple(contenders.make_contenders()) == contenders.NAMES
     assert set(torch_reference.NETWORKS) <= set(workloads.WORKLOADS)
 
 
@@ -439,7 +436,7 @@ def test_the_loss_leaves_running_statistics_alone(monkeypatch):
     monkeypatch.setattr(resnet, "_STAGES", ((8, 2),))  # soon compiled
     monkeypatch.setattr(resnet, "_BLOCKS", 1)
     workload = workloads.WORKLOADS["resnet18"]._replace(image_shape=(8, 8, 3))
-    model, loss = workload.model, workloads.make_loss(workload, "float32")
+    model, loss = workload.make(10), workloads.make_loss(workload, "float32")
 
     def by_hand(params, others, batch, train):
         logits, moved = model.apply(

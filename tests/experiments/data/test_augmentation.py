@@ -3,9 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eigensam_jax.experiments import options
+from eigensam_jax.experiments import registry
 from eigensam_jax.experiments.data import augmentation
-from eigensam_jax.experiments.data import load as data
 
 IMAGES = np.random.default_rng(0).normal(size=(7, 6, 5, 3)).astype(np.float32)
 
@@ -62,10 +61,9 @@ def test_every_shift_and_side_is_as_likely():
 
 
 def test_what_is_augmented_by_default():
-    assert (
-        set(options.AUGMENTED) == set(augmentation.AUGMENTATIONS) <= set(data.LOADERS)
-    )
-    assert augmentation.of("cifar10", True) is augmentation.crop_and_flip
-    assert augmentation.of("svhn", True) is augmentation.crop
-    assert augmentation.of("cifar10", False) is None
-    assert augmentation.of("fashion_mnist", True) is None
+    changed = {x for x in registry.DATASETS if registry.augmentation(x, True)}
+    assert changed == {"cifar10", "cifar100", "svhn"}
+    assert registry.augmentation("cifar10", True) is augmentation.crop_and_flip
+    assert registry.augmentation("svhn", True) is augmentation.crop
+    assert registry.augmentation("cifar10", False) is None
+    assert registry.augmentation("fashion_mnist", True) is None

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from scipy import io
 
+from eigensam_jax.experiments import entries, registry
 from eigensam_jax.experiments.data import cifar, integrity, svhn
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.errors import UserError
@@ -285,19 +286,19 @@ def test_the_python_version_is_told_apart(tmp_path):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
 def test_a_folder_that_is_missing_or_empty(name, tmp_path):
     with pytest.raises(UserError, match=f"--dataset {name} needs --data-dir, the fold"):
-        data.load(name)
+        registry.dataset(name)
     with pytest.raises(UserError, match="nowhere is not a folder; it should hold"):
-        data.load(name, tmp_path / "nowhere")
+        registry.dataset(name, tmp_path / "nowhere")
     with pytest.raises(UserError, match=f"{tmp_path} has no file .*; it should hold"):
-        data.load(name, tmp_path)
+        registry.dataset(name, tmp_path)
 
 
 def test_channels_are_standardised_each_by_itself(arrays, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "_CHUNK", 3)
     read = lambda folder: (arrays[0] // [1, 2, 3], arrays[1], *arrays[2:])
     cast = lambda folder: tuple(x.astype(np.uint8) for x in read(folder))
-    monkeypatch.setitem(data.LOADERS, "cifar10", cast)
-    loaded, raw = data.load("cifar10"), cast(None)
+    monkeypatch.setitem(registry.DATASETS, "cifar10", entries.DataSource(cast))
+    loaded, raw = registry.dataset("cifar10"), cast(None)
     mean, deviation = raw[0].mean((0, 1, 2)), raw[0].std((0, 1, 2))
     for ours, theirs in (
         (loaded.train_images, raw[0]),
@@ -323,7 +324,7 @@ def test_the_facts_add_up():
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL_CIFAR10, reason="CIFAR10_DIR names no folder of CIFAR-10")
 def test_the_real_cifar10():
-    images, labels, test_images, test_labels = data.LOADERS["cifar10"](
+    images, labels, test_images, test_labels = registry.DATASETS["cifar10"].read(
         Path(REAL_CIFAR10)
     )
     assert images.shape == (50_000, 32, 32, 3)

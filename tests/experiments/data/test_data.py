@@ -4,8 +4,8 @@ import struct
 import numpy as np
 import pytest
 
+from eigensam_jax.experiments import registry
 from eigensam_jax.experiments.data import idx
-from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.errors import UserError
 
 
@@ -35,7 +35,7 @@ def write_folder(folder, *, joint="-", compress=False, train=20, test=10):
 
 
 def test_digits_are_split_once_and_by_class():
-    digits, again = data.load("digits"), data.load("digits")
+    digits, again = registry.dataset("digits"), registry.dataset("digits")
     assert digits.train_images.shape == (1437, 8, 8, 1)
     assert digits.test_images.shape == (360, 8, 8, 1)
     assert digits.num_classes == 10
@@ -55,7 +55,7 @@ def test_a_folder_of_idx_files(tmp_path, name, joint, compress):
     images, labels, test_images, test_labels = write_folder(
         tmp_path, joint=joint, compress=compress
     )
-    loaded = data.load(name, tmp_path)
+    loaded = registry.dataset(name, tmp_path)
     scale = lambda x: (x[..., None] - images.mean()) / images.std()
     np.testing.assert_allclose(loaded.train_images, scale(images), atol=1e-6)
     np.testing.assert_allclose(loaded.test_images, scale(test_images), atol=1e-6)
@@ -69,7 +69,9 @@ def test_a_folder_of_idx_files(tmp_path, name, joint, compress):
     not idx.DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist not installed"
 )
 def test_debians_fashion_mnist_is_the_real_one():
-    images, labels, test_images, test_labels = data.LOADERS["fashion_mnist"](None)
+    images, labels, test_images, test_labels = registry.DATASETS["fashion_mnist"].read(
+        None
+    )
     assert images.shape == (60_000, 28, 28, 1)
     assert test_images.shape == (10_000, 28, 28, 1)
     np.testing.assert_allclose(images.mean() / 255, 0.28604, atol=1e-5)
@@ -127,16 +129,16 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage, message):
     write_folder(tmp_path)
     damage(tmp_path / TRAIN_IMAGES)
     with pytest.raises(UserError, match=message):
-        data.load("mnist", tmp_path)
+        registry.dataset("mnist", tmp_path)
 
 
 def test_a_folder_that_is_missing_or_not_asked_for(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="mnist needs --data-dir"):
-        data.load("mnist")
+        registry.dataset("mnist")
     with pytest.raises(UserError, match="nowhere is not a folder"):
-        data.load("mnist", tmp_path / "nowhere")
+        registry.dataset("mnist", tmp_path / "nowhere")
     with pytest.raises(UserError, match="digits comes with scikit-learn"):
-        data.load("digits", tmp_path)
+        registry.dataset("digits", tmp_path)
     monkeypatch.setattr(idx, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
     with pytest.raises(UserError, match=r"install Debian's package|name a folder"):
-        data.load("fashion_mnist")
+        registry.dataset("fashion_mnist")

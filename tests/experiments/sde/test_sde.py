@@ -8,8 +8,7 @@ import pytest
 from command_line import assert_refused, error_of
 
 from eigensam_jax import hessian, perturbation, sde, tree_math
-from eigensam_jax.experiments import cli
-from eigensam_jax.experiments.data import load as data
+from eigensam_jax.experiments import cli, registry
 from eigensam_jax.experiments.sde import checks as sde_checks
 from eigensam_jax.experiments.sde import paths as sde_paths
 from eigensam_jax.experiments.sde import problem as sde_problem
@@ -153,7 +152,7 @@ def test_what_is_there_is_kept_and_the_rest_is_run(
 @pytest.mark.slow
 def test_a_look_sees_what_is_there():
     """Of SAM's start, and after two steps, against the formulas."""
-    problem = sde_problem.make_problem(data.load("digits"))
+    problem = sde_problem.make_problem(registry.dataset("digits"))
     images, labels = problem.batches
     assert images.shape == (16, 64, 8, 8, 1)
     assert labels.shape == (16, 64)
@@ -186,7 +185,7 @@ def test_a_look_sees_what_is_there():
 
 @pytest.mark.slow
 def test_the_same_path_is_another_on_other_batches_and_eigen_sam_follows_v():
-    problem = sde_problem.make_problem(data.load("digits"))
+    problem = sde_problem.make_problem(registry.dataset("digits"))
     images, labels = problem.batches
     assert images.shape == (16, 64, 8, 8, 1)
     assert labels.shape == (16, 64)
@@ -224,9 +223,9 @@ def test_a_bad_option_ends_with_one_line(
 
 
 def test_too_few_images_end_with_one_line(capsys, monkeypatch):
-    whole = data.load("digits")
+    whole = registry.dataset("digits")
     few = whole._replace(train_images=whole.train_images[:1000])
-    monkeypatch.setattr(data, "load", lambda *_: few)
+    monkeypatch.setattr(registry, "dataset", lambda *_: few)
     error = error_of(["sde"], capsys)
     assert "1000 training images, less than the 1024" in error
 
@@ -293,7 +292,7 @@ def test_the_plotted_radius_is_the_middle_one():
 
 @pytest.mark.slow
 def test_the_checks_say_what_they_should():
-    problem = sde_problem.make_problem(data.load("digits"))
+    problem = sde_problem.make_problem(registry.dataset("digits"))
     for found in (
         sde_checks.one_step(problem, 1.0)["sam"],
         sde_checks.one_step(problem, 1.0)["eigen_sam"],

@@ -4,7 +4,7 @@ import pytest
 
 from eigensam_jax.experiments.study import plans
 from eigensam_jax.experiments.study.plans import Grids
-from eigensam_jax.experiments.training.methods import Method, by_paper, by_secant
+from eigensam_jax.experiments.training.methods import Setup, named
 
 GRIDS = Grids((0.1, 0.3), (0.1, 0.2), (1.0, 2.0), (0.1, 0.2), (1.0, 3.0))
 
@@ -37,13 +37,13 @@ def test_the_best_on_the_validation_split_is_trained_from_every_seed():
     assert not any(e.job.tuning for e in main)
     assert {e.job.learning_rate for e in main} == {0.3}
     assert [(e.row, e.job.method) for e in main if e.job.seed == 1] == [
-        ("sgd", Method("sgd")),
-        ("sam", Method("sam", 0.2)),
-        ("asam", Method("asam", 2.0)),
-        ("eigen_sam_paper", by_paper(0.2, 0.1)),
-        ("sam_matched_paper", Method("sam", 1.5)),
-        ("eigen_sam", by_secant(0.2, 3.0)),
-        ("sam_matched", Method("sam", 1.5)),
+        ("sgd", Setup("sgd")),
+        ("sam", Setup("sam", 0.2)),
+        ("asam", Setup("asam", 2.0)),
+        ("eigen_sam_paper", named("eigen_sam_paper", 0.2, 0.1)),
+        ("sam_matched_paper", Setup("sam", 1.5)),
+        ("eigen_sam", named("eigen_sam", 0.2, 3.0)),
+        ("sam_matched", Setup("sam", 1.5)),
     ]
     assert [e.job.seed for e in main] == 7 * [0] + 7 * [1]
 
@@ -51,7 +51,7 @@ def test_the_best_on_the_validation_split_is_trained_from_every_seed():
 def test_on_a_tie_the_first_is_chosen():
     entries = followed(plans.accuracy(GRIDS, seeds=1), lambda job: 0.5)
     (sam,) = (e for e in entries if e.table == "main" and e.row == "sam")
-    assert sam.job == plans.Job(Method("sam", 0.1), 0.1, 0)
+    assert sam.job == plans.Job(Setup("sam", 0.1), 0.1, 0)
 
 
 @pytest.mark.parametrize("table", plans.ABLATIONS)
@@ -66,7 +66,7 @@ def test_an_ablation_changes_one_thing_from_every_seed(table):
     methods = [e.job.method for e in by_seed[0] if "matched" not in e.row]
     assert len(set(methods)) == len(methods)
     matched = [e.job.method for e in by_seed[1] if "matched" in e.row]
-    assert all(method == Method("sam", 1.5) for method in matched)
+    assert all(method == Setup("sam", 1.5) for method in matched)
     assert bool(matched) == (table in plans.MATCHED)
 
 
@@ -76,21 +76,21 @@ def test_where_there_is_nothing_to_choose_nothing_is_tried():
     tried = {e.row for e in entries if e.table == "tuning"}
     assert tried == {"sam", "asam", "eigen_sam_paper"}
     (ours,) = (e for e in entries if e.row == "eigen_sam")
-    assert ours.job == plans.Job(by_secant(0.1, 3.0), 0.3, 0)
+    assert ours.job == plans.Job(named("eigen_sam", 0.1, 3.0), 0.3, 0)
 
 
 def test_a_comparison_is_at_the_same_rho_and_alpha_from_every_seed():
     names = ("sam_matched", "eigen_sam", "eigen_sam_paper", "sam", "sgd")
-    plan = plans.comparison(names, 0.2, 1.0, 0.3, seeds=2)
+    plan = plans.comparison(names, 0.2, 1.0, dict.fromkeys(names, 0.3), seeds=2)
     entries = followed(plan, lambda job: 0.5)
     assert {(e.table, e.job.learning_rate, e.job.tuning) for e in entries} == {
         ("main", 0.3, False)
     }
     assert [(e.row, e.job.method) for e in entries if e.job.seed == 1] == [
-        ("eigen_sam", by_secant(0.2, 1.0)),
-        ("sam_matched", Method("sam", 1.5)),
-        ("eigen_sam_paper", by_paper(0.2, 1.0)),
-        ("sam", Method("sam", 0.2)),
-        ("sgd", Method("sgd")),
+        ("eigen_sam", named("eigen_sam", 0.2, 1.0)),
+        ("sam_matched", Setup("sam", 1.5)),
+        ("eigen_sam_paper", named("eigen_sam_paper", 0.2, 1.0)),
+        ("sam", Setup("sam", 0.2)),
+        ("sgd", Setup("sgd")),
     ]
     assert [e.job.seed for e in entries] == 5 * [0] + 5 * [1]

@@ -9,11 +9,10 @@ import pytest
 from command_line import error_of
 from problems import dense_hessian
 
-from eigensam_jax.experiments import cli
+from eigensam_jax.experiments import cli, entries, registry
 from eigensam_jax.experiments.data import load as data
-from eigensam_jax.experiments.models import small as models
 from eigensam_jax.experiments.records import checkpoints
-from eigensam_jax.experiments.study import runner
+from eigensam_jax.experiments.study import runs
 from eigensam_jax.experiments.training import loop as training
 from eigensam_jax.experiments.training import losses, methods
 
@@ -43,7 +42,7 @@ def quick():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_run", from_cache)
-        patch.setitem(models.MODELS, "mlp", Tiny)
+        patch.setitem(registry.MODELS, "mlp", entries.Network(Tiny))
         yield make_run
 
 
@@ -92,11 +91,11 @@ def test_killed_after_every_checkpoint_it_comes_to_the_same(
 def test_the_figures_are_those_of_the_network(quick, unbroken):
     """The end of SAM's run by a loop of its own, and its Hessian by `eigh`."""
     (run,) = (x for x in figures(unbroken) if (x["table"], x["row"]) == ("main", "sam"))
-    digits = data.load("digits")
+    digits = registry.dataset("digits")
     model = Tiny(10)
-    settings = training.Settings(1, 128, run["learning_rate"], 1)
+    settings = training.Settings(11, 128, run["learning_rate"], (11,))
     keep = lambda method, state, top: (jax.tree.map(np.array, state.params), None)
-    sam = methods.Method("sam", run["method"]["rho"])
+    sam = methods.Setup("sam", run["method"]["rho"])
     *_, end = quick(model, digits, keep, settings)(sam, 0)
     params = end.measurement
     loss = losses.cross_entropy(model)
@@ -108,11 +107,11 @@ def test_the_figures_are_those_of_the_network(quick, unbroken):
     np.testing.assert_allclose(run["test_accuracy"], accuracy, rtol=1e-6)
     values = np.linalg.eigvalsh(dense_hessian(value_fn, params))
     np.testing.assert_allclose(run["lambda_max"], values[-1], rtol=1e-3)
-    assert run["lambda_max_residual"] < 2 * runner.TOLERANCE * run["lambda_max"]
+    assert run["lambda_max_residual"] < 2 * runs.TOLERANCE * run["lambda_max"]
 
 
 def test_no_test_image_is_seen_in_tuning():
-    digits = data.load("digits")
+    digits = registry.dataset("digits")
     split = data.for_tuning(digits)
     rows = lambda images: {np.asarray(image).tobytes() for image in images}
     kept, held = rows(split.train_images), rows(split.test_images)
@@ -123,7 +122,7 @@ def test_no_test_image_is_seen_in_tuning():
 
 
 def test_label_noise_changes_its_share_of_the_training_labels_alone():
-    digits = data.load("digits")
+    digits = registry.dataset("digits")
     noisy = data.with_label_noise(digits, 0.4)
     changed = np.mean(np.asarray(noisy.train_labels != digits.train_labels))
     np.testing.assert_allclose(changed, 0.4 * 0.9, atol=0.04)
@@ -145,18 +144,18 @@ def test_a_candidate_that_diverges_is_not_chosen(tmp_path):
 
 def test_a_run_that_two_tables_share_is_done_once(tmp_path, monkeypatch):
     trained = []
-    call = runner.Runner.__call__
+    make_runs = runs.make_runs
 
-    def counting(self, job):
-        trained.append(job)
-        return call(self, job)
+    def counting(*args):
+        do = make_runs(*args)
+        return lambda job: trained.append(job) or do(job)
 
-    monkeypatch.setattr(runner.Runner, "__call__", counting)
+    monkeypatch.setattr(runs, "make_runs", counting)
     command = [*ABLATE, "parts", "--out", str(tmp_path)]
     assert cli.main(command) == 0
-    runs = figures(tmp_path)
-    assert len(trained) == len(set(trained)) < len(runs)
-    rows = {(run["table"], run["row"]): run for run in runs}
+    found = figures(tmp_path)
+    assert len(trained) == len(set(trained)) < len(found)
+    rows = {(run["table"], run["row"]): run for run in found}
     same = rows["when", "sam, every step"], rows["parts", "sam, 1 parts"]
     assert same[0]["curves"] == same[1]["curves"]
     assert rows["when", "sgd"]["radius"] == 0
@@ -168,9 +167,9 @@ def test_more_seeds_are_added_to_those_that_are_there(unbroken, tmp_path):
     for seeds in ("1", "2"):
         command = [*ACCURACY, "--seeds", seeds, "--out", str(tmp_path)]
         assert cli.main(command) == 0
-    runs = figures(tmp_path)
-    assert runs[: len(figures(unbroken))] == figures(unbroken)
-    assert sum(run["seed"] == 1 for run in runs) == 7
+    found = figures(tmp_path)
+    assert found[: len(figures(unbroken))] == figures(unbroken)
+    assert sum(run["seed"] == 1 for run in found) == 7
 
 
 @pytest.mark.parametrize(

@@ -4,27 +4,28 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 from problems import flatten
 
-from eigensam_jax import trackers
 from eigensam_jax.experiments.data import load as data
+from eigensam_jax.experiments.registry import TRACKERS
 from eigensam_jax.experiments.track import looks as following
-from eigensam_jax.experiments.training import losses
-from eigensam_jax.experiments.training.trackers import TRACKERS, Spec
+from eigensam_jax.experiments.training import loop, losses, methods
 
 STEPS, BATCH_SIZE, RHO, ALPHA, SEED = 8, 16, 0.1, 0.7, 1
-SETTINGS = following.Settings(STEPS, BATCH_SIZE, learning_rate=0.5, evaluations=STEPS)
-SPECS = {
-    "sam": None,
-    "power_iteration": Spec(trackers.power_iteration(2, 4), 4, 2),
-    "lanczos": Spec(trackers.lanczos(2, 3), 3, 2),
-    "secant": TRACKERS["secant"],
-    "secant_5": TRACKERS["secant_5"],
-    "own_batch": TRACKERS["own_batch"],
-    "every_product": TRACKERS["every_product"],
+LOOKS = following.look_steps(STEPS, STEPS)
+RATE = 0.5
+SETUPS = {
+    "sam": methods.named("sam", RHO, ALPHA),
+    **{name: methods.named("eigen_sam", RHO, ALPHA, name) for name in TRACKERS},
 }
+SETUPS["power_iteration"] = SETUPS["power_iteration"]._replace(
+    num_products=2, update_interval=4
+)
+SETUPS["lanczos"] = SETUPS["lanczos"]._replace(num_products=2, update_interval=3)
+SETUPS["ritz"] = SETUPS["ritz"]._replace(update_interval=3)
 
 
 class Tiny(nn.Module):
@@ -56,21 +57,26 @@ def tiny_dataset():
 
 @cache
 def measure():
-    return following.make_measure(Tiny(), tiny_dataset())
+    return following.make_measure(Tiny(), tiny_dataset(), BATCH_SIZE, STEPS)
 
 
 @cache
 def followed(name):
     """The points of a run; and the flat parameters and v that each was made from."""
     seen = []
+    tracked = following.make_tracked(Tiny(), tiny_dataset(), BATCH_SIZE, STEPS)
 
-    def spying(state, tracked, start):
-        v = None if tracked is None else flatten(tracked.eigenvector)
+    def spying(setup, state, start):
+        v = None
+        if setup.tracker and state.step < STEPS:
+            v = flatten(tracked(setup, state).eigenvector)
         seen.append((flatten(state.params), v))
-        return measure()(state, tracked, start)
+        return measure()(setup, state, start)
 
-    run = following.make_run(Tiny(), tiny_dataset(), spying, SPECS[name], SETTINGS)
-    return list(run(SEED, RHO, ALPHA)), seen
+    at = () if name == "sam" else LOOKS
+    settings = loop.Settings(STEPS, BATCH_SIZE, RATE, (*at, STEPS))
+    run = loop.make_run(Tiny(), tiny_dataset(), spying, settings)
+    return list(run(SETUPS[name], SEED)), seen
 
 
 @cache
@@ -79,7 +85,8 @@ def plain_loop(name):
 
     And the parameters at the end, with no batch.
     """
-    tx = following.make_optimizer(SPECS[name], RHO, ALPHA, SETTINGS)
+    schedule = optax.cosine_decay_schedule(RATE, STEPS)
+    tx = methods.make_optimizer(SETUPS[name], optax.sgd(schedule, momentum=0.9))
     dataset = tiny_dataset()
 
     @jax.jit
@@ -104,16 +111,18 @@ def plain_loop(name):
     return [*steps, (params, None, state[0])]
 
 
-@pytest.mark.parametrize("name", [name for name in SPECS if name != "sam"])
+@pytest.mark.parametrize("name", [name for name in SETUPS if name != "sam"])
 def test_a_look_is_at_the_v_that_its_step_perturbs_by(name):
     points, seen = followed(name)
     steps, dataset = plain_loop(name), tiny_dataset()
     whole = dataset.train_images, dataset.train_labels
-    looks = following.evaluation_steps(SETTINGS)
-    assert [point.step for point in points] == [*looks, STEPS]
+    assert [point.step for point in points] == [*LOOKS, STEPS]
     radii = [state.info.perturbation_norm for _, _, state in steps[:-1]]
-    for point, (flat, v) in zip(points, seen, strict=True):
-        params, batch, state = steps[point.step]
+    for found, (flat, v) in zip(points, seen, strict=True):
+        point = found.measurement
+        params, batch, state = steps[found.step]
+        radius = np.mean(radii[: found.step])
+        np.testing.assert_allclose(found.radius, radius, rtol=1e-4)
         np.testing.assert_allclose(flat, flatten(params), rtol=1e-4, atol=1e-5)
         values, vectors = np.linalg.eigh(hessian(params, *whole))
         np.testing.assert_allclose(point.lambda_max, values[-1], rtol=1e-3)
@@ -122,13 +131,11 @@ def test_a_look_is_at_the_v_that_its_step_perturbs_by(name):
         logits = Tiny().apply({"params": params}, dataset.test_images)
         correct = np.argmax(logits, -1) == np.asarray(dataset.test_labels)
         np.testing.assert_allclose(point.test_accuracy, correct.mean(), rtol=1e-6)
-        radius = np.mean(radii[: point.step])
-        np.testing.assert_allclose(point.radius, radius, rtol=1e-4)
         if batch is None:
             assert point.ratio is point.cosine is v is None
             continue
         rayleigh = v @ (vectors * values) @ (vectors.T @ v)
-        # ARPACK's tolerance is the limit of these two.
+        # The tolerance of λ_max is the limit of these two.
         np.testing.assert_allclose(point.ratio, rayleigh / values[-1], rtol=2e-3)
         np.testing.assert_allclose(point.cosine, abs(v @ vectors[:, -1]), atol=1e-2)
         # The radius and the alignment of the step, from this v.
@@ -145,8 +152,9 @@ def test_a_look_is_at_the_v_that_its_step_perturbs_by(name):
 
 def test_own_batch_is_the_top_eigenvector_of_the_steps_batch():
     points, seen = followed("own_batch")
-    for point, (_, v) in zip(points[:-1], seen[:-1], strict=True):
-        params, batch, _ = plain_loop("own_batch")[point.step]
+    for found, (_, v) in zip(points[:-1], seen[:-1], strict=True):
+        params, batch, _ = plain_loop("own_batch")[found.step]
+        point = found.measurement
         values, vectors = np.linalg.eigh(hessian(params, *batch))
         assert abs(v @ vectors[:, -1]) > 0.995
         np.testing.assert_allclose(point.tracked_eigenvalue, values[-1], rtol=5e-3)
@@ -156,7 +164,7 @@ def test_own_batch_is_the_top_eigenvector_of_the_steps_batch():
 def test_every_product_averages_the_products_of_all_batches():
     points, seen = followed("every_product")
     steps = plain_loop("every_product")
-    v = flatten(SPECS["every_product"].tracker.init(steps[0][0]).eigenvector)
+    v = flatten(TRACKERS["every_product"].make(1, 1).init(steps[0][0]).eigenvector)
     expected = []
     for params, batch, _ in steps[:-1]:
         product = np.asarray(hessian(params, *batch)) @ v
@@ -180,8 +188,8 @@ def test_sam_has_a_radius_and_no_v():
 def test_the_figures_of_a_run_are_of_its_end_and_of_its_looks():
     points, _ = followed("secant")
     record = following.summarise(points)
-    assert record["lambda_max"] == points[-1].lambda_max
-    ratios = [point.ratio for point in points[:-1]]
+    assert record["lambda_max"] == points[-1].measurement.lambda_max
+    ratios = [point.measurement.ratio for point in points[:-1]]
     assert record["curves"]["ratio"] == ratios
     np.testing.assert_allclose(record["ratio"], np.mean(ratios))
     assert record["worst_ratio"] == min(ratios)
@@ -190,10 +198,11 @@ def test_the_figures_of_a_run_are_of_its_end_and_of_its_looks():
 def test_a_loss_that_is_not_finite_is_said():
     dataset = tiny_dataset()
     dataset = dataset._replace(train_images=jnp.nan * dataset.train_images)
-    measure = following.make_measure(Tiny(), dataset)
-    run = following.make_run(Tiny(), dataset, measure, None, SETTINGS)
-    with pytest.raises(FloatingPointError, match="the training loss is nan"):
-        list(run(SEED, RHO, ALPHA))
+    measure = following.make_measure(Tiny(), dataset, BATCH_SIZE, STEPS)
+    settings = loop.Settings(STEPS, BATCH_SIZE, RATE, (STEPS,))
+    run = loop.make_run(Tiny(), dataset, measure, settings)
+    with pytest.raises(loop.DivergedError, match="the training loss is nan"):
+        list(run(SETUPS["sam"], SEED))
 
 
 @pytest.mark.parametrize("name", TRACKERS)
@@ -205,15 +214,14 @@ def test_a_spec_says_what_its_tracker_does(name):
         jax.debug.callback(lambda: calls.append(None))
         return spectrum * v
 
-    state = spec.tracker.init(spectrum)
+    tracker = spec.make(spec.num_matvecs, spec.update_interval)
+    state, interval = tracker.init(spectrum), spec.update_interval
     for count in (0, 1, 10, 20, 50, 100):
         calls.clear()
-        jax.block_until_ready(
-            spec.tracker.refresh(state, matvec, jnp.int32(count), None)
-        )
+        jax.block_until_ready(tracker.refresh(state, matvec, jnp.int32(count), None))
         jax.effects_barrier()
-        assert len(calls) == spec.num_matvecs * spec.is_due(count), count
-    assert spec.tracker.observe_interval in (1, spec.update_interval)
+        assert len(calls) == spec.num_matvecs * (count % interval == 0), count
+    assert tracker.observe_interval in (1, interval)
 
 
 def test_products_are_counted_for_100_steps():
@@ -225,8 +233,7 @@ def test_products_are_counted_for_100_steps():
 
 
 def test_looks_are_spread_over_the_last_85_percent():
-    settings = following.Settings(1200, 128, 0.05, 10)
-    steps = following.evaluation_steps(settings)
-    assert steps == [180, 293, 406, 520, 633, 746, 859, 973, 1086, 1199]
-    assert following.evaluation_steps(settings._replace(steps=2)) == [0, 1]
-    assert following.evaluation_steps(settings._replace(steps=1)) == [0]
+    steps = following.look_steps(1200, 10)
+    assert steps == (180, 293, 406, 520, 633, 746, 859, 973, 1086, 1199)
+    assert following.look_steps(2, 10) == (0, 1)
+    assert following.look_steps(1, 10) == (0,)

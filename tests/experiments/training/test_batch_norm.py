@@ -12,25 +12,24 @@ from jax.flatten_util import ravel_pytree
 from problems import dense_hessian
 
 from eigensam_jax import sam
-from eigensam_jax.experiments import cli
+from eigensam_jax.experiments import cli, entries, registry
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.data.augmentation import crop_and_flip
 from eigensam_jax.experiments.models import resnet, vit
 from eigensam_jax.experiments.models import small as models
 from eigensam_jax.experiments.records import checkpoints
-from eigensam_jax.experiments.spectrum import run as spectrum
 from eigensam_jax.experiments.training import loop as training
 from eigensam_jax.experiments.training import losses, measures, methods
 from eigensam_jax.experiments.training.steps import TrainState
 
+STEPS = 3 * 3
 SETTINGS = training.Settings(
-    epochs=3,
+    steps=STEPS,
     batch_size=16,
     learning_rate=0.05,
-    evaluations=3,
+    looks=(0, 3, 6, 9),
     augment=crop_and_flip,
 )
-STEPS = 3 * 3
 
 
 class Tiny(nn.Module):
@@ -65,7 +64,7 @@ def look(method, state, looks):
 @pytest.fixture(scope="module")
 def run(dataset):
     return partial(
-        training.make_run(Tiny(), dataset, look, SETTINGS), methods.Method("sam", 0.1)
+        training.make_run(Tiny(), dataset, look, SETTINGS), methods.Setup("sam", 0.1)
     )
 
 
@@ -128,10 +127,12 @@ def test_a_run_that_goes_on_is_the_same_to_the_last_bit(run, tmp_path):
 
 def test_a_tracker_follows_the_hessian_of_evaluation(dataset):
     """A power iteration by running statistics on the batch, as in the paper's code."""
-    settings = SETTINGS._replace(augment=None, evaluations=STEPS)
+    settings = SETTINGS._replace(augment=None, looks=tuple(range(STEPS + 1)))
     keep = lambda method, state, before: (jax.tree.map(np.array, state), None)
     train = training.make_run(Tiny(), dataset, keep, settings)
-    points = train(methods.by_paper(0.1, 0.2)._replace(num_products=1), 0)
+    points = train(
+        methods.named("eigen_sam_paper", 0.1, 0.2)._replace(num_products=1), 0
+    )
     start, after = next(points).measurement, next(points).measurement
     before, found = (
         ravel_pytree(optax.tree.get(state.opt_state, "eigenvector"))[0]
@@ -177,12 +178,12 @@ def test_a_network_is_measured_in_evaluation(dataset):
     value_fn = lambda p: mean(p, *batch)
     measure = measures.make_measure(model, dataset, 16, 2_000)
     state = TrainState(params, (), None, jnp.arange(50), None, None, stats)
-    found, top = measure(methods.Method("sgd"), state, None)
+    found, top = measure(methods.Setup("sgd"), state, None)
     dense = dense_hessian(value_fn, params)
     values, vectors = np.linalg.eigh(dense)
     np.testing.assert_allclose(found.train_loss, value_fn(params), rtol=1e-5)
     np.testing.assert_allclose(found.lambda_max, values[-1], rtol=1e-4)
-    assert abs(top @ vectors[:, -1]) > 1 - 1e-4
+    assert abs(ravel_pytree(top)[0] @ vectors[:, -1]) > 1 - 1e-4
     logits = model.apply({"params": params, "batch_stats": stats}, dataset.test_images)
     accuracy = np.mean(np.argmax(logits, -1) == np.asarray(dataset.test_labels))
     np.testing.assert_allclose(found.test_accuracy, accuracy, rtol=1e-6)
@@ -195,13 +196,13 @@ def test_a_network_is_measured_in_evaluation(dataset):
     np.testing.assert_allclose(found.alignment, np.mean(cosines), rtol=1e-3)
 
 
-def test_the_spectrum_is_of_the_network_in_evaluation(dataset, monkeypatch):
-    monkeypatch.setitem(models.MODELS, "resnet18", Tiny)
+def test_products_are_of_the_network_in_evaluation(dataset):
     variables = Tiny().init(jax.random.key(2), dataset.train_images[:1])
     params = variables["params"]
     stats = jax.tree.map(lambda x: 1.5 * x + 0.5, variables["batch_stats"])
-    product = spectrum.make_matvec("resnet18", dataset, 50, params, stats)
     loss = losses.cross_entropy(Tiny())
+    batch = dataset.train_images, dataset.train_labels
+    product = measures.make_matvec(loss)(params, *batch, stats)
     value_fn = lambda p: loss(p, dataset.train_images, dataset.train_labels, stats)
     flat, unravel = ravel_pytree(params)
     vector = jnp.arange(1.0, 1 + len(flat))
@@ -210,10 +211,10 @@ def test_the_spectrum_is_of_the_network_in_evaluation(dataset, monkeypatch):
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", registry.MODELS)
 @pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3)])
 def test_every_network_takes_every_data_set(name, shape):
-    model, images = models.MODELS[name](7), jnp.zeros((2, *shape))
+    model, images = registry.model(name, 7), jnp.zeros((2, *shape))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     assert jax.eval_shape(model.apply, variables, images).shape == (2, 7)
     loss = losses.training_loss(model)
@@ -245,12 +246,12 @@ def test_cnn6_has_six_layers():
 )
 @pytest.mark.parametrize("model", ["resnet18", "vit"])
 def test_the_commands_take_large_networks(command, model, tmp_path, monkeypatch):
-    few = tuple(array[:256] for array in data.LOADERS["digits"](None))
-    monkeypatch.setitem(data.LOADERS, "digits", lambda folder: few)
+    few = tuple(array[:256] for array in registry.DATASETS["digits"].read(None))
+    source = entries.DataSource(lambda folder: few)
+    monkeypatch.setitem(registry.DATASETS, "digits", source)
     monkeypatch.setattr(resnet, "_STAGES", ((8, 2),))  # soon compiled
-    monkeypatch.setitem(
-        models.MODELS, "vit", lambda n: vit.ViT(n, width=8, depth=1, heads=2)
-    )
+    small = entries.Network(lambda n: vit.ViT(n, width=8, depth=1, heads=2))
+    monkeypatch.setitem(registry.MODELS, "vit", small)
     options = ["--smoke", "--model", model, "--out", str(tmp_path)]
     assert cli.main([*command.split(), *options]) == 0
     assert (tmp_path / "results.json").exists()

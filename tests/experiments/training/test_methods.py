@@ -9,10 +9,11 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from eigensam_jax import perturbation
+from eigensam_jax.experiments import registry
 from eigensam_jax.experiments.models import small as models
 from eigensam_jax.experiments.training import losses, methods
 from eigensam_jax.experiments.training import steps as training_steps
-from eigensam_jax.experiments.training.methods import Method
+from eigensam_jax.experiments.training.methods import Setup, named
 
 
 class Tiny(nn.Module):
@@ -39,10 +40,10 @@ def flat(tree):
 
 
 def test_the_steps_that_perturb_are_every_so_many_of_the_last_share():
-    method = Method("sam", 0.1, every=3, last=0.25)
+    method = Setup("sam", 0.1, every=3, last=0.25)
     assert [i for i in range(40) if method.acts(i, 40)] == [30, 33, 36, 39]
-    assert not any(Method("sgd").acts(i, 40) for i in range(40))
-    paper = methods.by_paper(0.1, 0.2)._replace(update_interval=4)
+    assert not any(Setup("sgd").acts(i, 40) for i in range(40))
+    paper = named("eigen_sam_paper", 0.1, 0.2)._replace(update_interval=4)
     assert [i for i in range(12) if paper.refreshes(i, 12)] == [0, 4, 8]
     late = paper._replace(last=0.5)  # it refreshes on the first step that perturbs
     assert [i for i in range(12) if late.refreshes(i, 12) and late.acts(i, 12)] == [
@@ -52,20 +53,20 @@ def test_the_steps_that_perturb_are_every_so_many_of_the_last_share():
 
 
 def test_gradients_are_counted_with_two_for_a_product():
-    assert Method("sgd").gradients(400) == 1
-    assert Method("sam", 0.1).gradients(400) == 2
-    assert methods.by_secant(0.1, 1.0).gradients(400) == 2
-    assert methods.by_paper(0.1, 1.0).gradients(400) == pytest.approx(2.1)
-    assert Method("sam", 0.1, every=4).gradients(400) == 1.25
-    assert Method("sam", 0.1, last=0.1).gradients(400) == pytest.approx(1.1)
+    assert Setup("sgd").gradients(400) == 1
+    assert Setup("sam", 0.1).gradients(400) == 2
+    assert named("eigen_sam", 0.1, 1.0).gradients(400) == 2
+    assert named("eigen_sam_paper", 0.1, 1.0).gradients(400) == pytest.approx(2.1)
+    assert Setup("sam", 0.1, every=4).gradients(400) == 1.25
+    assert Setup("sam", 0.1, last=0.1).gradients(400) == pytest.approx(1.1)
 
 
 def test_a_step_that_does_not_act_is_sgd_and_leaves_the_rest_of_the_state(batch):
-    method = methods.by_secant(0.5, 1.0)
+    method = named("eigen_sam", 0.5, 1.0)
     tx, state = started(method, batch)
     off = methods.make_optimizer(method, optax.sgd(0.1), acts=False)
     loss = losses.training_loss(Tiny())
-    sgd, plain = started(Method("sgd"), batch)
+    sgd, plain = started(Setup("sgd"), batch)
     ours = training_steps.take_step(off, loss, state, *batch, False, acts=False)
     theirs = training_steps.take_step(sgd, loss, plain, *batch, False)
     np.testing.assert_array_equal(flat(ours.params), flat(theirs.params))
@@ -76,7 +77,7 @@ def test_a_step_that_does_not_act_is_sgd_and_leaves_the_rest_of_the_state(batch)
 
 
 def test_parts_of_a_batch_are_perturbed_each_by_its_own_gradient(batch):
-    method = Method("sam", 0.5, parts=4)
+    method = Setup("sam", 0.5, parts=4)
     tx, state = started(method, batch)
     loss = losses.training_loss(Tiny())
     after = training_steps.take_step(tx, loss, state, *batch, False, parts=4)
@@ -99,10 +100,10 @@ def test_the_direction_is_that_of_the_links_own_perturbation(batch):
     """What is measured is |cos| of the ε by which a step perturbs."""
     loss = losses.training_loss(Tiny())
     for method in (
-        Method("sam", 0.1),
-        Method("sam", 0.1, norms_only=True),
-        Method("asam", 0.1),
-        methods.by_secant(0.1, 0.7),
+        Setup("sam", 0.1),
+        Setup("sam", 0.1, norms_only=True),
+        Setup("asam", 0.1),
+        named("eigen_sam", 0.1, 0.7),
     ):
         tx, state = started(method, batch)
         for _ in range(3):  # the secant has no v before the first
@@ -127,7 +128,7 @@ def test_the_direction_is_that_of_the_links_own_perturbation(batch):
 
 
 def test_norms_are_found_where_they_have_names_of_their_own():
-    init = models.MODELS["efficientnet_lite0"](10).init
+    init = registry.model("efficientnet_lite0", 10).init
     variables = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     params = variables["params"]
     mask = jax.tree.leaves(methods.is_norm(params))

@@ -4,22 +4,23 @@ import optax
 import pytest
 
 from eigensam_jax import eigen_sam, trackers
-from eigensam_jax.experiments import options
-from eigensam_jax.experiments.data import load as data
+from eigensam_jax.experiments import registry
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import small as models
 from eigensam_jax.experiments.training import loop as training
 from eigensam_jax.experiments.training import losses, measures, methods
 
-SETTINGS = training.Settings(epochs=4, batch_size=64, learning_rate=0.05, evaluations=2)
 STEPS = 4 * 8
-METHODS = {name: methods.named(name, 0.1, 0.5) for name in options.OPTIMIZERS}
+SETTINGS = training.Settings(
+    steps=STEPS, batch_size=64, learning_rate=0.05, looks=(0, STEPS // 2, STEPS)
+)
+METHODS = {name: methods.named(name, 0.1, 0.5) for name in registry.METHODS}
 
 
 @pytest.fixture(scope="module")
 def digits():
     """The first 512 training images, 8 steps an epoch."""
-    digits = data.load("digits")
+    digits = registry.dataset("digits")
     return digits._replace(
         train_images=digits.train_images[:512], train_labels=digits.train_labels[:512]
     )
@@ -30,7 +31,7 @@ def digits():
 )
 def network(request, digits):
     """A network and what measures it, compiled once."""
-    model = models.MODELS[request.param](digits.num_classes)
+    model = registry.model(request.param, digits.num_classes)
     return model, measures.make_measure(model, digits, 64, 2_000)
 
 
@@ -115,5 +116,5 @@ def test_a_run_that_diverges_ends_with_what_to_do(digits, mlp):
 
 
 def test_there_are_never_more_evaluations_than_steps():
-    assert training.evaluation_steps(100, 4) == [0, 25, 50, 75, 100]
-    assert training.evaluation_steps(2, 20) == [0, 1, 2]
+    assert training.evaluation_steps(100, 4) == (0, 25, 50, 75, 100)
+    assert training.evaluation_steps(2, 20) == (0, 1, 2)

@@ -1,11 +1,14 @@
-"""The options of `eigensam sde`."""
+"""`eigensam sde`: its options, and what it answers."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from eigensam_jax.experiments import options
 
-_SDE_SMOKE: dict[str, Any] = {
+Document = dict[str, Any]
+
+_SMOKE: dict[str, Any] = {
     "rho": [0.05],
     "seeds": 1,
     "steps": 4,
@@ -13,7 +16,7 @@ _SDE_SMOKE: dict[str, Any] = {
     "moment_paths": 2,
     "checks": ("one_step",),
 }
-_SDE_USUAL: dict[str, Any] = {
+_USUAL: dict[str, Any] = {
     "rho": [0.025, 0.05, 0.1, 0.2],
     "seeds": 8,
     "steps": 400,
@@ -23,9 +26,9 @@ _SDE_USUAL: dict[str, Any] = {
 }
 
 
-def add_sde(commands: Any) -> None:
+def add_command(subparsers: Any) -> None:
     """Adds `eigensam sde`."""
-    sde = commands.add_parser(
+    sde = subparsers.add_parser(
         "sde",
         help="SAM against its stochastic differential equations",
         description="Train a small tanh network by SAM, and follow the equations of "
@@ -35,7 +38,7 @@ def add_sde(commands: Any) -> None:
         "rates.png in --out. Paths that are there already are kept: the same command "
         "goes on where it was interrupted.",
     )
-    add, usual = sde.add_argument, _SDE_USUAL
+    add, usual = sde.add_argument, _USUAL
     options.add_data(sde)
     add(
         "--rho",
@@ -61,26 +64,35 @@ def add_sde(commands: Any) -> None:
     add("--seeds", **options.count(), help=f"paths of each kind [{usual['seeds']}]")
     add("--steps", **options.count(), help=f"a path [{usual['steps']}]")
     options.add_out(sde, "1 seed, 4 steps: does it run at all?")
-    sde.set_defaults(run=_sde)
 
 
-def _sde(chosen: argparse.Namespace, command: str) -> None:
-    with options.extras():
-        from rich.console import Console
+def run(chosen: argparse.Namespace, command: str) -> None:
+    """Runs paths and checks; leaves `results.json` and three plots in `--out`."""
+    from eigensam_jax.experiments.sde import run as sde
 
-        from eigensam_jax.experiments.sde import run as sde
-    preset = _SDE_SMOKE if chosen.smoke else _SDE_USUAL
-    config = sde.Config(
-        dataset=chosen.dataset,
-        data_dir=chosen.data_dir,
-        rhos=tuple(sorted({*(chosen.rho or preset["rho"])})),
-        alpha=chosen.alpha,
-        learning_rate=chosen.learning_rate,
-        seeds=chosen.seeds or preset["seeds"],
-        steps=chosen.steps or preset["steps"],
-        evaluations=preset["evaluations"],
-        moment_paths=preset["moment_paths"],
-        checks=preset["checks"],
-        out=chosen.out,
-    )
-    sde.run(config, command, Console())
+    chosen = options.filled(chosen, _USUAL, _SMOKE)
+    rhos = {"rhos": tuple(sorted({*chosen.rho}))}
+    sde.run(options.config(sde.Config, chosen, **rhos), command)
+
+
+def tables(results: list[Document]) -> dict[str, Any]:
+    """The tables of a results file, by name: from what a page asks for to rows."""
+    from eigensam_jax.experiments.sde import tables as made
+
+    rows = {
+        "distances": made.distances,
+        "sde_differences": made.differences,
+        "slopes": made.slopes,
+        "moments": made.moments,
+        "rates": made.rates,
+        "costs": made.costs,
+    }
+    runs = results[0]["runs"]
+    return {name: lambda _, of=of: of(runs) for name, of in rows.items()}
+
+
+def plots(results: Document, folder: Path) -> None:
+    """Draws the plots of a results file."""
+    from eigensam_jax.experiments.sde import plots as drawn
+
+    drawn.draw(results, folder)

@@ -1,28 +1,25 @@
-"""The options of `eigensam bench`."""
+"""`eigensam bench`: its options, and what it answers."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from eigensam_jax.experiments import options
+from eigensam_jax.experiments.bench import contenders, torch_reference, workloads
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.training.trackers import TRACKERS
 
-# Spelt out here so that --help need not import what builds them.
-BENCH_MODELS = ("wide_mlp", "strided_cnn", "resnet18", "vit")
-BENCH_OPTIMIZERS = (
-    *("sgd", "sam", "optax_sam"),
-    *(name for name, spec in TRACKERS.items() if not spec.is_ceiling),
-    *("torch_sgd", "torch_sam", "torch_eigen_sam"),
-)
+Document = dict[str, Any]
 
-_BENCH_SMOKE: dict[str, Any] = {
+_MODELS = tuple(workloads.WORKLOADS)
+_OPTIMIZERS = (*contenders.NAMES, *torch_reference.METHODS)
+_SMOKE: dict[str, Any] = {
     "models": ("wide_mlp",),
     "optimizers": ("power_iteration", "secant"),
     "batch_size": 128,
     "steps": 2,
 }
-_BENCH_USUAL: dict[str, Any] = {
-    "models": BENCH_MODELS,
+_USUAL: dict[str, Any] = {
+    "models": _MODELS,
     "optimizers": None,
     "batch_size": None,
     "steps": 50,
@@ -30,9 +27,9 @@ _BENCH_USUAL: dict[str, Any] = {
 _DTYPES = ("float32", "bfloat16")
 
 
-def add_bench(commands: Any) -> None:
+def add_command(subparsers: Any) -> None:
     """Adds `eigensam bench`."""
-    bench = commands.add_parser(
+    bench = subparsers.add_parser(
         "bench",
         help="what does a training step cost?",
         description="Compile and time one training step with SGD, SAM and Eigen-SAM, "
@@ -46,15 +43,15 @@ def add_bench(commands: Any) -> None:
         "--models",
         metavar="NAME",
         nargs="+",
-        choices=BENCH_MODELS,
-        help=f"some of {', '.join(BENCH_MODELS)} [all]",
+        choices=_MODELS,
+        help=f"some of {', '.join(_MODELS)} [all]",
     )
     add(
         "--optimizers",
         metavar="NAME",
         nargs="+",
-        choices=BENCH_OPTIMIZERS,
-        help=f"some of {', '.join(BENCH_OPTIMIZERS)}, beside sgd and sam; what is a "
+        choices=_OPTIMIZERS,
+        help=f"some of {', '.join(_OPTIMIZERS)}, beside sgd and sam; what is a "
         "tracker's name is eigen_sam by it, and torch_… is PyTorch [all that can be]",
     )
     add("--batch-size", **options.count(), help="[256; 32 for resnet18 and vit]")
@@ -70,7 +67,7 @@ def add_bench(commands: Any) -> None:
         **options.count(),
         help="how many, each with a part of the batch; a CPU is divided [1]",
     )
-    add("--steps", **options.count(), help=f"rounds timed [{_BENCH_USUAL['steps']}]")
+    add("--steps", **options.count(), help=f"rounds timed [{_USUAL['steps']}]")
     add(
         "--growth",
         action="store_true",
@@ -78,39 +75,59 @@ def add_bench(commands: Any) -> None:
         "to 8, by compilation alone; leaves growth.png",
     )
     options.add_out(bench, "one network, 2 rounds: does it run at all?")
-    bench.set_defaults(run=_bench)
 
 
-def _bench(chosen: argparse.Namespace, command: str) -> None:
+def run(chosen: argparse.Namespace, command: str) -> None:
+    """Measures what was chosen; leaves `results.json` and a plot in `--out`."""
     if chosen.growth:
         _growth(chosen, command)
         return
-    with options.extras():
-        from rich.console import Console
+    from eigensam_jax.experiments.bench import run as bench
 
-        from eigensam_jax.experiments.bench import run as bench
-    preset = _BENCH_SMOKE if chosen.smoke else _BENCH_USUAL
-    optimizers = chosen.optimizers or preset["optimizers"]
+    chosen = options.filled(chosen, _USUAL, _SMOKE)
+    names = chosen.optimizers and tuple(dict.fromkeys(chosen.optimizers))
     config = bench.Config(
-        models=tuple(dict.fromkeys(chosen.models or preset["models"])),
-        optimizers=optimizers and tuple(dict.fromkeys(optimizers)),
-        batch_size=chosen.batch_size or preset["batch_size"],
+        models=tuple(dict.fromkeys(chosen.models)),
+        optimizers=names,
+        batch_size=chosen.batch_size,
         dtype=chosen.dtype,
         devices=chosen.devices or 1,
-        rounds=chosen.steps or preset["steps"],
+        rounds=chosen.steps,
         out=chosen.out,
     )
-    bench.run(config, command, Console())
+    bench.run(config, command)
+
+
+def tables(results: list[Document]) -> dict[str, Any]:
+    """The tables of a results file, by name: from what a page asks for to rows."""
+    from eigensam_jax.experiments.bench import tables as made
+
+    runs = results[0]["runs"]
+    return {
+        "bench": lambda model: made.summary(
+            next(run for run in runs if run["model"] == model)
+        ),
+        "bench_across": lambda _: made.across(runs),
+        "growth": lambda _: made.growth_summary(runs),
+        "devices": lambda _: made.devices_summary(runs),
+    }
+
+
+def plots(results: Document, folder: Path) -> None:
+    """Draws the plot of a results file."""
+    from eigensam_jax.experiments.bench import plots as drawn
+
+    grown = "scaled" in results["runs"][0]
+    draw, name = (drawn.growth, "growth") if grown else (drawn.bench, "bench")
+    draw(results["runs"], folder / f"{name}.png")
 
 
 def _growth(chosen: argparse.Namespace, command: str) -> None:
     for name in ("models", "optimizers", "devices", "steps"):
         if getattr(chosen, name):
             raise UserError(f"--growth has its own --{name}; leave --{name} out")
-    with options.extras():
-        from rich.console import Console
+    from eigensam_jax.experiments.bench import growth
 
-        from eigensam_jax.experiments.bench import growth
     few = 2 if chosen.smoke else None
     config = growth.Config(
         batch_size=chosen.batch_size or 256,
@@ -119,4 +136,4 @@ def _growth(chosen: argparse.Namespace, command: str) -> None:
         devices=growth.DEVICES[:few],
         out=chosen.out,
     )
-    growth.run(config, command, Console())
+    growth.run(config, command)

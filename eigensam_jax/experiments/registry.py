@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import optax
-from jax.typing import ArrayLike
 
 from eigensam_jax import asam, eigen, eigen_sam, perturbation, sam, tree_math
 from eigensam_jax.experiments.data import load
@@ -121,23 +120,16 @@ def _sgd(rate: optax.ScalarOrSchedule, decay: float) -> optax.GradientTransforma
     return optax.chain(optax.add_decayed_weights(decay), descent) if decay else descent
 
 
-def _sam(rho: ArrayLike, alpha: ArrayLike, tracker: Any, **options: Any) -> Any:
-    del alpha, tracker
-    return sam(rho, **options)
-
-
-def _asam(rho: ArrayLike, alpha: ArrayLike, tracker: Any, **options: Any) -> Any:
-    del alpha, tracker
-    return asam(rho, **options)
+def _link(make: Any) -> Any:
+    """That of a method without α and tracker."""
+    return lambda rho, alpha, tracker, **options: make(rho, **options)
 
 
 def _asam_direction(grads: PyTree, params: PyTree, v: PyTree, alpha: Any) -> PyTree:
-    del v, alpha
     return perturbation.asam(grads, params, 1.0, 0.01).epsilon
 
 
 def _eigen_direction(grads: PyTree, params: PyTree, v: PyTree, alpha: Any) -> PyTree:
-    del params
     return perturbation.eigen_sam(grads, v, 1.0, alpha).epsilon
 
 
@@ -155,8 +147,8 @@ BASE_OPTIMIZERS = {
 METHODS = {
     "sgd": Method("SGD", "#7f7f7f", gradients=1, base="sgd", usual=True),
     "adamw": Method("AdamW", "#8c564b", gradients=1, base="adamw"),
-    "sam": Method("SAM", "#1f77b4", _sam, baseline=PLAIN, usual=True),
-    "asam": Method("ASAM", "#9467bd", _asam, _asam_direction, baseline="sam"),
+    "sam": Method("SAM", "#1f77b4", _link(sam), baseline=PLAIN, usual=True),
+    "asam": Method("ASAM", "#9467bd", _link(asam), _asam_direction, baseline="sam"),
     "eigen_sam_paper": Method(
         *("Eigen-SAM by power iteration", "#ff7f0e", eigen_sam, _eigen_direction),
         tracker="power_iteration",
@@ -164,7 +156,7 @@ METHODS = {
         usual=True,
     ),
     "sam_matched_paper": Method(
-        "SAM at that radius", "#bcbd22", _sam, radius_of="eigen_sam_paper"
+        "SAM at that radius", "#bcbd22", _link(sam), radius_of="eigen_sam_paper"
     ),
     "eigen_sam": Method(
         *("Eigen-SAM by the secant", "#d62728", eigen_sam, _eigen_direction),
@@ -173,7 +165,7 @@ METHODS = {
         usual=True,
     ),
     "sam_matched": Method(
-        "SAM at that radius", "#17becf", _sam, radius_of="eigen_sam", usual=True
+        "SAM at that radius", "#17becf", _link(sam), radius_of="eigen_sam", usual=True
     ),
 }
 

@@ -51,6 +51,21 @@ def test_compare_shows_the_difference(tmp_path, capsys):
             assert len(set(losses)) == len(names)
 
 
+def test_what_takes_the_steps_is_recorded(tmp_path, capsys):
+    base = ["--base-optimizer", "adamw", "--weight-decay", "0.1"]
+    assert cli.main(["compare", "--smoke", *base, "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    names = ["adamw", "sam", "eigen_sam_paper", "eigen_sam", "sam_matched"]
+    assert [run["row"] for run in results["runs"]] == names
+    assert {run["learning_rate"] for run in results["runs"]} == {0.001}
+    config = results["config"]
+    assert (config["base_optimizer"], config["weight_decay"]) == ("adamw", 0.1)
+    assert "momentum" not in config
+    printed = capsys.readouterr().out
+    assert "sam − adamw" in printed
+    assert "95%" not in printed  # of one seed
+
+
 @pytest.mark.parametrize(
     ("options", "wrong", "right"),
     [

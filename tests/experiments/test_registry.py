@@ -1,6 +1,7 @@
 """An entry is all that it takes to add a method, a data set, a model or a tracker."""
 
 import json
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -20,6 +21,8 @@ from eigensam_jax.experiments.entries import (
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.track import run as track
 from eigensam_jax.experiments.training import methods
+
+CONTRIBUTING = Path(__file__).parents[2] / "notebooks" / "contributing.md"
 
 
 class Linear(nn.Module):
@@ -109,3 +112,29 @@ def test_no_name_that_is_unknown_falls_through():
     ):
         with pytest.raises(KeyError):
             ask()
+
+
+RECIPES = re.findall(r"```diff\n (\w+) = \{\n\+(.*)\n```", CONTRIBUTING.read_text())
+
+
+def test_the_recipes_of_the_contributing_page_are_diffs_of_the_registry():
+    """Each applied to the file, which is then run."""
+    assert [table for table, _ in RECIPES] == [
+        *("BASE_OPTIMIZERS", "METHODS", "DATASETS", "MODELS", "TRACKERS")
+    ]
+    text = Path(registry.__file__).read_text()
+    for table, line in RECIPES:
+        assert text.count(f"\n{table} = {{\n") == 1
+        text = text.replace(f"\n{table} = {{\n", f"\n{table} = {{\n{line}\n")
+    images, labels, *_ = float_images(None)
+    new = {"__package__": registry.__package__, "images": images, "labels": labels}
+    exec(compile(text, "registry", "exec"), new)
+    assert new["METHODS"]["adam"].base in new["BASE_OPTIMIZERS"]
+    gradient = np.ones(3, np.float32)
+    tx = new["BASE_OPTIMIZERS"]["adam"].make(0.1, 0.0)
+    step, _ = tx.update(gradient, tx.init(gradient))
+    np.testing.assert_allclose(step, -0.1 * gradient, rtol=1e-5)  # Adam's first
+    assert new["dataset"]("halves").train_images.shape == (30, 2, 2, 1)
+    assert new["model"]("wide", 7).width == 512
+    assert new["TRACKERS"]["slow"].products == 1.8
+    assert new["TRACKERS"]["slow"].make(9, 500).init(gradient) is not None

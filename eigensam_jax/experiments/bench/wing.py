@@ -54,7 +54,7 @@ def add_command(subparsers: Any) -> None:
         help=f"some of {', '.join(_OPTIMIZERS)}, beside sgd and sam; what is a "
         "tracker's name is eigen_sam by it, and torch_… is PyTorch [all that can be]",
     )
-    add("--batch-size", **options.count(), help="[256; 32 for resnet18 and vit]")
+    options.add_counts(bench, {"batch-size": "[256; 32 for resnet18 and vit]"})
     add(
         "--dtype",
         metavar="NAME",
@@ -62,12 +62,11 @@ def add_command(subparsers: Any) -> None:
         default="float32",
         help=f"of the computation; parameters are float32. {options.any_of(_DTYPES)}",
     )
-    add(
-        "--devices",
-        **options.count(),
-        help="how many, each with a part of the batch; a CPU is divided [1]",
-    )
-    add("--steps", **options.count(), help=f"rounds timed [{_USUAL['steps']}]")
+    counts = {
+        "devices": "how many, each with a part of the batch; a CPU is divided [1]",
+        "steps": f"rounds timed [{_USUAL['steps']}]",
+    }
+    options.add_counts(bench, counts)
     add(
         "--growth",
         action="store_true",

@@ -24,21 +24,42 @@ def of_runs(
       path: of `results.json`, in the folder of `--out`.
       command: the command line of this call, which is added to those before it.
       config: all that the figures of every run depend on, in types that JSON knows.
-      trackers: how each tracker is made, where that is to be kept.
+      trackers: how each tracker is made, where that is to be kept. Those of the file
+        that are not among them may be any, and are kept.
 
     Raises:
       UserError: if the file is of another configuration or other versions, by the name
         of the first difference, or is none.
     """
-    new = {
+    new: dict[str, Any] = {
         "commands": [command],
         "config": config,
         **results.environment(),
         "complete": False,
         "wall_time_s": 0.0,
         "runs": [],
+        **({} if trackers is None else {"trackers": trackers}),
     }
-    return _document(path, new if trackers is None else new | {"trackers": trackers})
+    try:
+        old = json.loads(path.read_text("utf-8"))
+        for key in new:
+            if type(old[key]) is not type(new[key]):
+                raise TypeError(key)
+    except FileNotFoundError:
+        return new
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--out {path.parent}: its {path.name} cannot be read as one of this "
+            f"command ({error!r}); name another folder"
+        ) from error
+    for key in ("config", "versions", "device"):
+        check_same(path.parent, old[key], new[key])
+    kept: dict[str, Any] = {key: old[key] for key in ("wall_time_s", "runs")}
+    kept["commands"] = list(dict.fromkeys([*old["commands"], *new["commands"]]))
+    if "trackers" in new:
+        kept["trackers"] = new["trackers"] | old["trackers"]
+        check_same(path.parent, kept["trackers"], kept["trackers"] | new["trackers"])
+    return new | kept
 
 
 def add_runs(
@@ -82,42 +103,6 @@ def add_runs(
         raise
     document["complete"] = True
     results.write(path, document)
-
-
-def _document(path: Path, new: dict[str, Any]) -> dict[str, Any]:
-    """`new` with the runs of the results file at `path`, where there is one.
-
-    Args:
-      path: of `results.json`, in the folder of `--out`.
-      new: the results of this call, before its first run: `config` is all that the
-        figures of every run depend on, in types that JSON knows; `commands` are added
-        to those before; `trackers`, if there, say how each is made, and those of the
-        file that are not among them may be any, and are kept.
-
-    Raises:
-      UserError: if the file is of another configuration or other versions, by the name
-        of the first difference, or is none.
-    """
-    try:
-        old = json.loads(path.read_text("utf-8"))
-        for key in new:
-            if type(old[key]) is not type(new[key]):
-                raise TypeError(key)
-    except FileNotFoundError:
-        return new
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--out {path.parent}: its {path.name} cannot be read as one of this "
-            f"command ({error!r}); name another folder"
-        ) from error
-    for key in ("config", "versions", "device"):
-        check_same(path.parent, old[key], new[key])
-    kept: dict[str, Any] = {key: old[key] for key in ("wall_time_s", "runs")}
-    kept["commands"] = list(dict.fromkeys([*old["commands"], *new["commands"]]))
-    if "trackers" in new:
-        kept["trackers"] = new["trackers"] | old["trackers"]
-        check_same(path.parent, kept["trackers"], kept["trackers"] | new["trackers"])
-    return new | kept
 
 
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

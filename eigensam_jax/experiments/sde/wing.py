@@ -38,7 +38,7 @@ def add_command(subparsers: Any) -> None:
         "rates.png in --out. Paths that are there already are kept: the same command "
         "goes on where it was interrupted.",
     )
-    add, usual = sde.add_argument, _USUAL
+    add = sde.add_argument
     options.add_data(sde)
     add(
         "--rho",
@@ -47,22 +47,11 @@ def add_command(subparsers: Any) -> None:
         type=options.number(float, above=0),
         help="ρ, one or several; the plots are of the middle one [0.025 0.05 0.1 0.2]",
     )
-    add(
-        "--alpha",
-        metavar="X",
-        type=options.number(float, above=0),
-        default=1.0,
-        help="α of Eigen-SAM [%(default)s]",
-    )
-    add(
-        "--learning-rate",
-        metavar="X",
-        type=options.number(float, above=0),
-        default=0.1,
-        help="η, of SGD without momentum [%(default)s]",
-    )
-    add("--seeds", **options.count(), help=f"paths of each kind [{usual['seeds']}]")
-    add("--steps", **options.count(), help=f"a path [{usual['steps']}]")
+    options.add_number(sde, "alpha", 1.0, "α of Eigen-SAM", above=0)
+    options.add_number(sde, "learning-rate", 0.1, "η, of SGD without momentum", above=0)
+    seeds, steps = _USUAL["seeds"], _USUAL["steps"]
+    counts = {"seeds": f"paths of each kind [{seeds}]", "steps": f"a path [{steps}]"}
+    options.add_counts(sde, counts)
     options.add_out(sde, "1 seed, 4 steps: does it run at all?")
 
 

@@ -98,16 +98,12 @@ def train(
         del setup, top
         if int(state.step) < steps:
             return None, None
-        params, batch_stats = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
-        train_loss, _ = means(
-            params, dataset.train_images, dataset.train_labels, batch_stats
-        )
+        params, stats = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
+        train_loss, _ = means(params, dataset.train_images, dataset.train_labels, stats)
         if not np.isfinite(train_loss):
             raise FloatingPointError(f"the training loss is {train_loss}")
-        _, accuracy = means(
-            params, dataset.test_images, dataset.test_labels, batch_stats
-        )
-        return Trained(params, train_loss, accuracy, batch_stats), None
+        _, accuracy = means(params, dataset.test_images, dataset.test_labels, stats)
+        return Trained(params, train_loss, accuracy, stats), None
 
     method = methods.named(config.optimizer, config.rho, config.alpha)
     run = loop.make_run(model, dataset, measure, settings)

@@ -40,23 +40,15 @@ def add_command(subparsers: Any) -> None:
         "--seed", metavar="N", type=options.number(int), default=0, help="[%(default)s]"
     )
     options.add_training(spectrum, usual["epochs"])
-    add("--k", **options.count(), help=f"how many top eigenvalues [{usual['k']}]")
-    add(
-        "--num-matvecs",
-        **options.count(),
-        help=f"products per random vector, for the density [{usual['num_matvecs']}]",
-    )
-    add(
-        "--num-samples",
-        **options.count(),
-        help=f"random vectors, for the density [{usual['num_samples']}]",
-    )
-    add(
-        "--examples",
-        **options.count(),
-        help="training images that the Hessian is taken on, the first ones "
+    products, vectors = usual["num_matvecs"], usual["num_samples"]
+    counts = {
+        "k": f"how many top eigenvalues [{usual['k']}]",
+        "num-matvecs": f"products per random vector, for the density [{products}]",
+        "num-samples": f"random vectors, for the density [{vectors}]",
+        "examples": "training images that the Hessian is taken on, the first ones "
         f"[{EXAMPLES}, or all if less]",
-    )
+    }
+    options.add_counts(spectrum, counts)
     options.add_out(spectrum, "2 epochs, few products: does it run at all?")
 
 

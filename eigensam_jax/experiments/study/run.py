@@ -1,10 +1,14 @@
 """`eigensam compare`, `accuracy` and `ablate`: many runs of one network, by a plan."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from inspect import signature
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+from flax import serialization
 from rich.console import Console
 
 from eigensam_jax.experiments import registry
@@ -13,13 +17,70 @@ from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import pretrained
 from eigensam_jax.experiments.models.pretrained import Pretrained
-from eigensam_jax.experiments.records import progress, results, resumption, tables
-from eigensam_jax.experiments.study import runs as study_runs
+from eigensam_jax.experiments.records import (
+    checkpoints,
+    progress,
+    results,
+    resumption,
+    tables,
+)
 from eigensam_jax.experiments.study import tables as study_tables
 from eigensam_jax.experiments.study.plans import PARTS, Job, Plan, Record
 from eigensam_jax.experiments.study.plots import DRAW
-from eigensam_jax.experiments.study.runs import CHECKPOINT, Config, Do
-from eigensam_jax.experiments.training import loop, measures
+from eigensam_jax.experiments.training import loop, losses, measures
+from eigensam_jax.experiments.training.measures import Measurement
+from eigensam_jax.experiments.training.methods import Setup
+from eigensam_jax.experiments.training.steps import TrainState
+from eigensam_jax.tree_math import PyTree
+
+LOOK_EXAMPLES = 1_000
+TOLERANCE = 1e-2
+CHECKPOINT = "checkpoint.msgpack"
+
+Curves = dict[str, list[Any]]
+Do = Callable[[Job], Record]
+
+
+class Config(NamedTuple):
+    """What all runs share, and what the results file says of the plan.
+
+    Attributes:
+      dataset: a key of `registry.DATASETS`.
+      data_dir: the folder with its files.
+      model: a key of `registry.MODELS`.
+      epochs: of each run.
+      batch_size: of each step.
+      augment: whether training images are changed at random, where that is usual.
+      label_noise: the share of training labels that are drawn anew.
+      looks: how often the network is measured on the way, the end included.
+      plan: the options of the plan.
+      out: where results go.
+      file: the name of the results file.
+      train_examples: how many of the training images there are; None for all.
+      pretrained: the file of what the network begins from; None for nothing.
+      resolution: height and width that the network resizes images to; None for its own.
+      curvature_examples: training images that λ_max is taken on at the end.
+      base_optimizer: of methods that have none of their own.
+      weight_decay: of the base optimizer.
+    """
+
+    dataset: str
+    data_dir: Path | None
+    model: str
+    epochs: int
+    batch_size: int
+    augment: bool
+    label_noise: float
+    looks: int
+    plan: dict[str, Any]
+    out: Path
+    file: str
+    train_examples: int | None
+    pretrained: Path | None
+    resolution: int | None
+    curvature_examples: int
+    base_optimizer: str
+    weight_decay: float
 
 
 def run(config: Config, plan: Plan, kind: str, command: str) -> None:
@@ -54,7 +115,7 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
     path = config.out / config.file
     document = resumption.of_runs(path, command, _protocol(config, dataset, weights))
     noisy = load.with_label_noise(dataset, config.label_noise)
-    do = study_runs.make_runs(config, noisy, weights)
+    do = make_runs(config, noisy, weights)
     missing = _records(do, plan, document["runs"], console)
     checkpoint = config.out / CHECKPOINT
     resumption.add_runs(path, document, missing, console, checkpoint=checkpoint)
@@ -109,10 +170,8 @@ def _protocol(
         "pretrained": weights and weights.record(),
         **loop.protocol(dataset, config.base_optimizer, config.weight_decay),
         "curvature_examples": min(examples, config.curvature_examples),
-        "look_examples": min(
-            examples, config.curvature_examples, study_runs.LOOK_EXAMPLES
-        ),
-        "curvature_tolerance": study_runs.TOLERANCE,
+        "look_examples": min(examples, config.curvature_examples, LOOK_EXAMPLES),
+        "curvature_tolerance": TOLERANCE,
         "alignment_batches": measures.ALIGNMENT_BATCHES,
     }
 
@@ -143,3 +202,82 @@ class _Anything(dict[Job, Record]):
 
     def __missing__(self, job: Job) -> Record:
         return defaultdict(float)
+
+
+def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> Do:
+    """Builds what does a job; one that has a checkpoint goes on from there.
+
+    A candidate that diverges counts as the worst: no image is classified correctly.
+    """
+    path = config.out / CHECKPOINT
+    unfinished = checkpoints.read(path) or {}
+
+    @cache
+    def run_of(rate: float, tuning: bool) -> tuple[loop.Run[Measurement], int]:
+        """What trains, which jobs of the same rate and data share, and its steps."""
+        used = load.for_tuning(dataset) if tuning else dataset
+        steps = loop.num_steps(used, config.batch_size, config.epochs)
+        settings = loop.Settings(
+            *(steps, config.batch_size, rate),
+            looks=loop.evaluation_steps(steps, 1 if tuning else config.looks)[1:],
+            augment=registry.augmentation(config.dataset, config.augment),
+            begin=weights and weights.begin,
+            base=config.base_optimizer,
+            weight_decay=config.weight_decay,
+        )
+        model = registry.model(config.model, dataset.num_classes, config.resolution)
+        few = min(LOOK_EXAMPLES, config.curvature_examples)
+        matvec_at = measures.make_matvec(losses.cross_entropy(model))
+        look, end = (
+            measures.make_measure(
+                *(model, used, config.batch_size, examples),
+                matvec_at=matvec_at,
+                tolerance=TOLERANCE,
+                loss_examples=loss_examples,
+            )
+            for examples, loss_examples in (
+                (few, LOOK_EXAMPLES),
+                (few if tuning else config.curvature_examples, None),
+            )
+        )
+
+        def measure(
+            setup: Setup, state: TrainState, start: PyTree | None
+        ) -> tuple[Measurement, PyTree]:
+            return (end if int(state.step) == steps else look)(setup, state, start)
+
+        return loop.make_run(model, used, measure, settings), steps
+
+    def figures(job: Job) -> Record:
+        curves: Curves = {"step": [], "radius": []}
+        curves |= {key: [] for key in Measurement._fields}
+        saved = None
+        if unfinished.get("job") == str(job):
+            curves, saved = unfinished["curves"], unfinished["progress"]
+        run, steps = run_of(job.learning_rate, job.tuning)
+        for point in run(job.method, job.seed, saved):
+            looked = {**point._asdict(), **point.measurement._asdict()}
+            for key, curve in curves.items():
+                curve.append(looked[key])
+            if point.step < steps:
+                progress = serialization.to_state_dict(point.progress)
+                state = {"job": str(job), "curves": curves, "progress": progress}
+                checkpoints.write(path, state)
+        return {
+            "gradients": job.method.gradients(steps),
+            "training_time_s": point.progress.seconds,
+            **{key: curve[-1] for key, curve in curves.items()},
+            "alignment": float(np.mean(curves["alignment"])),
+            "curves": curves,
+        }
+
+    def do(job: Job) -> Record:
+        described = {**job._asdict(), "method": job.method._asdict()}
+        try:
+            return described | figures(job)
+        except loop.DivergedError as error:
+            if not job.tuning:
+                raise
+            return described | {"test_accuracy": 0.0, "diverged": str(error)}
+
+    return do

@@ -76,7 +76,8 @@ def make_tracked(
         labels: jax.Array,
     ) -> Any:
         if shuffle:
-            state = training_steps.start_epoch(state)
+            _, order = training_steps.shuffled(state.key, state.order)
+            state = state._replace(order=order)
         batch = training_steps.next_batch(state, batch_size)
         value_fn = lambda params: loss(params, images[batch], labels[batch])
         matvec = hessian.matvec(jax.grad(value_fn), state.params)

@@ -52,8 +52,9 @@ def add_command(subparsers: Any) -> None:
         type=options.number(float, above=0),
         help="α, one or several [0.2 1]",
     )
-    add("--seeds", **options.count(), help=f"how many [{_USUAL['seeds']}]")
-    add("--steps", **options.count(), help=f"a run [{_USUAL['steps']}]")
+    seeds, steps = _USUAL["seeds"], _USUAL["steps"]
+    counts = {"seeds": f"how many [{seeds}]", "steps": f"a run [{steps}]"}
+    options.add_counts(track, counts)
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in small.items())
     options.add_learning_rate(track, f"by sgd {rates}")
     options.add_base(track)

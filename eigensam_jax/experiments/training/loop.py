@@ -202,26 +202,26 @@ def make_run(
     @cache
     def program(structure: Setup, acts: bool, refresh: bool) -> Any:
         example, scalar = jax.eval_shape(partial(init, structure), 0), jnp.zeros(())
-        return training_steps.compile_donating(
-            partial(step, structure, acts, refresh),
-            *(example, images, labels, scalar, scalar),
-        )
+        function = jax.jit(partial(step, structure, acts, refresh), donate_argnums=0)
+        return function.lower(example, images, labels, scalar, scalar).compile()
 
     @cache
-    def shuffle(structure: Setup) -> Any:
-        example = jax.eval_shape(partial(init, structure), 0)
-        return training_steps.compile_donating(training_steps.start_epoch, example)
+    def shuffle() -> Any:
+        key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        order = jax.eval_shape(lambda: jnp.arange(len(images)))
+        function = jax.jit(training_steps.shuffled, donate_argnums=(0, 1))
+        return function.lower(key, order).compile()
 
     def run(
         setup: Setup, seed: int, saved: dict[str, Any] | None = None
     ) -> Iterator[Point[Measurement]]:
-        start_epoch = shuffle(setup.structure)
         kinds = [
             (acts, acts and setup.refreshes(i, steps))
             for i in range(steps)
             for acts in (setup.acts(i, steps),)
         ]
         programs = {kind: program(setup.structure, *kind) for kind in set(kinds)}
+        shuffle()  # compiled before anything is timed
         scalars = jnp.float32(setup.rho), jnp.float32(setup.alpha)
         stops, done = settings.looks, 0
         if saved is None:
@@ -236,7 +236,8 @@ def make_run(
             with jax.transfer_guard("disallow"):
                 for i in range(done, stop):
                     if i % steps_per_epoch == 0:
-                        state = start_epoch(state)
+                        key, order = shuffle()(state.key, state.order)
+                        state = state._replace(key=key, order=order)
                     state = programs[kinds[i]](state, images, labels, *scalars)
                 state.step.block_until_ready()
             seconds, done = seconds + time.perf_counter() - began, stop

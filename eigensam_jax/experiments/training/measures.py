@@ -180,23 +180,17 @@ def make_measure(
     images, labels = dataset.train_images, dataset.train_labels
     few = slice(examples)
 
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+
     @partial(jax.jit, static_argnums=0)
     def cosine(
-        structure: Setup,
-        alpha: jax.Array,
-        state: TrainState,
-        batch: tuple[jax.Array, jax.Array],
-        top: PyTree,
+        structure: Setup, alpha: jax.Array, top: PyTree, *batch_and_state: PyTree
     ) -> jax.Array:
         """|cos| between `top` and the perturbation from a batch."""
-        gradient = jax.grad(lambda *args: loss(*args)[0])
-        grads = gradient(state.params, state.batch_stats, *batch)
-        direction = methods.epsilon(
-            structure._replace(alpha=alpha), grads, state.params, state.opt_state
-        )
-        return jnp.abs(tree_math.vdot(direction, top)) * tree_math.safe_inverse(
-            tree_math.norm(direction)
-        )
+        setup = structure._replace(alpha=alpha)
+        direction = methods.epsilon(setup, *batch_and_state)
+        along = jnp.abs(tree_math.vdot(direction, top))
+        return along * tree_math.safe_inverse(tree_math.norm(direction))
 
     def measure(
         setup: Setup, state: TrainState, start: PyTree | None
@@ -208,11 +202,11 @@ def make_measure(
             raise FloatingPointError(f"the training loss is {train_loss}")
         matvec = matvec_at(params, images[few], labels[few], stats)
         top = top_eigenpair(matvec, params, start, tolerance)
-        alpha = jnp.float32(setup.alpha)
+        known = setup.structure, jnp.float32(setup.alpha), top.eigenvector
         cosines = [
-            float(cosine(setup.structure, alpha, state, batch, top.eigenvector))
+            float(cosine(*known, grads, params, state.opt_state))
             for chosen in first_batches(state.order, batch_size, batches)
-            for batch in [(images[chosen], labels[chosen])]
+            for grads, _ in [gradient(params, stats, images[chosen], labels[chosen])]
         ]
         _, accuracy = means(params, dataset.test_images, dataset.test_labels, stats)
         return Measurement(

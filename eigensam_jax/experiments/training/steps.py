@@ -1,6 +1,5 @@
 """The steps of training, pure functions of a state on the device."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,11 +80,10 @@ def _new_variables(
     return variables if begin is None else begin(variables)
 
 
-def start_epoch(state: TrainState) -> TrainState:
-    """Shuffles the order of the examples."""
-    key, order_key = jax.random.split(jax.random.wrap_key_data(state.key))
-    order = jax.random.permutation(order_key, state.order)
-    return state._replace(key=jax.random.key_data(key), order=order)
+def shuffled(key: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The key and the order of the examples at the start of an epoch."""
+    key, order_key = jax.random.split(jax.random.wrap_key_data(key))
+    return jax.random.key_data(key), jax.random.permutation(order_key, order)
 
 
 def next_batch(state: TrainState, batch_size: int) -> jax.Array:
@@ -96,7 +94,7 @@ def next_batch(state: TrainState, batch_size: int) -> jax.Array:
 
 
 def step_key(state: TrainState) -> jax.Array:
-    """The key of what is drawn in the next step, none of those that `start_epoch` has.
+    """The key of what is drawn in the next step, none of those that `shuffled` has.
 
     It depends on the state alone, so that a run that goes on draws the same.
     """
@@ -152,8 +150,3 @@ def take_step(
         radius_sum=state.radius_sum + (radius if acts else 0.0),
         batch_stats=batch_stats,
     )
-
-
-def compile_donating(function: Callable[..., TrainState], *args: Any) -> Any:
-    """The compiled program of `function`, which gives its first argument away."""
-    return jax.jit(function, donate_argnums=0).lower(*args).compile()

@@ -334,7 +334,7 @@ def test_a_run_starts_from_the_file(tmp_path, monkeypatch):
         tx, loss, state, images, labels, False
     )
     labels = jnp.zeros(4, jnp.int32)
-    program = training_steps.compile_donating(step, first, images, labels)
+    program = jax.jit(step, donate_argnums=0).lower(first, images, labels).compile()
     moved = program(first, images, labels)
     jax.tree.map(np.testing.assert_array_equal, weights.variables, expected)
     for place in ("params", "batch_stats"):

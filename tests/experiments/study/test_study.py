@@ -12,7 +12,7 @@ from problems import dense_hessian
 from eigensam_jax.experiments import cli, entries, registry
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.records import checkpoints
-from eigensam_jax.experiments.study import runs
+from eigensam_jax.experiments.study import run as study
 from eigensam_jax.experiments.training import loop as training
 from eigensam_jax.experiments.training import losses, methods
 
@@ -107,7 +107,7 @@ def test_the_figures_are_those_of_the_network(quick, unbroken):
     np.testing.assert_allclose(run["test_accuracy"], accuracy, rtol=1e-6)
     values = np.linalg.eigvalsh(dense_hessian(value_fn, params))
     np.testing.assert_allclose(run["lambda_max"], values[-1], rtol=1e-3)
-    assert run["lambda_max_residual"] < 2 * runs.TOLERANCE * run["lambda_max"]
+    assert run["lambda_max_residual"] < 2 * study.TOLERANCE * run["lambda_max"]
 
 
 def test_no_test_image_is_seen_in_tuning():
@@ -144,13 +144,13 @@ def test_a_candidate_that_diverges_is_not_chosen(tmp_path):
 
 def test_a_run_that_two_tables_share_is_done_once(tmp_path, monkeypatch):
     trained = []
-    make_runs = runs.make_runs
+    make_runs = study.make_runs
 
     def counting(*args):
         do = make_runs(*args)
         return lambda job: trained.append(job) or do(job)
 
-    monkeypatch.setattr(runs, "make_runs", counting)
+    monkeypatch.setattr(study, "make_runs", counting)
     command = [*ABLATE, "parts", "--out", str(tmp_path)]
     assert cli.main(command) == 0
     found = figures(tmp_path)

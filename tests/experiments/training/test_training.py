@@ -3,7 +3,7 @@ import numpy as np
 import optax
 import pytest
 
-from eigensam_jax import eigen_sam, trackers
+from eigensam_jax import eigen_sam, sam, trackers
 from eigensam_jax.experiments import registry
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import small as models
@@ -67,18 +67,9 @@ def test_a_run_learns_and_starts_where_the_others_do(digits, network):
     assert len(losses) == 4
 
 
-def test_fixing_the_refresh_is_the_trackers_own_schedule(digits, mlp):
-    """A plain loop, in which the tracker decides, ends at the same loss."""
-    method = METHODS["eigen_sam_paper"]._replace(update_interval=10)
-    points = run(digits, mlp, method, seed=1)
-
-    model = mlp[0]
-    loss = losses.cross_entropy(model)
-    schedule = optax.cosine_decay_schedule(0.05, STEPS)
-    tx = optax.chain(
-        eigen_sam(0.1, 0.5, trackers.power_iteration(5, 10)),
-        optax.sgd(schedule, momentum=0.9),
-    )
+def plain_loop(digits, model, link, descent, seed):
+    """The training loss after a loop in which the tracker, if any, decides."""
+    loss, tx = losses.cross_entropy(model), optax.chain(link, descent)
 
     @jax.jit
     def step(params, state, images, labels):
@@ -87,7 +78,7 @@ def test_fixing_the_refresh_is_the_trackers_own_schedule(digits, mlp):
         updates, state = tx.update(grads, state, params, value_fn=value_fn)
         return optax.apply_updates(params, updates), state
 
-    init_key, key = jax.random.split(jax.random.key(1))
+    init_key, key = jax.random.split(jax.random.key(seed))
     params = model.init(init_key, digits.train_images[:1])["params"]
     state, order = tx.init(params), np.arange(512)
     for _ in range(4):
@@ -98,7 +89,39 @@ def test_fixing_the_refresh_is_the_trackers_own_schedule(digits, mlp):
             params, state = step(
                 params, state, digits.train_images[batch], digits.train_labels[batch]
             )
-    expected = loss(params, digits.train_images, digits.train_labels)
+    return loss(params, digits.train_images, digits.train_labels)
+
+
+def test_fixing_the_refresh_is_the_trackers_own_schedule(digits, mlp):
+    method = METHODS["eigen_sam_paper"]._replace(update_interval=10)
+    points = run(digits, mlp, method, seed=1)
+    link = eigen_sam(0.1, 0.5, trackers.power_iteration(5, 10))
+    descent = optax.sgd(optax.cosine_decay_schedule(0.05, STEPS), momentum=0.9)
+    expected = plain_loop(digits, mlp[0], link, descent, seed=1)
+    np.testing.assert_allclose(points[-1].measurement.train_loss, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "make"),
+    [
+        ("sam", "adamw", lambda rate: optax.adamw(rate, weight_decay=0.3)),
+        ("adamw", "sgd", lambda rate: optax.adamw(rate, weight_decay=0.3)),
+        (
+            "sam",
+            "sgd",
+            lambda rate: optax.chain(
+                optax.add_decayed_weights(0.3), optax.sgd(rate, momentum=0.9)
+            ),
+        ),
+    ],
+)
+def test_the_base_optimizer_is_the_one_that_is_named(name, base, make, digits, mlp):
+    settings = SETTINGS._replace(learning_rate=0.003, base=base, weight_decay=0.3)
+    points = run(digits, mlp, METHODS[name], settings=settings, seed=2)
+    link = sam(0.1) if name == "sam" else optax.identity()
+    descent = make(optax.cosine_decay_schedule(0.003, STEPS))
+    link = optax.with_extra_args_support(link)
+    expected = plain_loop(digits, mlp[0], link, descent, seed=2)
     np.testing.assert_allclose(points[-1].measurement.train_loss, expected, rtol=1e-4)
 
 

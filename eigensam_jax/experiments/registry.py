@@ -150,22 +150,22 @@ METHODS = {
     "sam": Method("SAM", "#1f77b4", _link(sam), baseline=PLAIN, usual=True),
     "asam": Method("ASAM", "#9467bd", _link(asam), _asam_direction, baseline="sam"),
     "eigen_sam_paper": Method(
-        *("Eigen-SAM by power iteration", "#ff7f0e", eigen_sam, _eigen_direction),
+        *("Eigen-SAM, power iteration", "#ff7f0e", eigen_sam, _eigen_direction),
         tracker="power_iteration",
         baseline="sam_matched_paper",
         usual=True,
     ),
     "sam_matched_paper": Method(
-        "SAM at that radius", "#bcbd22", _link(sam), radius_of="eigen_sam_paper"
+        "SAM, power iteration's ‖ε‖", "#bcbd22", _link(sam), radius_of="eigen_sam_paper"
     ),
     "eigen_sam": Method(
-        *("Eigen-SAM by the secant", "#d62728", eigen_sam, _eigen_direction),
+        *("Eigen-SAM, secant", "#d62728", eigen_sam, _eigen_direction),
         tracker="secant",
         baseline="sam_matched",
         usual=True,
     ),
     "sam_matched": Method(
-        "SAM at that radius", "#17becf", _link(sam), radius_of="eigen_sam", usual=True
+        "SAM, secant's ‖ε‖", "#17becf", _link(sam), radius_of="eigen_sam", usual=True
     ),
 }
 

@@ -71,6 +71,8 @@ def test_the_command_writes_pages_and_plots(tmp_path, capsys):
     page.write_text(
         "<!-- report: spectrum_digits spectrum 2 -->\n| i | λ |\n| --- | --- |\n"
     )
+    assert cli.main(["report", "--only", "track", "--root", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == ""  # of which there is nothing here
     assert cli.main(["report", "--root", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert str(page) in printed

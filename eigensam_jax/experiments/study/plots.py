@@ -57,7 +57,9 @@ def accuracy(runs: Sequence[Record], title: str, path: Path) -> None:
         _over_training(axes, drawn, key)
     panels[0].legend()
     for name, of_row in found.items():
-        _point(panels[2], of_row, "lambda_max", METHODS[name].colour, name)
+        _point(
+            panels[2], of_row, "lambda_max", METHODS[name].colour, METHODS[name].label
+        )
     panels[2].set(xlabel=_LABELS["lambda_max"], title=_LABELS["test_accuracy"])
     panels[2].set_xscale("log")
     panels[2].grid(alpha=0.3)
@@ -112,7 +114,7 @@ def _over_training(axes: Axes, found: dict[str, list[Record]], key: str) -> None
         low = np.maximum(mean - spread, values.min(0))
         colour = METHODS[name].colour
         style = ".--" if METHODS[name].radius_of else ".-"
-        axes.plot(steps, mean, style, color=colour, label=name)
+        axes.plot(steps, mean, style, color=colour, label=METHODS[name].label)
         axes.fill_between(steps, low, mean + spread, color=colour, alpha=0.2)
     axes.set(xlabel="step", title=_LABELS[key])
     axes.grid(alpha=0.3)

@@ -134,6 +134,15 @@ def test_figures_of_other_networks_are_kept(smoke, tmp_path, monkeypatch, capsys
     ]
     assert len(new["commands"]) == 3
 
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    capsys.readouterr()
+    assert cli.main(["bench", "--out", str(tmp_path)]) == 130
+    said = "".join(capsys.readouterr().out.split())
+    assert "results.jsonholdswide_mlp,resnet18,vit." in said
+
     monkeypatch.setattr(bench, "measure", None)
     assert cli.main(["bench", "--dtype", "bfloat16", "--out", str(tmp_path)]) == 2
     assert "dtype float32, now bfloat16" in capsys.readouterr().err

@@ -171,7 +171,8 @@ def test_killed_in_training_it_comes_to_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoints, "write", killing)
     assert cli.main(command) == 130
     assert [p.name for p in killed.iterdir()] == [spectrum.CHECKPOINT]
-    capsys.readouterr()
+    said = "".join(capsys.readouterr().out.split())  # broken anywhere in the path
+    assert f"{spectrum.CHECKPOINT};thesamecommandgoesonfromthere." in said
     other = error_of([*command, "--epochs", "3"], capsys)
     assert "(epochs 2, now 3); name another folder" in other
 

@@ -199,10 +199,11 @@ def extras() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if str(error.name).startswith("eigensam_jax"):
+        name, *_ = str(error.name).split(".")
+        if name == "eigensam_jax":
             raise
         raise UserError(
-            f"{error.name} is not installed; pip install 'eigensam_jax[experiments]'"
+            f"{name} is not installed; pip install 'eigensam_jax[experiments]'"
         ) from error
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import AXIS, DEVICES, MODES
 
 from eigensam_jax import asam, eigen_sam, perturbation, sam, trackers, tree_math
-from eigensam_jax.benchmarks import collectives
+from eigensam_jax.experiments.training import collectives
 
 TRACKERS = {
     "secant": trackers.secant(),

@@ -167,12 +167,13 @@ def sharpness_aware(
             matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
             # Inside the branch that decides by itself, that would be of no use.
             matvec.unroll = bool(refresh)  # type: ignore[attr-defined]
-            due = refresh
-            if due is None:
-                due = _is_due(number, tracker.refresh_interval)
             if tracker.refresh_interval is not None and weights:
+                due = _is_due(number, tracker.refresh_interval)
                 tracked = _scalars.branch(
-                    due, lambda t: tracker.refresh(t, matvec), lambda t: t, tracked
+                    due if refresh is None else bool(refresh),
+                    lambda t: tracker.refresh(t, matvec),
+                    lambda t: t,
+                    tracked,
                 )
 
         step = perturb(number, grads, weights, tracked)
@@ -193,10 +194,11 @@ def sharpness_aware(
                 change = tree_math.scale(unit, tree_math.add_scaled(after, -1, grads))
                 # Sums accumulate in the dtypes of v, whatever gradients have.
                 change = tree_math.cast_like(change, tracked.eigenvector)
+                assert step.projection is not None  # as there is a tracker
                 projection, radius = unit * step.projection, unit * step.norm
                 if per_device:
                     # Without the signs, those of different devices would cancel.
-                    sign = jnp.where(step.projection < 0, -1, 1).astype(unit.dtype)
+                    sign = jnp.where(projection < 0, -1, 1).astype(unit.dtype)
                     change, projection, radius = devices.mean(
                         (tree_math.scale(sign, change), sign * projection, radius), axes
                     )
@@ -206,9 +208,9 @@ def sharpness_aware(
                 )
 
             interval = tracker.observe_interval
-            due = refresh
-            if due is None or interval in (None, 1):
-                due = _is_due(number, interval)
+            due = _is_due(number, interval)
+            if refresh is not None and interval not in (None, 1):
+                due = bool(refresh)
             tracked = _scalars.branch(due, observed, lambda t: t, tracked)
             tracked = stored(tracked, space, params, number)
         dtype = tree_math.accumulation_dtype(params)

@@ -2,9 +2,9 @@
 
 A `Tracker` is three pure functions around a state, called by `eigen_sam` in this order:
 
-    state = tracker.init(params)                                                # once
-    state = tracker.refresh(state, matvec)                             # before ε is made
-    state = tracker.observe(state, gradient_change, projection, radius)          # after
+    state = tracker.init(params)                                        # once
+    state = tracker.refresh(state, matvec)                              # before ε
+    state = tracker.observe(state, gradient_change, projection, radius)  # after it
 
 the latter two on every `tracker.refresh_interval` and `tracker.observe_interval` steps.
 """

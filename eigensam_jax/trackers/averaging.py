@@ -105,8 +105,9 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
 
     def init(params: PyTree) -> SecantState:
         dtype = tree_math.accumulation_dtype(params)
-        zeros = [jnp.zeros((), dtype) for _ in range(2)]
-        return SecantState(tree_math.zeros_like(params), *zeros, jnp.zeros(4, dtype))
+        value, residual = (jnp.zeros((), dtype) for _ in range(2))
+        v, moments = tree_math.zeros_like(params), jnp.zeros(4, dtype)
+        return SecantState(v, value, residual, moments)
 
     def observe(
         state: SecantState,

@@ -114,8 +114,7 @@ def spread_like(tree: PyTree, seed: jax.Array) -> PyTree:
         # Multiples of the golden ratio in units of 2⁻³², which wrap around.
         turns = (position + seed * 65_537) * jnp.int32(-1_640_531_527)
         # Added to zeros, the numbers are sharded as these.
-        numbers = turns.astype(x.dtype) * 2.0**-31
-        return jnp.where(False, x, 0) + numbers
+        return jnp.add(jnp.where(False, x, 0), turns.astype(x.dtype) * 2.0**-31)
 
     return jax.tree.map(spread, tree)
 

@@ -235,11 +235,11 @@ def _norm(tree: PyTree) -> jax.Array:
     first = attempt((one,))
     if not isinstance(first[1], jax.core.Tracer):
         factor, squared, _ = first if first[2] else attempt(first)
-        return jnp.sqrt(squared) / factor
-    # A loop, so that the sums over all leaves are in the program once.
-    start = jax.tree.map(lambda x, y: _varying_as(y, x), first, (one, one, one > 1))
-    factor, squared, _ = jax.lax.while_loop(lambda carry: ~carry[2], attempt, start)
-    return jnp.sqrt(squared) / factor
+    else:
+        # A loop, so that the sums over all leaves are in the program once.
+        start = jax.tree.map(lambda x, y: _varying_as(y, x), first, (one, one, one > 1))
+        factor, squared, _ = jax.lax.while_loop(lambda c: ~c[2], attempt, start)
+    return jnp.divide(jnp.sqrt(squared), factor)
 
 
 def _varying_as(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -8,16 +8,14 @@ from pathlib import Path
 import eigensam_jax
 
 ROOT = Path(eigensam_jax.__file__).parent
-LAYERS = [
-    {"tree_math"},
+LAYERS = [  # the modules of `_update` have floors of their own
+    {"tree_math", "scalars"},
     {"devices"},
     {"hessian"},
     {"arguments"},
-    {"krylov"},
-    {"density", "thick_restart"},
     {"eigen", "masking", "perturbation", "rounding"},
     {"trackers"},
-    {"sharpness_aware"},
+    {"update"},
     {"transform"},
     {"_info", "diagnostics", "linen", "nnx"},
     {"sde"},
@@ -51,14 +49,18 @@ def imported_modules(path):
             yield from (f"{alias.name}.__init__" for alias in node.names)
 
 
+def room_of(parts):
+    return parts[1] if parts[0] == "_update" and len(parts) > 1 else parts[0]
+
+
 def imports(folder, name, floors):
     """Every import in a folder of another room there: file, room, other, floors."""
     level = {room: i for i, rooms in enumerate(floors) for room in rooms}
     for path in folder.rglob("*.py"):
-        room = path.relative_to(folder).parts[0].removesuffix(".py")
+        room = room_of(path.relative_to(folder).with_suffix("").parts)
         for imported in imported_modules(path):
             if imported.startswith(f"{name}."):
-                other = imported.removeprefix(f"{name}.").split(".")[0]
+                other = room_of(imported.removeprefix(f"{name}.").split("."))
                 other = other if other in level else "__init__"
                 if other != room and room in level:
                     yield path, room, other, level

@@ -9,10 +9,10 @@ A `Tracker` is three pure functions around a state, called by `eigen_sam` in thi
 the latter two on every `tracker.refresh_interval` and `tracker.observe_interval` steps.
 """
 
-from eigensam_jax.trackers.averaging import SecantState, secant
-from eigensam_jax.trackers.plane import RitzState, ritz
-from eigensam_jax.trackers.refreshing import EigenpairState, lanczos, power_iteration
-from eigensam_jax.trackers.tracker import Tracker, TrackerState
+from eigensam_jax.trackers._refreshing import EigenpairState, lanczos, power_iteration
+from eigensam_jax.trackers._ritz import RitzState, ritz
+from eigensam_jax.trackers._secant import SecantState, secant
+from eigensam_jax.trackers._tracker import Tracker, TrackerState
 
 __all__ = [
     "EigenpairState",

@@ -9,7 +9,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from problems import flatten
 
-from eigensam_jax import rounding, tree_math
+from eigensam_jax import tree_math
+from eigensam_jax._update import rounding
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.registry import TRACKERS
 from eigensam_jax.experiments.track import looks as following

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eigensam_jax import arguments, eigen_sam, hessian
+from eigensam_jax import eigen_sam, hessian
+from eigensam_jax._update import arguments
 
 
 class Pair(NamedTuple):

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eigensam_jax import _scalars, arguments, tree_math
-from eigensam_jax.trackers.tracker import Tracker, unchanged
+from eigensam_jax import tree_math
+from eigensam_jax._update import arguments, scalars
+from eigensam_jax.trackers._tracker import Tracker, unchanged
 from eigensam_jax.tree_math import PyTree
 
 
@@ -117,13 +118,13 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
     ) -> SecantState:
         v, d = state.eigenvector, gradient_change
         product, d_squared, v_squared = tree_math.vdots((v, d), (d, d), (v, v))
-        lengths = jnp.stack([_scalars.safe_sqrt(d_squared), radius])
+        lengths = jnp.stack([scalars.safe_sqrt(d_squared), radius])
         per_length, per_radius = tree_math.safe_inverse(lengths)
         sign = jnp.where(projection < 0, -1, 1).astype(product.dtype)
         weight = (1 - decay) * sign * per_length
         # ‖decay·v + weight·d‖², so that the norm takes no pass of its own.
         squared = decay**2 * v_squared + 2 * decay * weight * product + (1 - decay) ** 2
-        inverse = _scalars.safe_rsqrt(squared)
+        inverse = scalars.safe_rsqrt(squared)
 
         # All that is said of v is of the v of this step: nothing, before there is one.
         along = jnp.where(v_squared > 0, projection * per_radius, 0)
@@ -133,9 +134,9 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
         usable = (per_length > 0) & (inverse > 0)
         moments = jnp.where(usable, moments, state.moments)
         slope, size = tree_math.safe_divide(moments[1:3], moments[0])
-        sides = _scalars.safe_sqrt(jnp.stack([size - slope, size + slope]))
+        sides = scalars.safe_sqrt(jnp.stack([size - slope, size + slope]))
 
-        on_v, on_d = _scalars.once(
+        on_v, on_d = scalars.once(
             inverse * decay, jnp.where(usable, inverse * weight, 0)
         )
         moved = tree_math.add_scaled(tree_math.scale(on_v, v), on_d, d)

@@ -8,18 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from eigensam_jax import (
-    _scalars,
-    arguments,
-    devices,
-    hessian,
-    masking,
-    rounding,
-    tree_math,
-)
-from eigensam_jax.devices import Axes, AxisName
+from eigensam_jax import hessian, tree_math
+from eigensam_jax._update import arguments, devices, masking, rounding, scalars
+from eigensam_jax._update.devices import Axes, AxisName
+from eigensam_jax._update.masking import Mask, Subspace
 from eigensam_jax.hessian import GradFn, HvpMode, Matvec, ValueFn
-from eigensam_jax.masking import Mask, Subspace
 from eigensam_jax.perturbation import Perturbation
 from eigensam_jax.trackers import Tracker, TrackerState
 from eigensam_jax.tree_math import PyTree
@@ -169,7 +162,7 @@ def sharpness_aware(
             matvec.unroll = bool(refresh)  # type: ignore[attr-defined]
             if tracker.refresh_interval is not None and weights:
                 due = _is_due(number, tracker.refresh_interval)
-                tracked = _scalars.branch(
+                tracked = scalars.branch(
                     due if refresh is None else bool(refresh),
                     lambda t: tracker.refresh(t, matvec),
                     lambda t: t,
@@ -211,7 +204,7 @@ def sharpness_aware(
             due = _is_due(number, interval)
             if refresh is not None and interval not in (None, 1):
                 due = bool(refresh)
-            tracked = _scalars.branch(due, observed, lambda t: t, tracked)
+            tracked = scalars.branch(due, observed, lambda t: t, tracked)
             tracked = stored(tracked, space, params, number)
         dtype = tree_math.accumulation_dtype(params)
         info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)
@@ -239,7 +232,7 @@ def _unit(info: Info) -> jax.Array:
     size = info.grad_norm
     is_far = (size < 1e-9) | (size > 1e9)
     unit = jnp.where(is_far, tree_math.safe_inverse(size), 1)
-    return _scalars.once(jnp.where(info.perturbation_norm > 0, unit, 0))[0]
+    return scalars.once(jnp.where(info.perturbation_norm > 0, unit, 0))[0]
 
 
 def _shapes(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:

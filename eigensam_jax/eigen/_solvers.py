@@ -7,20 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from eigensam_jax import arguments, krylov, thick_restart, tree_math
-from eigensam_jax.density import SpectralDensity, smooth_density, spectral_density
+from eigensam_jax import tree_math
+from eigensam_jax._update import arguments
+from eigensam_jax.eigen import _krylov, _thick_restart
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
-
-__all__ = [
-    "Eigenpair",
-    "SpectralDensity",
-    "lanczos",
-    "power_iteration",
-    "smooth_density",
-    "spectral_density",
-    "top_eigenpairs",
-]
 
 
 class Eigenpair(NamedTuple):
@@ -99,7 +90,13 @@ def power_iteration(
 
 
 class _Step(NamedTuple):
-    """A step of the power iteration: v, Hv/‖Hv‖ and ‖Hv‖."""
+    """A step of the power iteration.
+
+    Attributes:
+      before: v.
+      after: Hv/‖Hv‖.
+      length: ‖Hv‖.
+    """
 
     before: PyTree
     after: PyTree
@@ -153,21 +150,21 @@ def lanczos(
     basis, diagonal, off_diagonal = jax.lax.fori_loop(
         0,
         num_matvecs,
-        lambda i, s: krylov.grow(i, s, matvec(krylov.get(s.basis, i))),
-        krylov.tridiagonal(v0, num_matvecs),
+        lambda i, s: _krylov.grow(i, s, matvec(_krylov.get(s.basis, i))),
+        _krylov.tridiagonal(v0, num_matvecs),
         unroll=_unrolls(unroll, matvec, v0),
     )
     # A zero says that the space was exhausted: there is no basis vector after it.
     known = jnp.cumsum(off_diagonal[:-1] == 0) == 0
     known = jnp.append(jnp.ones((), bool), known)
     diagonal = jnp.where(known, diagonal, 0)
-    values, vectors = krylov.eigh_known(krylov.dense(diagonal, off_diagonal), known)
+    values, vectors = _krylov.eigh_known(_krylov.dense(diagonal, off_diagonal), known)
     bottom, top, weights = jnp.minimum(values[0], 0), values[-1], vectors[:, -1]
     # H y = λ y + beyond · q, with q the basis vector that the last product led to.
     beyond = off_diagonal[-1] * weights[-1]
     beyond_shifted = beyond * tree_math.safe_inverse(top - bottom)
     weights = jnp.append(weights, beyond_shifted) / jnp.hypot(1, beyond_shifted)
-    return Eigenpair(krylov.combine(weights, basis), top, jnp.abs(beyond))
+    return Eigenpair(_krylov.combine(weights, basis), top, jnp.abs(beyond))
 
 
 def _unrolls(unroll: bool, matvec: Matvec, v: PyTree) -> bool | None:
@@ -242,24 +239,24 @@ def top_eigenpairs(
       Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue
       problems", SIAM Journal on Matrix Analysis and Applications, 2000.
     """
-    like = krylov.zeros_like(like)
+    like = _krylov.zeros_like(like)
     dimension = sum(jnp.size(x) for x in jax.tree.leaves(like))
     _check_top_eigenpairs(k, which, tol, max_matvecs, dimension)
-    plan = thick_restart.plan(k, dimension, which == "magnitude")
+    plan = _thick_restart.plan(k, dimension, which == "magnitude")
     key = jax.random.key(seed)
     if v0 is None:
         v0 = like
     v0 = arguments.like_params("v0", v0, like, "Start from a tree like `like`.")
-    compiled = partial(krylov.compiled, host_loop)
-    get = compiled(krylov.get)
-    start = compiled(thick_restart.start, static_argnums=0)
-    advance = compiled(thick_restart.advance, static_argnums=0, donate_argnums=1)
-    eigenvectors = compiled(thick_restart.eigenvectors, static_argnums=0)
+    compiled = partial(_krylov.compiled, host_loop)
+    get = compiled(_krylov.get)
+    start = compiled(_thick_restart.start, static_argnums=0)
+    advance = compiled(_thick_restart.advance, static_argnums=0, donate_argnums=1)
+    eigenvectors = compiled(_thick_restart.eigenvectors, static_argnums=0)
     measured = compiled(_measured)
 
-    def next_product(search: thick_restart.Search) -> thick_restart.Search:
+    def next_product(search: _thick_restart.Search) -> _thick_restart.Search:
         v = get(search.basis, search.known)
-        advanced: thick_restart.Search = advance(plan, search, matvec(v), tol, key)
+        advanced: _thick_restart.Search = advance(plan, search, matvec(v), tol, key)
         return advanced
 
     def next_check(carry: tuple[jax.Array, Eigenpair]) -> tuple[jax.Array, Eigenpair]:
@@ -267,7 +264,7 @@ def top_eigenpairs(
         v = get(pairs.eigenvector, i)
         return i + 1, measured(i, pairs, v, matvec(v))
 
-    search = krylov.while_loop(
+    search = _krylov.while_loop(
         host_loop,
         lambda s: ~s.done & (s.products < max_matvecs - k),
         next_product,
@@ -276,8 +273,8 @@ def top_eigenpairs(
     zeros = [jnp.zeros(k, tree_math.accumulation_dtype(like)) for _ in range(2)]
     pairs = Eigenpair(eigenvectors(plan, search), *zeros)
     first = (jnp.zeros((), jnp.int32), pairs)
-    _, pairs = krylov.while_loop(host_loop, lambda c: c[0] < k, next_check, first)
-    rank = thick_restart.rank_of(pairs.eigenvalue, plan.by_magnitude)
+    _, pairs = _krylov.while_loop(host_loop, lambda c: c[0] < k, next_check, first)
+    rank = _thick_restart.rank_of(pairs.eigenvalue, plan.by_magnitude)
     order = jnp.argsort(rank, descending=True)
     return Eigenpair(*jax.tree.map(lambda x: x[order], pairs))
 

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eigensam_jax import _scalars, arguments, krylov, tree_math
+from eigensam_jax import tree_math
+from eigensam_jax._update import arguments, scalars
+from eigensam_jax.eigen import _krylov
 from eigensam_jax.hessian import Matvec
-from eigensam_jax.trackers.tracker import Tracker
+from eigensam_jax.trackers._tracker import Tracker
 from eigensam_jax.tree_math import PyTree
 
 
@@ -122,7 +124,7 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
         length = tree_math.norm(product)
         unit = tree_math.scale(tree_math.safe_inverse(length), product)
         cosines = jnp.stack(tree_math.vdots((v, unit), (p, unit)))
-        sine = _scalars.safe_sqrt(1 - cosines[0] ** 2)
+        sine = scalars.safe_sqrt(1 - cosines[0] ** 2)
         # Of the first products the mean; then an average with a memory.
         rate = jnp.maximum(gain, 1 / (1 + turns).astype(length.dtype))
         residual = jnp.where(turn == 0, length * sine, state.residual)
@@ -168,25 +170,25 @@ def _turned(state: RitzState, difference: PyTree, decay: float) -> RitzState:
         (v, v), (v, p), (p, p), (v, x), (p, x), (x, x)
     )
     # (v, p) times `basis` is orthonormal: else rounding would add up over the steps.
-    scale_v, scale_x = _scalars.safe_rsqrt(jnp.stack([vv, xx]))
-    scale_p = _scalars.safe_rsqrt(pp - (scale_v * vp) ** 2)
+    scale_v, scale_x = scalars.safe_rsqrt(jnp.stack([vv, xx]))
+    scale_p = scalars.safe_rsqrt(pp - (scale_v * vp) ** 2)
     basis = jnp.stack([scale_v, -scale_p * vp * scale_v**2, 0 * vp, scale_p])
     basis = basis.reshape(2, 2)
     inside = scale_x * jnp.stack([vx, px]) @ basis
     outside = 1 - jnp.sum(inside**2)
     rounding = 10 * np.finfo(outside.dtype).eps
-    outside = _scalars.safe_sqrt(jnp.where(outside > rounding, outside, 0))
+    outside = scalars.safe_sqrt(jnp.where(outside > rounding, outside, 0))
 
     coordinates = jnp.append(inside, outside)
     scatter = decay * jnp.pad(state.scatter, (0, 1))
     scatter += (1 - decay) * jnp.outer(coordinates, coordinates)
     usable = (scale_x > 0) & jnp.all(jnp.isfinite(scatter))
-    plane = krylov.eigh(jnp.where(usable, scatter, 0))[1][:, :0:-1]
+    plane = _krylov.eigh(jnp.where(usable, scatter, 0))[1][:, :0:-1]
     # Before the first product, nothing but the scatter ranks the directions.
     curvature = jnp.pad(state.curvature, (0, 1))
     ranked = jnp.where(state.num_products > 0, curvature, scatter)
     ranked = jnp.where(usable, plane.T @ ranked @ plane, 0)
-    axes = plane @ krylov.eigh(ranked)[1][:, ::-1]  # (v, p) in (v, p, q)
+    axes = plane @ _krylov.eigh(ranked)[1][:, ::-1]  # (v, p) in (v, p, q)
     # Eigenvectors have no sign of their own: they keep the one they had, or take x's.
     known = jnp.stack([scale_v, scale_p]) > 0
     kept = jnp.where(known, jnp.diagonal(axes), axes[2])
@@ -197,7 +199,7 @@ def _turned(state: RitzState, difference: PyTree, decay: float) -> RitzState:
     # A row of it says how much of v, p and x goes into the new v, or the new p.
     weights = jnp.concatenate([on_vp, scale_x * on_x[None]]).T
     weights = jnp.where(usable, weights, jnp.eye(2, 3, dtype=weights.dtype))
-    rows = _scalars.once(*weights.ravel()).reshape(2, 3)
+    rows = scalars.once(*weights.ravel()).reshape(2, 3)
 
     def combined(row: jax.Array, old: PyTree) -> PyTree:
         return jax.tree.map(
@@ -230,6 +232,6 @@ def _nearest_rotation(matrix: jax.Array) -> jax.Array:
     sign = jnp.where(a * d < b * c, -1, 1).astype(matrix.dtype)
     both = matrix + sign * jnp.stack([d, -c, -b, a]).reshape(2, 2)
     # Its columns are orthogonal and of one length.
-    inverse = _scalars.safe_rsqrt(jnp.sum(both[:, 0] ** 2))
+    inverse = scalars.safe_rsqrt(jnp.sum(both[:, 0] ** 2))
     identity = jnp.eye(2, dtype=both.dtype)
     return jnp.where(inverse > 0, both * inverse, identity)

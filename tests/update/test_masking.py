@@ -11,7 +11,8 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import eigensam_jax
-from eigensam_jax import arguments, eigen_sam, info, masking, sam
+from eigensam_jax import eigen_sam, info, sam
+from eigensam_jax._update import arguments, masking
 
 PARAMS = {"body": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "head": jnp.ones(4)}
 

@@ -17,15 +17,16 @@ class NaiveRitz:
         self.decay, self.gain, self.num_products = decay, gain, 0
         self.residual = 0.0
 
-    def turn(self, x, keep, weight):
+    def turn(self, x):
         x = x / np.linalg.norm(x)
         rest = x - self.basis.T @ (self.basis @ x)
         frame = np.vstack([self.basis, rest / np.linalg.norm(rest)])
         scatter, curvature = np.zeros((3, 3)), np.zeros((3, 3))
         scatter[:2, :2], curvature[:2, :2] = self.scatter, self.curvature
-        scatter = keep * scatter + weight * np.outer(frame @ x, frame @ x)
+        scatter *= self.decay
+        scatter += (1 - self.decay) * np.outer(frame @ x, frame @ x)
         plane = np.linalg.eigh(scatter)[1][:, :0:-1]
-        ranked = curvature if curvature.any() else scatter
+        ranked = curvature if self.num_products else scatter
         axes = plane @ np.linalg.eigh(plane.T @ ranked @ plane)[1][:, ::-1]
         self.basis = axes.T @ frame
         self.scatter = axes.T @ scatter @ axes
@@ -44,7 +45,6 @@ class NaiveRitz:
         new[turn] = new[:, turn] = self.basis @ product
         self.curvature += rate * (new - self.curvature)
         self.num_products += 1
-        self.turn(product, 1, self.gain)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -68,7 +68,7 @@ def test_against_a_naive_rewrite_with_a_dense_hessian(seed):
             if count % interval == 0 and count > 0:  # at first there is nothing yet
                 naive.refresh(matrix)
             epsilon = rng.normal(size=6)
-            naive.turn(matrix @ epsilon, decay, 1 - decay)
+            naive.turn(matrix @ epsilon)
             state = step(state, jnp.asarray(matrix), epsilon, jnp.int32(count))
             v, p = state.eigenvector, state.companion
             np.testing.assert_allclose(abs(v @ naive.basis[0]), 1, rtol=1e-9)

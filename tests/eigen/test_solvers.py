@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from problems import SPECTRA, dense_hessian, flatten, network, symmetric
 
-from eigensam_jax import eigen, hessian, krylov, tree_math
+from eigensam_jax import eigen, hessian, tree_math
+from eigensam_jax.eigen import _krylov
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -274,7 +275,9 @@ def test_derivatives_are_finite_where_there_is_nothing_to_differentiate(solve):
 def test_eigh_has_finite_derivatives_at_equal_eigenvalues():
     matrix = jnp.diag(jnp.array([1.0, 1.0, 3.0]))
     change = jnp.zeros((3, 3)).at[2, 2].set(1.0)
-    (_, vectors), (values_dot, vectors_dot) = jax.jvp(krylov.eigh, (matrix,), (change,))
+    (_, vectors), (values_dot, vectors_dot) = jax.jvp(
+        _krylov.eigh, (matrix,), (change,)
+    )
     np.testing.assert_allclose(values_dot, [0, 0, 1], atol=1e-6)
     np.testing.assert_allclose(vectors_dot, 0 * vectors, atol=1e-6)
 
@@ -282,5 +285,5 @@ def test_eigh_has_finite_derivatives_at_equal_eigenvalues():
 def test_a_product_whose_norm_is_infinite_is_not_taken_for_zero():
     pair = eigen.lanczos(lambda v: v * jnp.inf, jnp.ones(4), 3)
     assert not jnp.isfinite(pair.eigenvalue)
-    step = krylov.extend(jnp.eye(3, 4), 2, jnp.array([0.0, jnp.inf, 0.0, 1.0]))
+    step = _krylov.extend(jnp.eye(3, 4), 2, jnp.array([0.0, jnp.inf, 0.0, 1.0]))
     assert not jnp.isfinite(step.length)

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from eigensam_jax import arguments, krylov, tree_math
+from eigensam_jax import tree_math
+from eigensam_jax._update import arguments
+from eigensam_jax.eigen import _krylov
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
@@ -85,14 +87,14 @@ def spectral_density(
     """
     arguments.check_positive_int("num_matvecs", num_matvecs, "products per sample")
     arguments.check_positive_int("num_samples", num_samples, "random vectors")
-    key, like = jax.random.key(seed), krylov.zeros_like(like)
-    start = krylov.compiled(host_loop, _random_start, static_argnums=2)
-    get = krylov.compiled(host_loop, krylov.get)
-    grow = krylov.compiled(host_loop, krylov.grow, donate_argnums=1)
+    key, like = jax.random.key(seed), _krylov.zeros_like(like)
+    start = _krylov.compiled(host_loop, _random_start, static_argnums=2)
+    get = _krylov.compiled(host_loop, _krylov.get)
+    grow = _krylov.compiled(host_loop, _krylov.grow, donate_argnums=1)
 
     def product(
-        carry: tuple[jax.Array, krylov.Tridiagonal],
-    ) -> tuple[jax.Array, krylov.Tridiagonal]:
+        carry: tuple[jax.Array, _krylov.Tridiagonal],
+    ) -> tuple[jax.Array, _krylov.Tridiagonal]:
         i, space = carry
         return i + 1, grow(i, space, matvec(get(space.basis, i)))
 
@@ -101,13 +103,15 @@ def spectral_density(
     ) -> tuple[jax.Array, SpectralDensity]:
         i, (nodes, weights) = carry
         space = start(jax.random.fold_in(key, i), like, num_matvecs)
-        _, space = krylov.while_loop(
+        _, space = _krylov.while_loop(
             host_loop,
             lambda inner: inner[0] < num_matvecs,
             product,
             (jnp.zeros((), jnp.int32), space),
         )
-        values, vectors = krylov.eigh(krylov.dense(space.diagonal, space.off_diagonal))
+        values, vectors = _krylov.eigh(
+            _krylov.dense(space.diagonal, space.off_diagonal)
+        )
         shares = vectors[0] ** 2
         shares /= shares.sum() * num_samples
         return i + 1, SpectralDensity(
@@ -116,7 +120,7 @@ def spectral_density(
 
     dtype = tree_math.accumulation_dtype(like)
     empty = [jnp.zeros((num_samples, num_matvecs), dtype) for _ in range(2)]
-    _, density = krylov.while_loop(
+    _, density = _krylov.while_loop(
         host_loop,
         lambda carry: carry[0] < num_samples,
         sample,
@@ -125,8 +129,10 @@ def spectral_density(
     return density
 
 
-def _random_start(key: jax.Array, like: PyTree, num_matvecs: int) -> krylov.Tridiagonal:
-    return krylov.tridiagonal(krylov.random_vector(key, like), num_matvecs)
+def _random_start(
+    key: jax.Array, like: PyTree, num_matvecs: int
+) -> _krylov.Tridiagonal:
+    return _krylov.tridiagonal(_krylov.random_vector(key, like), num_matvecs)
 
 
 def smooth_density(

@@ -41,7 +41,7 @@ def add(weights: PyTree, epsilon: PyTree, count: jax.Array) -> PyTree:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from eigensam_jax import rounding
+      >>> from eigensam_jax._update import rounding
       >>> w = jnp.ones(10_000, jnp.bfloat16)  # the next number is 1.0078
       >>> epsilon = jnp.linspace(0, 0.002, 10_000)
       >>> float((w + epsilon.astype(w.dtype) - w).sum())  # to the nearest
@@ -74,7 +74,7 @@ def cast(tree: PyTree, dtype: DTypeLike, count: jax.Array) -> PyTree:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from eigensam_jax import rounding
+      >>> from eigensam_jax._update import rounding
       >>> x = jnp.linspace(1, 1.002, 10_000)  # after 1, bfloat16 has 1.0078
       >>> mean = rounding.cast(x, jnp.bfloat16, jnp.int32(0)).astype(x.dtype).mean()
       >>> bool(abs(mean - 1.001) < 1e-4)
@@ -100,7 +100,7 @@ def spread_like(tree: PyTree, seed: jax.Array) -> PyTree:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from eigensam_jax import rounding
+      >>> from eigensam_jax._update import rounding
       >>> x = rounding.spread_like(jnp.zeros(10_000), jnp.int32(0))
       >>> f"{x.min():.1f} {x.max():.1f}", bool(abs(x.mean()) < 0.02)
       ('-1.0 1.0', True)

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eigensam_jax import arguments, eigen, rounding, tree_math
+from eigensam_jax import eigen, tree_math
+from eigensam_jax._update import arguments, rounding
 from eigensam_jax.hessian import Matvec
-from eigensam_jax.trackers.tracker import Tracker, unchanged
+from eigensam_jax.trackers._tracker import Tracker, unchanged
 from eigensam_jax.tree_math import PyTree
 
 

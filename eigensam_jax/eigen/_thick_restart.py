@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from eigensam_jax import krylov, tree_math
+from eigensam_jax import tree_math
+from eigensam_jax.eigen import _krylov
 from eigensam_jax.tree_math import PyTree
 
 
@@ -80,10 +81,10 @@ def plan(k: int, dimension: int, by_magnitude: bool) -> Plan:
 def start(plan: Plan, v0: PyTree, key: jax.Array) -> Search:
     """The search before its first product, from `v0` or, if zero, at random."""
     dtype = tree_math.accumulation_dtype(v0)
-    anywhere = krylov.random_vector(key, tree_math.zeros_like(v0))
+    anywhere = _krylov.random_vector(key, tree_math.zeros_like(v0))
     first = tree_math.where(tree_math.norm(v0) == 0, anywhere, v0)
     return Search(
-        basis=krylov.tridiagonal(first, plan.size).basis,
+        basis=_krylov.tridiagonal(first, plan.size).basis,
         projection=jnp.zeros((plan.size, plan.size), dtype),
         known=jnp.zeros((), jnp.int32),
         products=jnp.zeros((), jnp.int32),
@@ -99,7 +100,7 @@ def advance(
     """The search after the product with the next vector of its basis."""
     index, known, count = search.known, search.known + 1, search.products + 1
     full = known == plan.size
-    step = krylov.extend(search.basis, known, product)
+    step = _krylov.extend(search.basis, known, product)
     finite = jnp.isfinite(step.length)
     column = jnp.where(finite, step.coefficients[: plan.size], jnp.nan)
     projection = search.projection.at[index].set(column).at[:, index].set(column)
@@ -120,12 +121,12 @@ def advance(
         rows = jnp.arange(plan.size, dtype=jnp.int32)[:, None] < kept
         rotation = jnp.pad(jnp.where(rows, ritz.vectors.T, 0), (0, 1))
         last = jnp.where(fresh_start, 0, jnp.ones((), rotation.dtype))
-        return krylov.combine(rotation.at[kept, known].set(last), basis)
+        return _krylov.combine(rotation.at[kept, known].set(last), basis)
 
     def refreshed(basis: PyTree) -> PyTree:
-        zeros = tree_math.zeros_like(krylov.get(basis, kept))
-        vector = krylov.random_vector(jax.random.fold_in(key, count), zeros)
-        return krylov.extend(basis, kept, vector).basis
+        zeros = tree_math.zeros_like(_krylov.get(basis, kept))
+        vector = _krylov.random_vector(jax.random.fold_in(key, count), zeros)
+        return _krylov.extend(basis, kept, vector).basis
 
     keep = lambda basis: basis
     basis = jax.lax.cond(restart, restarted, keep, step.basis)
@@ -149,7 +150,7 @@ def advance(
 def eigenvectors(plan: Plan, search: Search) -> PyTree:
     """The `k` wanted Ritz vectors, as a basis."""
     vectors = _ritz(plan, search.projection, search.known).vectors
-    return krylov.combine(
+    return _krylov.combine(
         jnp.pad(vectors[:, : plan.k].T, ((0, 0), (0, 1))), search.basis
     )
 
@@ -182,7 +183,7 @@ def _judge(
 
 def _ritz(plan: Plan, projection: jax.Array, known: jax.Array) -> _Ritz:
     index = jnp.arange(plan.size, dtype=jnp.int32)
-    values, vectors = krylov.eigh_known(projection, index < known)
+    values, vectors = _krylov.eigh_known(projection, index < known)
     missing = index < plan.size - known
     lowest = np.finfo(values.dtype).min
     rank = jnp.where(missing, lowest, rank_of(values, plan.by_magnitude))

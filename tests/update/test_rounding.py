@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import eigensam_jax
-from eigensam_jax import rounding
+from eigensam_jax._update import rounding
 
 NARROW = [jnp.bfloat16, jnp.float16]
 

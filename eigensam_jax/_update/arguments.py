@@ -11,8 +11,9 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from eigensam_jax import devices, tree_math
-from eigensam_jax.devices import Axes, AxisName
+from eigensam_jax import tree_math
+from eigensam_jax._update import devices
+from eigensam_jax._update.devices import Axes, AxisName
 from eigensam_jax.hessian import GradFn, ValueFn
 from eigensam_jax.tree_math import PyTree
 

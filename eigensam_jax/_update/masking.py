@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from eigensam_jax import arguments, tree_math
+from eigensam_jax import tree_math
+from eigensam_jax._update import arguments
 from eigensam_jax.tree_math import PyTree
 
 Mask = PyTree | Callable[[PyTree], PyTree] | None

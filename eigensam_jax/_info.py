@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from eigensam_jax.sharpness_aware import SharpnessAwareState
+from eigensam_jax._update.update import SharpnessAwareState
 from eigensam_jax.tree_math import PyTree
 
 

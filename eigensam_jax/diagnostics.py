@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from eigensam_jax import arguments, eigen, hessian, tree_math
+from eigensam_jax import eigen, hessian, tree_math
+from eigensam_jax._update import arguments
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.hessian import GradFn, HvpMode, ValueFn
 from eigensam_jax.tree_math import PyTree

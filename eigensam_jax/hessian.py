@@ -208,6 +208,12 @@ def mean_matvec(
 def num_batches(batches: PyTree) -> int:
     """The common length of the leading axes of a tree of arrays.
 
+    Args:
+      batches: the tree.
+
+    Returns:
+      The length.
+
     Raises:
       ValueError: where leaves have no leading axis, or none in common.
     """

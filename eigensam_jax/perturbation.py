@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from eigensam_jax import _scalars, tree_math
+from eigensam_jax import tree_math
+from eigensam_jax._update import scalars
 from eigensam_jax.tree_math import PyTree
 
 
@@ -63,7 +64,7 @@ def sam(grads: PyTree, rho: ArrayLike) -> Perturbation:
     grad_norm = tree_math.norm(grads)
     rho = jnp.asarray(rho, grad_norm.dtype)
     inverse = tree_math.safe_inverse(grad_norm)
-    (factor,) = _scalars.once(rho * inverse)
+    (factor,) = scalars.once(rho * inverse)
     epsilon = tree_math.scale(factor, grads)
     return _where_usable(inverse, Perturbation(epsilon, rho, grad_norm))
 
@@ -120,9 +121,9 @@ def asam(
     scaled = times_t(unit)
     direction = times_t(scaled)
     squares = tree_math.vdots((scaled, scaled), (direction, direction))
-    scaled_norm, direction_norm = map(_scalars.safe_sqrt, squares)
+    scaled_norm, direction_norm = map(scalars.safe_sqrt, squares)
     inverse = tree_math.safe_inverse(scaled_norm)
-    (factor,) = _scalars.once(jnp.asarray(rho, grad_norm.dtype) * inverse)
+    (factor,) = scalars.once(jnp.asarray(rho, grad_norm.dtype) * inverse)
     epsilon = tree_math.scale(factor, direction)
     norm = factor * direction_norm
     return _where_usable(inverse, Perturbation(epsilon, norm, grad_norm))
@@ -172,7 +173,7 @@ def eigen_sam(
     added = alpha * jnp.abs(sign) * (1 - cosine) * (1 + cosine)  # α‖v⊥‖²
     length = jnp.sqrt(1 + alpha * added)
     # ρ/‖g‖ is the outer factor, as in `sam`, so that α = 0 rounds as `sam` does.
-    on_g, on_v, factor, norm, projection = _scalars.once(
+    on_g, on_v, factor, norm, projection = scalars.once(
         1 - alpha * cosine,
         alpha * sign * grad_norm,
         rho * inverse,

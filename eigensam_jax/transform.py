@@ -35,12 +35,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from eigensam_jax import arguments, hessian, perturbation, trackers
-from eigensam_jax.devices import AxisName
+from eigensam_jax import hessian, perturbation, trackers
+from eigensam_jax._update import arguments
+from eigensam_jax._update.devices import AxisName
+from eigensam_jax._update.masking import Mask
+from eigensam_jax._update.update import sharpness_aware
 from eigensam_jax.hessian import HvpMode
-from eigensam_jax.masking import Mask
 from eigensam_jax.perturbation import Perturbation
-from eigensam_jax.sharpness_aware import sharpness_aware
 from eigensam_jax.trackers import Tracker, TrackerState
 from eigensam_jax.tree_math import PyTree
 
@@ -85,7 +86,7 @@ def sam(
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Its state is a
-      `sharpness_aware.SharpnessAwareState`. Its `update` needs `params` and the keyword
+      `SharpnessAwareState`, which `info` reads. Its `update` needs `params` and the keyword
       argument `value_fn`, params -> scalar, the loss on the current batch; or
       `grad_fn`, where the loss alone is not enough (micro-batches, loss scaling):
       params -> gradient tree, or params -> (value, gradient tree) as

@@ -219,33 +219,34 @@ def norm(tree: PyTree) -> jax.Array:
 def _norm(tree: PyTree) -> jax.Array:
     dtype = accumulation_dtype(tree)
     exponents = np.finfo(dtype).maxexp
-    low, high, step = (2.0 ** (exponents * x) for x in (-0.75, 0.75, 0.625))
+    # The square of `up` is finite, as XLA may multiply 0 by it, for a tree of zeros.
+    low, high, up, down = (2.0 ** (exponents * x) for x in (-0.75, 0.75, 0.49, -0.625))
     one = jnp.ones((), dtype)
 
     def attempt(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        divisor, *_ = carry
-        # Divided, as (0·c)·(0·c), for a tree known to be 0, XLA would make 0·(c·c).
-        scaled = jax.tree.map(lambda x: x / divisor.astype(x.dtype), tree)
+        factor, *_ = carry
+        scaled = scale(factor, tree)
         squared = vdot(scaled, scaled)
-        rescaled = jnp.where(squared < low, one / step, one)
-        rescaled = jnp.where(squared > high, step * one, rescaled)
-        following = jnp.where(divisor == 1, rescaled, divisor)
-        return following, squared, following == divisor
+        rescaled = jnp.where(squared < low, up * one, one)
+        rescaled = jnp.where(squared > high, down * one, rescaled)
+        following = jnp.where(factor == 1, rescaled, factor)
+        return following, squared, following == factor
 
     first = attempt((one,))
     if not isinstance(first[1], jax.core.Tracer):
-        divisor, squared, _ = first if first[2] else attempt(first)
-        return jnp.sqrt(squared) * divisor
-    # A loop, so that the sums over all leaves are in the program once.
-    start = jax.tree.map(lambda x, y: _varying_as(y, x), first, (one, one, one > 1))
-    divisor, squared, _ = jax.lax.while_loop(lambda carry: ~carry[2], attempt, start)
-    return jnp.sqrt(squared) * divisor
+        factor, squared, _ = first if first[2] else attempt(first)
+    else:
+        # A loop, so that the sums over all leaves are in the program once.
+        start = jax.tree.map(lambda x, y: _varying_as(y, x), first, (one, one, one > 1))
+        factor, squared, _ = jax.lax.while_loop(lambda c: ~c[2], attempt, start)
+    return jnp.divide(jnp.sqrt(squared), factor)
 
 
 def _varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
     """`x`, varying over the axes of `shard_map` that `like` varies over."""
     axes = tuple(jax.typeof(like).manual_axis_type.varying)
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
+    result: jax.Array = jax.lax.pcast(x, axes, to="varying") if axes else x
+    return result
 
 
 @_norm.defjvp

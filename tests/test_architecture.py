@@ -8,54 +8,87 @@ from pathlib import Path
 import eigensam_jax
 
 ROOT = Path(eigensam_jax.__file__).parent
-LAYERS = [
-    {"tree_math"},
+LAYERS = [  # the modules of `_update` have floors of their own
+    {"tree_math", "scalars"},
     {"devices"},
     {"hessian"},
     {"arguments"},
-    {"krylov"},
-    {"density", "thick_restart"},
     {"eigen", "masking", "perturbation", "rounding"},
     {"trackers"},
-    {"sharpness_aware"},
+    {"update"},
     {"transform"},
     {"_info", "diagnostics", "linen", "nnx"},
     {"sde"},
     {"__init__"},
-    {"experiments", "benchmarks"},  # which may import each other
+    {"experiments"},
     {"__main__"},
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+EXPERIMENTS = [  # the floors of the rooms around it
+    {"errors"},
+    {"data", "records"},
+    {"models", "entries"},
+    {"registry"},
+    {"training"},
+    {"options"},
+    {"study", "track", "spectrum", "sde", "bench"},  # none of which imports another
+    {"wings"},
+    {"report"},
+    {"cli"},
+]
+MOST_MODULES, MOST_LINES = 14, 300  # of a folder, of a module
 
 
 def imported_modules(path):
-    """Names of the package's own modules that a file imports."""
+    """The full names of what a file imports of the package, wherever it does."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "eigensam_jax":
-            for alias in node.names:
-                yield alias.name if alias.name in LEVEL else "__init__"
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = node.module.split(".")
-            if names[0] == "eigensam_jax":
-                yield names[1]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == "eigensam_jax":
-                    yield "__init__"
+            yield from (f"{alias.name}.__init__" for alias in node.names)
+
+
+def room_of(parts):
+    return parts[1] if parts[0] == "_update" and len(parts) > 1 else parts[0]
+
+
+def imports(folder, name, floors):
+    """Every import in a folder of another room there: file, room, other, floors."""
+    level = {room: i for i, rooms in enumerate(floors) for room in rooms}
+    for path in folder.rglob("*.py"):
+        room = room_of(path.relative_to(folder).with_suffix("").parts)
+        for imported in imported_modules(path):
+            if imported.startswith(f"{name}."):
+                other = room_of(imported.removeprefix(f"{name}.").split("."))
+                other = other if other in level else "__init__"
+                if other != room and room in level:
+                    yield path, room, other, level
 
 
 def test_imports_run_one_way():
-    seen = 0
-    for path in ROOT.rglob("*.py"):
-        module = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        for imported in imported_modules(path):
-            seen += 1
-            inside = module == imported or {module, imported} <= {
-                "experiments",
-                "benchmarks",
-            }
-            assert inside or LEVEL[imported] < LEVEL[module], (path, imported)
-    assert seen > 20
+    for floors, folder, name in (
+        (LAYERS, ROOT, "eigensam_jax"),
+        (EXPERIMENTS, ROOT / "experiments", "eigensam_jax.experiments"),
+    ):
+        found = list(imports(folder, name, floors))
+        for path, room, other, level in found:
+            assert level[other] < level[room], (path, other)
+        assert len(found) > 20
+
+
+def test_every_module_has_a_floor():
+    folder = ROOT / "experiments"
+    rooms = {path.stem for path in folder.iterdir()} - {"__pycache__", "__init__"}
+    assert rooms == set().union(*EXPERIMENTS)
+
+
+def test_folders_and_modules_are_small():
+    for folder in {path.parent for path in (ROOT / "experiments").rglob("*.py")}:
+        modules = list(folder.glob("*.py"))
+        assert len(modules) <= MOST_MODULES, folder
+        for path in modules:
+            assert len(path.read_text().splitlines()) <= MOST_LINES, path
 
 
 def test_the_core_imports_nothing_but_jax_and_optax():

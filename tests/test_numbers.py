@@ -5,8 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-RESULTS = ROOT / "eigensam_jax" / "experiments" / "results"
-COSTS = ROOT / "eigensam_jax" / "benchmarks" / "results"
+RESULTS = ROOT / "notebooks" / "results"
 
 
 def read(folder):
@@ -21,13 +20,13 @@ def test_two_commands_set_everything_up():
 
 
 def test_the_pages_name_the_machine():
-    for folder, name, files in (
-        (COSTS, "README.md", "*/results.json"),
-        (COSTS, "COST.md", "*/results.json"),
-        (RESULTS, "SDE.md", "sde_*/results.json"),
-        (RESULTS, "README.md", "[ac]*/*.json"),
+    for name, files in (
+        ("TRACKING.md", "track_*/results.json"),
+        ("COST.md", "bench_*/results.json"),
+        ("SDE.md", "sde_*/results.json"),
+        ("README.md", "[ac]*/*.json"),
     ):
-        page, found = (folder / name).read_text(), list(folder.glob(files))
+        page, found = (RESULTS / name).read_text(), list(RESULTS.glob(files))
         assert found
         for results in found:
             assert json.loads(results.read_text())["device"]["processor"] in page

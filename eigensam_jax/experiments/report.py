@@ -7,42 +7,33 @@ A page says where a table goes, and leaves its headers to whoever writes the pag
     | --- | --- |
 
 After `report:` come a folder of results (or several, with a + between them), the name
-of a table in `ROWS`, and what that table is of, where it takes anything. The rows under
-the headers are replaced. `run` in place of a table is the paragraph that says how long
-it took, and on what.
+of a table in the `tables` of their wing, and what that table is of, where it takes
+anything. The rows under the headers are replaced. `run` in place of a table is the
+paragraph that says how long it took, and on what.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eigensam_jax.benchmarks import bench_plots, bench_tables, track
-from eigensam_jax.benchmarks import plots as track_plots
-from eigensam_jax.experiments import (
-    plots,
-    sde,
-    sde_tables,
-    spectrum_tables,
-    study_plots,
-    study_tables,
-)
 from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.wings import WINGS, wing_of
 
 Document = dict[str, Any]
-Rows = list[list[str]]
 
-FOLDERS = ("eigensam_jax/experiments/results", "eigensam_jax/benchmarks/results")
-PAGES = ("README.md", "notebooks/*.md", *(f"{folder}/*.md" for folder in FOLDERS))
+FOLDER = "notebooks/results"
+PAGES = ("README.md", "notebooks/*.md", f"{FOLDER}/*.md")
 _MARK = re.compile(r"<!-- report: (\S+) (\S+) ?([^>]*?) -->\n")
 
 
-def run(root: Path) -> list[Path]:
+def run(root: Path, only: str | None = None) -> list[Path]:
     """Brings the pages and plots of a clone up to date.
 
     Args:
       root: the folder of the clone.
+      only: the name of the wing whose results are reported; None for all.
 
     Returns:
       What was written, plots first; pages only where they changed.
@@ -53,11 +44,16 @@ def run(root: Path) -> list[Path]:
     found = results_of(root)
     if not found:
         raise UserError(
-            f"--root {root} holds no results under {FOLDERS[0]}; name a clone's folder"
+            f"--root {root} holds no results under {FOLDER}; name a clone's folder"
         )
     pages = {path: path.read_text("utf-8") for path in pages_of(root)}
-    new = {path: rendered(text, found, path.name) for path, text in pages.items()}
-    written = [path for name in found for path in _draw(root, name, found[name])]
+    new = {path: rendered(text, found, path.name, only) for path, text in pages.items()}
+    written = []
+    for name, document in found.items():
+        wing, folder = wing_of(document), root / FOLDER / name
+        if only in (None, wing):
+            WINGS[wing].plots(document, folder)
+            written += sorted(folder.glob("*.png"))
     for path, text in new.items():
         if text != pages[path]:
             path.write_text(text, "utf-8")
@@ -69,8 +65,7 @@ def results_of(root: Path) -> dict[str, Document]:
     """The results files of a clone, by the names of their folders."""
     return {
         path.parent.name: json.loads(path.read_text("utf-8"))
-        for folder in FOLDERS
-        for path in sorted(root.glob(f"{folder}/*/*.json"))
+        for path in sorted(root.glob(f"{FOLDER}/*/*.json"))
     }
 
 
@@ -80,29 +75,39 @@ def pages_of(root: Path) -> Iterator[Path]:
         yield from sorted(root.glob(pattern))
 
 
-def rendered(text: str, found: dict[str, Document], page: str) -> str:
+def rendered(
+    text: str, found: dict[str, Document], page: str, only: str | None = None
+) -> str:
     """A page with the rows and paragraphs that the results files say.
 
     Args:
       text: of the page.
       found: the results files, by folder.
       page: its name, for errors.
+      only: the name of the wing whose tables are written; None for all.
     """
     first, *pieces = _MARK.split(text)
     result = [first]
     for where, name, what, rest in zip(*(pieces[i::4] for i in range(4)), strict=True):
-        folders = where.split("+")
-        if name not in ROWS or not set(folders) <= set(found):
+        folders, tables = where.split("+"), dict[str, Any]()
+        wing = wing_of(found[folders[0]]) if folders[0] in found else None
+        if wing is not None and set(folders) <= set(found):
+            tables = WINGS[wing].tables([found[folder] for folder in folders])
+        if name not in ("run", *tables):
             raise UserError(
                 f"{page} asks for the table {name} of {where}; there are "
-                f"{', '.join(ROWS)} of {', '.join(found)}"
+                f"{', '.join(('run', *tables))} of {', '.join(found)}"
             )
         block, *after = re.split(r"\A\n|\n\n", rest, maxsplit=1)
-        headers = [] if name == "run" else block.splitlines()[:2]
-        rows = ROWS[name]([found[folder] for folder in folders], what)
+        lines = block.splitlines()
+        if only in (None, wing) and name == "run":
+            lines = provenance(found[folders[0]])
+        elif only in (None, wing):
+            rows = (f"| {' | '.join(row)} |" for row in tables[name](what))
+            lines = [*lines[:2], *rows]
         mark = " ".join(part for part in (where, name, what) if part)
-        lines = [f"<!-- report: {mark} -->", *headers, *rows]
-        result += ["\n".join(lines), "\n\n" if after else "\n", *after]
+        block = "\n".join([f"<!-- report: {mark} -->", *lines])
+        result += [block, "\n\n" if after else "\n", *after]
     return "".join(result)
 
 
@@ -117,72 +122,3 @@ def provenance(document: Document) -> list[str]:
         f"({chip}{device['processor']}, {device['cores']} cores), "
         f"jax {versions['jax']}."
     ]
-
-
-def _table(rows: Callable[[list[Document], str], Rows]) -> Any:
-    return lambda documents, what: [
-        f"| {' | '.join(row)} |" for row in rows(documents, what)
-    ]
-
-
-def _of_runs(rows: Callable[[list[Any]], Rows]) -> Any:
-    return _table(lambda documents, _: rows(documents[0]["runs"]))
-
-
-def _of_study(rows: Callable[[list[Any], str], Rows]) -> Any:
-    return _table(lambda documents, what: rows(documents[0]["runs"], what))
-
-
-def _bench(documents: list[Document], model: str) -> Rows:
-    (record,) = (run for run in documents[0]["runs"] if run["model"] == model)
-    return bench_tables.summary(record)
-
-
-ROWS: dict[str, Callable[[list[Document], str], list[str]]] = {
-    "run": lambda documents, _: provenance(documents[0]),
-    "track": _table(lambda d, alpha: track.summary(d[0]["runs"], float(alpha))),
-    "track_differences": _of_runs(track.differences),
-    "track_across": _table(lambda d, _: track.across([x["runs"] for x in d])),
-    "bench": _table(_bench),
-    "bench_across": _of_runs(bench_tables.across),
-    "growth": _of_runs(bench_tables.growth_summary),
-    "devices": _of_runs(bench_tables.devices_summary),
-    "spectrum": _table(lambda d, count: spectrum_tables.summary(d[0])[: int(count)]),
-    "distances": _of_runs(sde_tables.distances),
-    "sde_differences": _of_runs(sde_tables.differences),
-    "slopes": _of_runs(sde_tables.slopes),
-    "moments": _of_runs(sde_tables.moments),
-    "rates": _of_runs(sde_tables.rates),
-    "costs": _of_runs(sde_tables.costs),
-    "tuning": _of_runs(study_tables.tuning),
-    "summary": _of_study(study_tables.summary),
-    "paired": _of_study(study_tables.paired),
-    "against_first": _of_study(study_tables.against_first),
-    "over_training": _of_study(study_tables.over_training),
-}
-
-
-def _draw(root: Path, name: str, document: Document) -> list[Path]:
-    """Draws the plots of a results file anew."""
-    (folder,) = (root / x / name for x in FOLDERS if (root / x / name).is_dir())
-    config, runs = document.get("config", {}), document.get("runs", [])
-    title = ", ".join(str(config[x]) for x in ("dataset", "model") if x in config)
-    kind = name.partition("_")[0]
-    if kind in study_plots.DRAW:
-        study_plots.DRAW[kind](runs, title, folder / f"{kind}.png")
-    elif kind == "sde":
-        sde.draw(document, folder)
-    elif kind == "spectrum":
-        title += f", {config['optimizer']}"
-        plots.spectrum(document, title, folder / "spectrum.png")
-    else:
-        draw: dict[str, Callable[[], None]] = {
-            "track": lambda: track_plots.track(runs, title, folder / "track.png"),
-            "bench": lambda: (
-                bench_plots.growth(runs, folder / "growth.png")
-                if name.endswith("growth")
-                else bench_plots.bench(runs, folder / "bench.png")
-            ),
-        }
-        draw[kind]()
-    return sorted(folder.glob("*.png"))

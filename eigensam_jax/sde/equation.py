@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from eigensam_jax import arguments, eigen, hessian, perturbation, tree_math
+from eigensam_jax import eigen, hessian, perturbation, tree_math
+from eigensam_jax._update import arguments
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.perturbation import Perturbation
 from eigensam_jax.sde import expansion

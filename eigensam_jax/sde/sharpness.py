@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
 from jax.typing import ArrayLike
 
-from eigensam_jax import arguments, diagnostics, hessian, tree_math
+from eigensam_jax import diagnostics, hessian, tree_math
+from eigensam_jax._update import arguments
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.sde import equation, expansion
 from eigensam_jax.sde.expansion import BatchValueFn

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from eigensam_jax import arguments, hessian, tree_math
+from eigensam_jax import hessian, tree_math
+from eigensam_jax._update import arguments
 from eigensam_jax.sde import equation
 from eigensam_jax.sde.expansion import BatchValueFn, Order
 from eigensam_jax.tree_math import PyTree

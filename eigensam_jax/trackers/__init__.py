@@ -2,24 +2,20 @@
 
 A `Tracker` is three pure functions around a state, called by `eigen_sam` in this order:
 
-    state = tracker.init(params)                                # once
-    state = tracker.refresh(state, matvec, count, due)          # before ε is made
-    state = tracker.observe(state, perturbation, gradient_change, count)    # after
+    state = tracker.init(params)                                        # once
+    state = tracker.refresh(state, matvec)                              # before ε
+    state = tracker.observe(state, gradient_change, projection, radius)  # after it
 
-`observe` on every `tracker.observe_interval` steps.
-
-A state is a NamedTuple of arrays with the fields `eigenvector`, `eigenvalue` and
-`residual` of an `eigensam_jax.eigen.Eigenpair`, and whatever else the tracker carries;
-its structure, shapes and dtypes never change. `eigen_sam` adds nothing along the
-eigenvector while `eigenvalue` is negative.
+the latter two on every `tracker.refresh_interval` and `tracker.observe_interval` steps.
 """
 
-from eigensam_jax.trackers.averaging import SecantState, secant
-from eigensam_jax.trackers.plane import RitzState, ritz
-from eigensam_jax.trackers.refreshing import lanczos, power_iteration
-from eigensam_jax.trackers.tracker import Tracker, TrackerState
+from eigensam_jax.trackers._refreshing import EigenpairState, lanczos, power_iteration
+from eigensam_jax.trackers._ritz import RitzState, ritz
+from eigensam_jax.trackers._secant import SecantState, secant
+from eigensam_jax.trackers._tracker import Tracker, TrackerState
 
 __all__ = [
+    "EigenpairState",
     "RitzState",
     "SecantState",
     "Tracker",

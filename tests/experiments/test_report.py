@@ -64,13 +64,15 @@ def test_what_there_is_not_is_named(mark):
 
 
 def test_the_command_writes_pages_and_plots(tmp_path, capsys):
-    folder = tmp_path / report.FOLDERS[0] / "spectrum_digits"
-    shutil.copytree(ROOT / report.FOLDERS[0] / "spectrum_digits", folder)
+    folder = tmp_path / report.FOLDER / "spectrum_digits"
+    shutil.copytree(ROOT / report.FOLDER / "spectrum_digits", folder)
     (folder / "spectrum.png").unlink()
     page = tmp_path / "README.md"
     page.write_text(
         "<!-- report: spectrum_digits spectrum 2 -->\n| i | λ |\n| --- | --- |\n"
     )
+    assert cli.main(["report", "--only", "track", "--root", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == ""  # of which there is nothing here
     assert cli.main(["report", "--root", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert str(page) in printed

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eigensam_jax import eigen, rounding, trackers, tree_math
+from eigensam_jax import eigen, trackers, tree_math
+from eigensam_jax._update import rounding
 
 PARAMS = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2, jnp.bfloat16)}
 SPECTRUM = {"w": jnp.arange(6.0).reshape(3, 2), "b": jnp.array([7.0, 10.0])}

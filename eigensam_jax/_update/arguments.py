@@ -1,0 +1,281 @@
+"""The checks of what users hand in, and the errors that say what to do instead."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+
+from eigensam_jax import tree_math
+from eigensam_jax._update import devices
+from eigensam_jax._update.devices import Axes, AxisName
+from eigensam_jax.hessian import GradFn, ValueFn
+from eigensam_jax.tree_math import PyTree
+
+_CALL = "tx.update(grads, opt_state, params, value_fn=lambda p: loss(p, batch))"
+_GRAD_REMEDY = "Return the gradient, or (value, gradient) as jax.value_and_grad does."
+
+
+def require(valid: bool, name: str, value: Any, what: str, remedy: str = "") -> None:
+    """Refuses the value of the argument `name` unless it is `valid`."""
+    if not valid:
+        raise ValueError(f"{name} must be {what}, got {value!r}{remedy}.")
+
+
+def check_positive_int(name: str, value: int, meaning: str) -> None:
+    """Refuses a count that is not an integer of at least 1."""
+    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    remedy = f": the number of {meaning}"
+    require(is_int and value >= 1, name, value, "an integer of at least 1", remedy)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuses an unknown name."""
+    require(value in choices, name, value, f"one of {choices}")
+
+
+def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
+    """Refuses a Python number that is negative or not finite, and what is no scalar.
+
+    Traced values, and schedules where they are allowed, pass: they are not known here.
+    """
+    if schedule and callable(value):
+        return
+    if isinstance(value, jax.core.Tracer) and value.ndim == 0:
+        return
+    is_array = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    valid = (is_array or is_number) and 0 <= float(value) < float("inf")
+    others = ", a scalar array or a schedule" if schedule else " or a scalar array"
+    require(valid, name, value, f"a finite number of at least 0{others}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Refuses anything but a number of at least 0 and less than 1."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    valid = is_number and 0 <= float(value) < 1
+    require(valid, name, value, "a number of at least 0 and less than 1")
+
+
+def check_floating(name: str, dtype: DTypeLike | None) -> None:
+    """Refuses a dtype that is not floating-point or has fewer than 16 bits."""
+    try:
+        known = jnp.dtype(jnp.float32 if dtype is None else dtype)
+        valid = jnp.issubdtype(known, jnp.floating) and known.itemsize >= 2
+    except TypeError:
+        valid = False
+    remedy = ": give jnp.bfloat16 for the least memory, or None"
+    require(valid, name, dtype, "a floating-point dtype of 16 bits or more", remedy)
+
+
+def check_axis_name(axis_name: AxisName, per_device: bool) -> None:
+    """Refuses names of axes that are none, and `per_device` where there are none."""
+    names = devices.as_tuple(axis_name)
+    is_name = all(isinstance(name, str) for name in names)
+    valid = axis_name != () and is_name and len({*names}) == len(names)
+    remedy = ": the axes of pmap, shard_map or vmap over which batches differ"
+    what = "a string, a tuple of strings or None"
+    require(valid, "axis_name", axis_name, what, remedy)
+    if per_device and not names:
+        raise ValueError(
+            "per_device=True needs axis_name, got None: name the axis over which each "
+            "device is to perturb by itself. On one device, jax.vmap with an axis_name "
+            "over groups of the batch does it."
+        )
+
+
+def check_varying(updates: PyTree, axes: Axes, per_device: bool) -> None:
+    """Refuses gradients that are known to be a mean or not to be one, as is not meant.
+
+    Only `shard_map` with check_vma=True keeps track of that.
+    """
+    if per_device and (where := devices.replicated(updates, axes)):
+        raise ValueError(
+            f"updates are the same on all devices of the axes {where}, and "
+            "per_device=True wants each device's own: take the gradient with respect "
+            f"to jax.lax.pcast(params, {where}, to='varying'), without a mean. (With "
+            "respect to replicated params it is the sum over devices.)"
+        )
+    if not per_device and (where := devices.differing(updates, axes)):
+        raise ValueError(
+            f"updates differ between devices of the axes {where}: hand in "
+            f"jax.lax.pmean(grads, {where}), or give per_device=True for a "
+            "perturbation by each device. (Parameters that are sharded by hand are not "
+            "supported: leave them to jit.)"
+        )
+
+
+def check_update(
+    params: PyTree | None,
+    value_fn: ValueFn | None,
+    grad_fn: GradFn | None,
+    curvature_fn: ValueFn | None,
+    refresh: bool | None,
+) -> None:
+    """Refuses a call of `update` that lacks what a perturbed gradient needs."""
+    if params is None:
+        raise ValueError(
+            f"update needs params, got None: the loss is perturbed there. Call {_CALL}"
+        )
+    if value_fn is None and grad_fn is None:
+        raise ValueError(
+            "update needs value_fn or grad_fn, got neither: the gradient is taken "
+            f"again at the perturbed parameters. Call {_CALL} (If you did, a wrapper "
+            "dropped it: flax's TrainState.apply_gradients does, and "
+            "eigensam_jax.linen.TrainState's does not.)"
+        )
+    functions = {"value_fn": value_fn, "grad_fn": grad_fn, "curvature_fn": curvature_fn}
+    for name, function in functions.items():
+        valid, what = function is None or callable(function), "a function of params"
+        require(valid, name, function, what, f": call {_CALL}")
+    valid = isinstance(refresh, bool | np.bool_ | None)
+    remedy = ": make it a static argument of the jitted step, or leave it out"
+    require(valid, "refresh", refresh, "True, False or None", remedy)
+
+
+def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None:
+    """Refuses parameters that are not real floating-point arrays, or have holes.
+
+    And float8 or narrower where it is perturbed: in the leaves that are `selected`, by
+    default all.
+    """
+    is_hole = lambda x: isinstance(x, optax.MaskedNode)
+    if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
+        raise ValueError(
+            "params have holes (optax.MaskedNode): optax.masked or optax.partition is "
+            "around this transformation, and the loss needs all parameters. Give it "
+            "mask=... instead, and put the wrapper around what follows it."
+        )
+    leaves = jax.tree.leaves_with_path(params)
+    perturbed = (True,) * len(leaves) if selected is None else selected
+    for (path, leaf), chosen in zip(leaves, perturbed, strict=True):
+        is_number = isinstance(leaf, Real) and not isinstance(leaf, bool)
+        dtype = getattr(leaf, "dtype", jnp.result_type(leaf) if is_number else None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            remedy = (
+                "keep other leaves out of the parameters, by eqx.partition(model, "
+                "eqx.is_inexact_array) of an equinox module, by wrt=nnx.Param of a "
+                "Flax nnx model"
+            )
+            if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+                remedy = (
+                    "split complex ones into real and imaginary parts, and join them "
+                    "by jax.lax.complex in the loss (optax.contrib."
+                    "split_real_and_imaginary does not hand on value_fn)"
+                )
+        elif chosen and dtype.itemsize < 2:
+            remedy = (
+                "it holds no perturbation. Keep the parameter in bfloat16 or wider and "
+                "cast it in the loss, or leave it out by a mask"
+            )
+        else:
+            continue
+        raise ValueError(
+            f"params{jax.tree_util.keystr(path)} must be real floating-point of 16 "
+            f"bits or more, got {leaf if dtype is None else dtype}: {remedy}."
+        )
+
+
+def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
+    """`value_fn`, with an error unless it returns a scalar of this device's own batch.
+
+    The gradients of a mean over devices would be as many times too small.
+    """
+
+    def checked(params: PyTree) -> jax.Array:
+        value: jax.Array = _called(name, value_fn, params)
+        if value is None:
+            raise ValueError(
+                f"{name} must return a scalar, got None: let it return the loss."
+            )
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(value)]
+        if not jax.tree_util.all_leaves([value]):
+            raise ValueError(
+                f"{name} must return a scalar, got a {type(value).__name__} with the "
+                f"shapes {shapes}: return the loss alone. Of a loss with auxiliary "
+                f"output it is the first part, {name}=lambda p: loss(p, batch)[0]."
+            )
+        if shapes != [()]:
+            raise ValueError(
+                f"{name} must return a scalar, got an array of the shape {shapes[0]}: "
+                f"average the losses, {name}=lambda p: loss(p, batch).mean()."
+            )
+        if where := devices.replicated(value, axes):
+            raise ValueError(
+                f"{name} is the same on all devices of the axes {where}, so it averages"
+                " over them itself: return the loss of each device's own batch, whose "
+                "gradients are averaged here, or leave axis_name out."
+            )
+        return value
+
+    return checked
+
+
+def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any:
+    """`function(params)`; what it raises gets a note on how it was called."""
+    try:
+        return function(params)
+    except Exception as error:
+        example = "jax.grad(loss)(p, batch)" if name == "grad_fn" else "loss(p, batch)"
+        error.add_note(
+            f"{name} was called with the parameters alone. What else it needs, such as "
+            f"the batch, goes into a closure, {name}=lambda p: {example}. If "
+            "the parameters have another structure than yours, a wrapper that changes "
+            "it, such as optax.flatten, is around this transformation: put it around "
+            "what follows it in the chain. Of a Flax nnx model, make value_fn by "
+            "eigensam_jax.nnx.value_fn, with the wrt of the optimizer; nnx.Rngs that "
+            "the loss draws from are an argument there. Of an equinox module, join "
+            f"the parameters with the rest of it, {name}=lambda p: "
+            f"{example.replace('p,', 'eqx.combine(p, static),')}."
+        )
+        raise
+
+
+def like_params(name: str, tree: PyTree, params: PyTree, remedy: str) -> PyTree:
+    """The leaves of `tree` in the structure of `params`, if names and shapes agree.
+
+    Trees that differ in their containers alone (a dict and a frozen dict) are alike.
+    """
+    got, expected = _shapes(tree), _shapes(params)
+    if got != expected:
+        raise ValueError(
+            f"{name} must be a tree like params, with leaves of the shapes "
+            f"{dict(expected)}, got {dict(got)}. {remedy}"
+        )
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(tree))
+
+
+def _shapes(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    leaves = jax.tree.leaves_with_path(tree)
+    return [(name(path), getattr(leaf, "shape", ())) for path, leaf in leaves]
+
+
+def gradient_function(
+    value_fn: ValueFn | None, grad_fn: GradFn | None, axes: Axes = ()
+) -> Callable[[PyTree], tuple[jax.Array, PyTree]]:
+    """`params -> (value, gradient)`; the value is 0 where `grad_fn` gives none.
+
+    What `grad_fn` returns is a gradient if it is a tree like `params`. If not, it may
+    be a pair of a scalar and such a tree. No tree is both.
+    """
+    if grad_fn is None:
+        assert value_fn is not None  # check_update has seen to it
+        return jax.value_and_grad(scalar_valued("value_fn", value_fn, axes))
+
+    def value_and_gradient(params: PyTree) -> tuple[jax.Array, PyTree]:
+        value = jnp.zeros((), tree_math.accumulation_dtype(params))
+        result = _called("grad_fn", grad_fn, params)
+        is_pair = isinstance(result, tuple | list) and len(result) == 2
+        if is_pair and _shapes(result) != _shapes(params):
+            first, rest = result
+            if _shapes(first) == [("", ())]:
+                value, result = jnp.asarray(first), rest
+        return value, like_params("grad_fn(params)", result, params, _GRAD_REMEDY)
+
+    return value_and_gradient

@@ -1,0 +1,155 @@
+"""Rounding to narrow dtypes that loses nothing on average, and numbers made of bits.
+
+In bfloat16 a weight has 8 bits, so that ε moves it, rounded to the nearest, only where
+it is larger than half of the last: of a million weights at a radius of 0.05 most stay
+where they are. The same goes for what a step adds to a long average. Rounded up or down
+at random instead, with the chances that make the mean exact, each change arrives on
+average. What is added is noise without a direction, of which a sum over many weights,
+such as a gradient, sees little.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from eigensam_jax import tree_math
+from eigensam_jax.tree_math import PyTree
+
+_MANTISSA_BITS = 23  # of float32
+_DITHER_BITS = 12  # with the 11 that float16 has, still exact in float32
+
+
+def add(weights: PyTree, epsilon: PyTree, count: jax.Array) -> PyTree:
+    """The perturbed weights w + ε, in the dtypes of `weights`.
+
+    In dtypes narrower than float32 rounded stochastically, x = w + ε to one of its two
+    neighbours with the probabilities that make x the mean; a sum that the dtype holds
+    stays as it is. In float32 and wider, to the nearest.
+
+    Args:
+      weights: w, a tree of real arrays.
+      epsilon: ε, a tree of the same structure and shapes, in float32 or wider.
+      count: the number of the step. What seems random is made of it and of x, so that
+        it needs no key, and is the same on all devices.
+
+    Returns:
+      A tree like `weights`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax._update import rounding
+      >>> w = jnp.ones(10_000, jnp.bfloat16)  # the next number is 1.0078
+      >>> epsilon = jnp.linspace(0, 0.002, 10_000)
+      >>> float((w + epsilon.astype(w.dtype) - w).sum())  # to the nearest
+      0.0
+      >>> moved = rounding.add(w, epsilon, jnp.int32(0)) - w
+      >>> bool(jnp.abs(moved.astype(jnp.float32).sum() / epsilon.sum() - 1) < 0.1)
+      True
+
+    References:
+      Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with Limited Numerical
+      Precision", ICML 2015 (stochastic rounding).
+    """
+    return jax.tree.map(
+        lambda w, x: _rounded(x, jnp.result_type(w), count),
+        weights,
+        tree_math.add_scaled(weights, 1, epsilon),
+    )
+
+
+def cast(tree: PyTree, dtype: DTypeLike, count: jax.Array) -> PyTree:
+    """`tree` in another dtype, rounded stochastically where that is a narrow one.
+
+    Args:
+      tree: a tree of real arrays.
+      dtype: of the result.
+      count: the number of the step, as in `add`.
+
+    Returns:
+      A tree like `tree`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax._update import rounding
+      >>> x = jnp.linspace(1, 1.002, 10_000)  # after 1, bfloat16 has 1.0078
+      >>> mean = rounding.cast(x, jnp.bfloat16, jnp.int32(0)).astype(x.dtype).mean()
+      >>> bool(abs(mean - 1.001) < 1e-4)
+      True
+    """
+    return jax.tree.map(lambda x: _rounded(x, jnp.dtype(dtype), count), tree)
+
+
+def spread_like(tree: PyTree, seed: jax.Array) -> PyTree:
+    """Numbers spread evenly from −1 to 1, in no order that a network has.
+
+    A multiplication each, the same for all leaves of a shape, so that they compile many
+    times faster than `jax.random`: enough for a vector to start from, and for nothing
+    that asks for independent numbers.
+
+    Args:
+      tree: a tree of real arrays.
+      seed: seed of the numbers, an int32 scalar; one that is known at compile time
+        would have the compiler work them out, slowly.
+
+    Returns:
+      A tree like `tree`, in its dtypes, sharded as it is.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax._update import rounding
+      >>> x = rounding.spread_like(jnp.zeros(10_000), jnp.int32(0))
+      >>> f"{x.min():.1f} {x.max():.1f}", bool(abs(x.mean()) < 0.02)
+      ('-1.0 1.0', True)
+
+    References:
+      Weyl, "Über die Gleichverteilung von Zahlen mod. Eins", 1916.
+    """
+
+    def spread(x: jax.Array) -> jax.Array:
+        position = jnp.arange(1, x.size + 1, dtype=jnp.int32).reshape(x.shape)
+        # Multiples of the golden ratio in units of 2⁻³², which wrap around.
+        turns = (position + seed * 65_537) * jnp.int32(-1_640_531_527)
+        # Added to zeros, the numbers are sharded as these.
+        return jnp.add(jnp.where(False, x, 0), turns.astype(x.dtype) * 2.0**-31)
+
+    return jax.tree.map(spread, tree)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded(x: jax.Array, dtype: jnp.dtype, count: jax.Array) -> jax.Array:
+    nearest = x.astype(dtype)
+    if tree_math.accumulation_dtype(nearest) == dtype:
+        return nearest
+    x = x.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    uniform = _hash(bits, count) >> (32 - _DITHER_BITS)
+    uniform = uniform.astype(jnp.float32) / 2**_DITHER_BITS
+    power = bits >> _MANTISSA_BITS << _MANTISSA_BITS  # ±2ⁿ with 2ⁿ ≤ |x| < 2ⁿ⁺¹
+    power = jnp.abs(jax.lax.bitcast_convert_type(power, jnp.float32))
+    finfo = jnp.finfo(dtype)  # type: ignore[no-untyped-call]
+    smallest = max(
+        float(finfo.smallest_subnormal), float(np.finfo(np.float32).smallest_normal)
+    )
+    spacing = jnp.maximum(power * float(finfo.eps), smallest)
+    magnitude = jnp.floor(jnp.abs(x) / spacing + uniform) * spacing
+    magnitude = jnp.minimum(magnitude, float(finfo.max))  # what is finite stays so
+    dithered = jnp.copysign(magnitude, x).astype(dtype)
+    return jnp.where(nearest.astype(x.dtype) == x, nearest, dithered)
+
+
+@_rounded.defjvp
+def _rounded_jvp(dtype: jnp.dtype, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Its mean is x, so that the derivative is that of x, as of a cast."""
+    return _rounded(primals[0], dtype, primals[1]), tangents[0].astype(dtype)
+
+
+def _hash(bits: jax.Array, count: jax.Array) -> jax.Array:
+    """Numbers that look random, of 32 bits each, by multiplications and shifts."""
+    bits = bits + count.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
+    for multiplier, shift in ((0x85EBCA6B, 15), (0xC2B2AE35, 13)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(multiplier)
+    return bits ^ (bits >> 16)

@@ -1,0 +1,277 @@
+"""The update that SAM, ASAM and Eigen-SAM share, around a rule for the perturbation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from eigensam_jax import hessian, tree_math
+from eigensam_jax._update import arguments, devices, masking, rounding, scalars
+from eigensam_jax._update.devices import Axes, AxisName
+from eigensam_jax._update.masking import Mask, Subspace
+from eigensam_jax.hessian import GradFn, HvpMode, Matvec, ValueFn
+from eigensam_jax.perturbation import Perturbation
+from eigensam_jax.trackers import Tracker, TrackerState
+from eigensam_jax.tree_math import PyTree
+
+
+class Info(NamedTuple):
+    """What the last step did; nothing of it is carried on. Scalars, 0 before the first.
+
+    With `per_device` each is the mean over the devices.
+
+    Attributes:
+      grad_norm: ‖g‖ over the perturbed parameters.
+      perturbation_norm: ‖ε‖.
+      perturbed_value: L(w + ε); 0 where `grad_fn` returns gradients alone.
+      alignment: |⟨ε, v⟩|/‖ε‖; None for `sam` and `asam`.
+    """
+
+    grad_norm: jax.Array
+    perturbation_norm: jax.Array
+    perturbed_value: jax.Array
+    alignment: jax.Array | None
+
+
+class SharpnessAwareState(NamedTuple):
+    """State of `sam`, `asam` and `eigen_sam`.
+
+    Attributes:
+      num_updates: number of updates so far, int32.
+      tracker: the tracker's state, with the fields `eigenvector`, `eigenvalue` and
+        `residual`; None for `sam` and `asam`.
+      info: what the last step did, to look at.
+    """
+
+    num_updates: jax.Array
+    tracker: Any
+    info: Info
+
+
+def sharpness_aware(
+    perturb: Callable[..., Perturbation],
+    tracker: Tracker | None,
+    mask: Mask,
+    axis_name: AxisName = None,
+    per_device: bool = False,
+    hvp_mode: HvpMode = "forward_over_reverse",
+    eigenvector_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """∇L(w) becomes ∇L(w + ε), ε = perturb(num_updates, g, w, the tracker's state).
+
+    `perturb` and `tracker` see the leaves that `mask` selects, as lists.
+    """
+    masking.check(mask)
+    arguments.check_axis_name(axis_name, per_device)
+    axes = devices.as_tuple(axis_name)
+
+    def vectors(space: Subspace, params: PyTree) -> dict[str, PyTree]:
+        """The fields of the tracker's state that are as large as the parameters."""
+        assert tracker is not None
+        weights = space.select(params)
+        like = jax.eval_shape(tracker.init, weights)
+        return {
+            name: field
+            for name, field in zip(like._fields, like, strict=True)
+            if _shapes(field) == _shapes(weights)
+        }
+
+    def stored(
+        tracked: TrackerState, space: Subspace, params: PyTree, number: jax.Array
+    ) -> TrackerState:
+        """The state as it is kept: vectors of the whole space, in their own dtype."""
+        whole = {
+            name: space.embed(getattr(tracked, name), params)
+            for name in vectors(space, params)
+        }
+        if eigenvector_dtype is not None:
+            whole = rounding.cast(whole, eigenvector_dtype, number)
+        return tracked._replace(**whole)
+
+    def at_work(tracked: TrackerState, space: Subspace, params: PyTree) -> TrackerState:
+        """The state as the tracker sees it: vectors of the subspace, unrounded."""
+        return tracked._replace(
+            **{
+                name: tree_math.cast_like(space.select(getattr(tracked, name)), like)
+                for name, like in vectors(space, params).items()
+            }
+        )
+
+    def start(params: PyTree, space: Subspace) -> TrackerState:
+        assert tracker is not None
+        started = tracker.init(space.select(params))
+        return stored(started, space, params, jnp.zeros((), jnp.int32))
+
+    def init_fn(params: PyTree) -> SharpnessAwareState:
+        arguments.check_params(params)
+        space = masking.subspace(mask, params)
+        # A buffer for each scalar: one that stood for two could not be donated.
+        zeros = [jnp.zeros((), tree_math.accumulation_dtype(params)) for _ in range(4)]
+        info, tracked = Info(*zeros), None
+        if tracker is None:
+            info = info._replace(alignment=None)
+        else:
+            tracked = start(params, space)
+        return SharpnessAwareState(jnp.zeros((), jnp.int32), tracked, info)
+
+    def update_fn(
+        updates: PyTree,
+        state: SharpnessAwareState,
+        params: PyTree | None = None,
+        *,
+        value_fn: ValueFn | None = None,
+        grad_fn: GradFn | None = None,
+        curvature_fn: ValueFn | None = None,
+        refresh: bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, SharpnessAwareState]:
+        del extra_args
+        arguments.check_update(params, value_fn, grad_fn, curvature_fn, refresh)
+        arguments.check_params(params)
+        space = masking.subspace(mask, params)
+        updates = arguments.like_params(
+            "updates", updates, params, "Hand in jax.grad(value_fn)(params) as it is."
+        )
+        _check_state(state, tracker is not None)
+        devices.check_bound(axes)
+        arguments.check_varying(space.select(updates), axes, per_device)
+        own_value_and_grad = arguments.gradient_function(value_fn, grad_fn, axes)
+        number = state.num_updates
+        grads, weights = space.select(updates), space.select(params)
+
+        tracked = state.tracker
+        if tracker is not None:
+            tracked = arguments.like_params(
+                "the tracker's part of opt_state",
+                tracked,
+                jax.eval_shape(lambda p: start(p, space), params),
+                "It is of another tracker or of other parameters: make it by "
+                "tx.init(params), and keep what the rest of the chain has.",
+            )
+            tracked = at_work(tracked, space, params)
+            curvature_grad = lambda p: own_value_and_grad(p)[1]
+            if curvature_fn is not None:
+                curvature_grad = jax.grad(
+                    arguments.scalar_valued("curvature_fn", curvature_fn, axes)
+                )
+            matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
+            # Inside the branch that decides by itself, that would be of no use.
+            matvec.unroll = bool(refresh)  # type: ignore[attr-defined]
+            if tracker.refresh_interval is not None and weights:
+                due = _is_due(number, tracker.refresh_interval)
+                tracked = scalars.branch(
+                    due if refresh is None else bool(refresh),
+                    lambda t: tracker.refresh(t, matvec),
+                    lambda t: t,
+                    tracked,
+                )
+
+        step = perturb(number, grads, weights, tracked)
+        perturbed = rounding.add(weights, step.epsilon, number)
+        value, own_updates = own_value_and_grad(
+            devices.as_own(space.merge(perturbed, params), axes)
+        )
+        new_updates, value = devices.mean((own_updates, value), axes)
+        info = Info(step.grad_norm, step.norm, value, step.alignment)
+        if per_device:
+            info = devices.mean(info, axes)
+
+        if tracker is not None:
+
+            def observed(tracked: TrackerState) -> TrackerState:
+                after = space.select(own_updates if per_device else new_updates)
+                unit = _unit(info)
+                change = tree_math.scale(unit, tree_math.add_scaled(after, -1, grads))
+                # Sums accumulate in the dtypes of v, whatever gradients have.
+                change = tree_math.cast_like(change, tracked.eigenvector)
+                assert step.projection is not None  # as there is a tracker
+                projection, radius = unit * step.projection, unit * step.norm
+                if per_device:
+                    # Without the signs, those of different devices would cancel.
+                    sign = jnp.where(projection < 0, -1, 1).astype(unit.dtype)
+                    change, projection, radius = devices.mean(
+                        (tree_math.scale(sign, change), sign * projection, radius), axes
+                    )
+                dtype = tracked.eigenvalue.dtype
+                return tracker.observe(
+                    tracked, change, projection.astype(dtype), radius.astype(dtype)
+                )
+
+            interval = tracker.observe_interval
+            due = _is_due(number, interval)
+            if refresh is not None and interval not in (None, 1):
+                due = bool(refresh)
+            tracked = scalars.branch(due, observed, lambda t: t, tracked)
+            tracked = stored(tracked, space, params, number)
+        dtype = tree_math.accumulation_dtype(params)
+        info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)
+        new_updates = tree_math.cast_like(new_updates, updates)
+        return new_updates, SharpnessAwareState(
+            optax.safe_increment(number), tracked, info
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_due(number: jax.Array, interval: int | None) -> jax.Array | bool:
+    """Whether the step of this number is one of every `interval`."""
+    if interval is None or interval == 1:
+        return interval == 1
+    due: jax.Array = number % interval == 0
+    return due
+
+
+def _unit(info: Info) -> jax.Array:
+    """What changes of the gradient are multiplied by: 1, or 1/‖g‖ beyond 10^±9.
+
+    0 where there is no perturbation, so that the change is but rounding.
+    """
+    size = info.grad_norm
+    is_far = (size < 1e-9) | (size > 1e9)
+    unit = jnp.where(is_far, tree_math.safe_inverse(size), 1)
+    return scalars.once(jnp.where(info.perturbation_norm > 0, unit, 0))[0]
+
+
+def _shapes(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [getattr(x, "shape", ()) for x in leaves]
+
+
+def _check_state(state: Any, has_tracker: bool) -> None:
+    if isinstance(state, SharpnessAwareState):
+        if (state.tracker is not None) == has_tracker:
+            return
+        got = f"one {'without' if has_tracker else 'with'} a tracker"
+    else:
+        got = f"a {type(state).__name__}"
+    raise ValueError(
+        f"opt_state must be of this transformation, got {got}: make it by "
+        "tx.init(params) of the same chain. Of a checkpoint of another one, keep the "
+        "rest: (tx.init(params)[0], *old_state[1:])."
+    )
+
+
+def _mean_matvec(
+    grad_fn: GradFn, params: PyTree, space: Subspace, axes: Axes, hvp_mode: HvpMode
+) -> Matvec:
+    """The Hessian-vector product of the subspace.
+
+    Each device makes the product of its own loss, and then comes the mean: a derivative
+    of a mean over devices would not be right in all modes of `shard_map`.
+    """
+
+    def mean_product(vector: PyTree) -> PyTree:
+        # Else a solver's loop would keep all activations of the gradient at hand.
+        at, v = jax.lax.optimization_barrier((params, vector))  # type: ignore[no-untyped-call]
+        at, v = devices.as_own((at, v), axes)
+
+        def grad_in_subspace(weights: list[jax.Array]) -> list[jax.Array]:
+            return space.select(grad_fn(space.merge(weights, at)))
+
+        own = hessian.matvec(grad_in_subspace, space.select(at), hvp_mode=hvp_mode)(v)
+        return devices.mean(own, axes)
+
+    return mean_product

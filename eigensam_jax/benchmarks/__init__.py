@@ -1,1 +1,0 @@
-"""What the library costs and how well it does what it is for, measured."""

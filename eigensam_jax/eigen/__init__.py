@@ -1,0 +1,23 @@
+"""Eigen-solvers that see a matrix only through its products with vectors."""
+
+from eigensam_jax.eigen._density import (
+    SpectralDensity,
+    smooth_density,
+    spectral_density,
+)
+from eigensam_jax.eigen._solvers import (
+    Eigenpair,
+    lanczos,
+    power_iteration,
+    top_eigenpairs,
+)
+
+__all__ = [
+    "Eigenpair",
+    "SpectralDensity",
+    "lanczos",
+    "power_iteration",
+    "smooth_density",
+    "spectral_density",
+    "top_eigenpairs",
+]

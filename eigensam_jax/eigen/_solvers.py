@@ -1,0 +1,323 @@
+"""Eigen-solvers that see a matrix only through its products with vectors."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from eigensam_jax import tree_math
+from eigensam_jax._update import arguments
+from eigensam_jax.eigen import _krylov, _thick_restart
+from eigensam_jax.eigen._krylov import Carry
+from eigensam_jax.hessian import Matvec
+from eigensam_jax.tree_math import PyTree
+
+
+class Eigenpair(NamedTuple):
+    """An approximate eigenvector, with an eigenvalue and how far both are off.
+
+    Attributes:
+      eigenvector: unit vector, a tree of arrays in float32 or wider.
+      eigenvalue: the Rayleigh quotient λ = ⟨v, Hv⟩, a scalar.
+      residual: ‖Hv − λv‖, a scalar; some eigenvalue lies within it of λ.
+    """
+
+    eigenvector: PyTree
+    eigenvalue: jax.Array
+    residual: jax.Array
+
+
+def power_iteration(
+    matvec: Matvec, v0: PyTree, num_matvecs: int, *, unroll: bool = False
+) -> Eigenpair:
+    """Power iteration v ← Hv/‖Hv‖: the eigenvalue of H that is largest in magnitude.
+
+    Each iteration makes one product and multiplies the angle to the eigenvector by
+    about |λ₂/λ₁|. A negative eigenvalue is found as such: check `eigenvalue`.
+
+    `eigenvalue` and `residual` belong to v, the input of the last product, and
+    `eigenvector` is Hv/‖Hv‖: one iteration better, for no further product.
+
+    Args:
+      matvec: the product with a symmetric matrix, from a tree to a tree like it.
+      v0: where to start, a tree of real arrays of any norm. Zero stays zero.
+      num_matvecs: the number of products, at least 1.
+      unroll: True writes the loop out on a CPU if a product has convolutions, which
+        XLA runs many times slower in a loop there. Otherwise it has no effect.
+        Outside `jit` it makes it a Python loop, which compiles nothing when it is
+        called again.
+
+    Returns:
+      An `Eigenpair`. Where Hv = 0 the iteration stays at v, with λ = 0. A non-finite
+      product makes λ or the residual non-finite and leaves v unchanged.
+
+    Raises:
+      ValueError: if `num_matvecs` is less than 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import eigen
+      >>> spectrum = jnp.array([-1.0, 2.0, 4.0])
+      >>> pair = eigen.power_iteration(lambda v: spectrum * v, jnp.ones(3), 20)
+      >>> float(pair.eigenvalue), pair.eigenvector.round(5)
+      (4.0, Array([0., 0., 1.], dtype=float32))
+
+    References:
+      Golub and Van Loan, "Matrix Computations", 4th edition, section 8.2, 2013.
+    """
+    arguments.check_positive_int("num_matvecs", num_matvecs, "matrix-vector products")
+    v0 = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v0)), v0)
+    zero = jnp.zeros((), tree_math.accumulation_dtype(v0))
+
+    def body(_: int, step: _Step) -> _Step:
+        v = step.after
+        product = jax.tree.map(lambda x, p: p.astype(x.dtype), v, matvec(v))
+        length = tree_math.norm(product)
+        inverse = tree_math.safe_inverse(length)
+        moved = tree_math.scale(inverse, product)
+        return _Step(v, tree_math.where(inverse > 0, moved, v), length)
+
+    before, after, length = _repeated(
+        num_matvecs, body, _Step(v0, v0, zero), unroll, matvec, v0
+    )
+    # Hv = length · after, so that λ = length · cosine.
+    cosine = tree_math.vdot(before, after)
+    sine = tree_math.norm(tree_math.add_scaled(after, -cosine, before))
+    return Eigenpair(after, length * cosine, length * sine)
+
+
+class _Step(NamedTuple):
+    """A step of the power iteration.
+
+    Attributes:
+      before: v.
+      after: Hv/‖Hv‖.
+      length: ‖Hv‖.
+    """
+
+    before: PyTree
+    after: PyTree
+    length: jax.Array
+
+
+def lanczos(
+    matvec: Matvec, v0: PyTree, num_matvecs: int, *, unroll: bool = False
+) -> Eigenpair:
+    """Lanczos iteration: the algebraically largest eigenvalue of H.
+
+    The Rayleigh quotient ⟨v, Hv⟩ is maximised over the Krylov space of v0, Hv0, …,
+    H^(m−1) v0, which contains what power iteration finds after m − 1 products.
+
+    `eigenvalue` and `residual` belong to that maximiser y. `eigenvector` is one step of
+    a shifted power iteration further, for no further product, as the recurrence knows
+    Hy: (H − μ)y, normalised, with μ the smallest Ritz value or 0, whichever is smaller.
+
+    Each vector is orthogonalised twice against all others. That holds m + 3 vectors and
+    costs 4m² vector operations: meant for up to a few dozen products.
+
+    Args:
+      matvec: the product with a symmetric matrix, from a tree to a tree like it.
+      v0: where to start, a tree of real arrays of any norm. Zero stays zero.
+      num_matvecs: m, the number of products, at least 1. Once the Krylov space is
+        exhausted, further products change nothing.
+      unroll: as in `power_iteration`.
+
+    Returns:
+      An `Eigenpair`: the top Ritz vector, its Ritz value, and ‖Hv − λv‖ from the last
+      coefficient of the recurrence.
+
+    Raises:
+      ValueError: if `num_matvecs` is less than 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import eigen
+      >>> spectrum = jnp.array([-5.0, 1.0, 2.0])
+      >>> pair = eigen.lanczos(lambda v: spectrum * v, jnp.ones(3), 3)
+      >>> print(f"{pair.eigenvalue:.4f}", jnp.abs(pair.eigenvector).round(3))
+      2.0000 [0. 0. 1.]
+
+    References:
+      Lanczos, "An iteration method for the solution of the eigenvalue problem of linear
+      differential and integral operators", 1950; Golub and Van Loan, "Matrix
+      Computations", 4th edition, chapter 10, 2013.
+    """
+    arguments.check_positive_int("num_matvecs", num_matvecs, "matrix-vector products")
+    v0 = tree_math.widen(v0)
+    basis, diagonal, off_diagonal = _repeated(
+        num_matvecs,
+        lambda i, s: _krylov.grow(i, s, matvec(_krylov.get(s.basis, i))),
+        _krylov.tridiagonal(v0, num_matvecs),
+        unroll,
+        matvec,
+        v0,
+    )
+    # A zero says that the space was exhausted: there is no basis vector after it.
+    known = jnp.cumsum(off_diagonal[:-1] == 0) == 0
+    known = jnp.append(jnp.ones((), bool), known)
+    diagonal = jnp.where(known, diagonal, 0)
+    values, vectors = _krylov.eigh_known(_krylov.dense(diagonal, off_diagonal), known)
+    bottom, top, weights = jnp.minimum(values[0], 0), values[-1], vectors[:, -1]
+    # H y = λ y + beyond · q, with q the basis vector that the last product led to.
+    beyond = off_diagonal[-1] * weights[-1]
+    beyond_shifted = beyond * tree_math.safe_inverse(top - bottom)
+    weights = jnp.append(weights, beyond_shifted) / jnp.hypot(1, beyond_shifted)
+    return Eigenpair(_krylov.combine(weights, basis), top, jnp.abs(beyond))
+
+
+def _repeated(
+    num: int,
+    body: Callable[[Any, Carry], Carry],
+    carry: Carry,
+    unroll: bool,
+    matvec: Matvec,
+    v: PyTree,
+) -> Carry:
+    """A loop of `num` products, written out where `unroll` of `power_iteration` says.
+
+    Outside `jit` that is a Python loop: any other would compile anew at each call.
+    """
+    if unroll and not _krylov.is_traced(v):
+        for i in range(num):
+            carry = body(i, carry)
+        return carry
+    is_slow = jax.default_backend() == "cpu" and unroll
+    write_out = is_slow and "conv_general_dilated" in str(jax.make_jaxpr(matvec)(v))
+    last: Carry = jax.lax.fori_loop(0, num, body, carry, unroll=write_out or None)
+    return last
+
+
+def top_eigenpairs(
+    matvec: Matvec,
+    like: PyTree,
+    k: int,
+    *,
+    which: Literal["algebraic", "magnitude"] = "algebraic",
+    tol: ArrayLike = 1e-4,
+    max_matvecs: int = 1000,
+    v0: PyTree | None = None,
+    seed: int = 0,
+    host_loop: bool = False,
+) -> Eigenpair:
+    """Thick-restart Lanczos iteration: the k largest eigenvalues of H, to a tolerance.
+
+    Products are made until ‖Hvᵢ − λᵢvᵢ‖ ≤ `tol` · |λ₁| for all k pairs, as far as
+    rounding allows, or until the next would exceed `max_matvecs`. The residuals
+    returned are measured, by k products at the end.
+
+    Multiple eigenvalues are found with their multiplicity: where the Krylov space is
+    exhausted, and for k > 1 also once after the iteration has converged, it continues
+    from a random vector orthogonal to what was found, until nothing new comes.
+
+    Cost: at least min(n, max(20, 2k + 10)) + k products in n dimensions, for k > 1
+    about twice as many. The basis holds as many vectors, for a moment twice.
+
+    Args:
+      matvec: the product with a symmetric matrix, from a tree to a tree like it.
+      like: a tree with the shapes of the vectors, such as the parameters or their
+        `jax.ShapeDtypeStruct`; its values are not used.
+      k: how many eigenpairs, at least 1 and at most the number of parameters.
+      which: "algebraic" for the largest eigenvalues, "magnitude" for those of largest
+        magnitude, with their signs.
+      tol: residual, relative to |λ₁|, at which a pair is good enough. An eigenvalue is
+        then within it of a true one, and most often much closer.
+      max_matvecs: the most products, at least 2k.
+      v0: where to start, a tree like `like`, for example an eigenvector found before;
+        None or zeros for a random vector.
+      seed: seed of the random vectors.
+      host_loop: False loops inside the compiled program. True loops in Python and
+        can't be jitted: for a `matvec` that reads data on the host, and for a jitted
+        one with convolutions on a CPU, which XLA runs many times slower in a loop.
+
+    Returns:
+      An `Eigenpair` whose leaves have a leading axis of length k, in descending order
+      (of magnitude, for "magnitude"). Its eigenvectors are orthonormal. A non-finite
+      product ends the search with NaN in all of them.
+
+    Raises:
+      ValueError: if `k`, `which`, `tol` or `max_matvecs` is invalid, or `v0` is not
+        like `like`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import eigen
+      >>> spectrum = jnp.array([-9.0, 0.0, 1.0, 2.0, 2.0])
+      >>> pairs = eigen.top_eigenpairs(lambda v: spectrum * v, jnp.zeros(5), 3)
+      >>> pairs.eigenvalue.round(4), pairs.eigenvector.shape
+      (Array([2., 2., 1.], dtype=float32), (3, 5))
+
+    References:
+      Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue
+      problems", SIAM Journal on Matrix Analysis and Applications, 2000.
+    """
+    like = _krylov.zeros_like(like)
+    dimension = sum(jnp.size(x) for x in jax.tree.leaves(like))
+    _check_top_eigenpairs(k, which, tol, max_matvecs, dimension)
+    plan = _thick_restart.plan(k, dimension, which == "magnitude")
+    key = jax.random.key(seed)
+    if v0 is None:
+        v0 = like
+    v0 = arguments.like_params("v0", v0, like, "Start from a tree like `like`.")
+    compiled = partial(_krylov.compiled, host_loop)
+    get = compiled(_krylov.get)
+    start = compiled(_thick_restart.start, static_argnums=0)
+    advance = compiled(_thick_restart.advance, static_argnums=0, donate_argnums=1)
+    eigenvectors = compiled(_thick_restart.eigenvectors, static_argnums=0)
+    measured = compiled(_measured)
+
+    def next_product(search: _thick_restart.Search) -> _thick_restart.Search:
+        v = get(search.basis, search.known)
+        advanced: _thick_restart.Search = advance(plan, search, matvec(v), tol, key)
+        return advanced
+
+    def next_check(carry: tuple[jax.Array, Eigenpair]) -> tuple[jax.Array, Eigenpair]:
+        i, pairs = carry
+        v = get(pairs.eigenvector, i)
+        return i + 1, measured(i, pairs, v, matvec(v))
+
+    search = _krylov.while_loop(
+        host_loop,
+        lambda s: ~s.done & (s.products < max_matvecs - k),
+        next_product,
+        start(plan, tree_math.widen(v0), key),
+    )
+    zeros = [jnp.zeros(k, tree_math.accumulation_dtype(like)) for _ in range(2)]
+    pairs = Eigenpair(eigenvectors(plan, search), *zeros)
+    first = (jnp.zeros((), jnp.int32), pairs)
+    _, pairs = _krylov.while_loop(host_loop, lambda c: c[0] < k, next_check, first)
+    rank = _thick_restart.rank_of(pairs.eigenvalue, plan.by_magnitude)
+    order = jnp.argsort(rank, descending=True)
+    return Eigenpair(*jax.tree.map(lambda x: x[order], pairs))
+
+
+def _measured(i: jax.Array, pairs: Eigenpair, v: PyTree, product: PyTree) -> Eigenpair:
+    """`pairs` with the Rayleigh quotient and the residual of v, the i-th of them."""
+    value = tree_math.vdot(v, product)
+    residual = tree_math.norm(tree_math.add_scaled(product, -value, v))
+    return Eigenpair(
+        pairs.eigenvector,
+        pairs.eigenvalue.at[i].set(value),
+        pairs.residual.at[i].set(residual),
+    )
+
+
+def _check_top_eigenpairs(
+    k: int, which: str, tol: ArrayLike, max_matvecs: int, dimension: int
+) -> None:
+    arguments.check_positive_int("k", k, "eigenpairs")
+    if k > dimension:
+        raise ValueError(
+            f"k must be at most {dimension}, the number of parameters in like, got "
+            f"{k}: ask for fewer eigenpairs."
+        )
+    arguments.check_choice("which", which, ("algebraic", "magnitude"))
+    arguments.check_scalar("tol", tol, schedule=False)
+    arguments.check_positive_int("max_matvecs", max_matvecs, "matrix-vector products")
+    if max_matvecs < 2 * k:
+        raise ValueError(
+            f"max_matvecs must be at least 2 · k = {2 * k}, got {max_matvecs}: k "
+            "products to span a space, and k to measure the residuals."
+        )

@@ -1,0 +1,191 @@
+"""The thick-restart Lanczos iteration of `eigen.top_eigenpairs`, product by product.
+
+The basis holds Ritz vectors that were kept, and the Krylov space that has grown from
+them since. When it is full, the best Ritz vectors are kept again and the rest given up.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from eigensam_jax import tree_math
+from eigensam_jax.eigen import _krylov
+from eigensam_jax.tree_math import PyTree
+
+
+class Plan(NamedTuple):
+    """The sizes of a search.
+
+    Attributes:
+      k: how many eigenpairs are wanted.
+      size: how many vectors' products are known when the basis is full.
+      keep: how many Ritz vectors a restart keeps.
+      complete: whether a full basis spans everything.
+      by_magnitude: whether the largest in magnitude are wanted, or the largest.
+    """
+
+    k: int
+    size: int
+    keep: int
+    complete: bool
+    by_magnitude: bool
+
+
+class Search(NamedTuple):
+    """The state of a search.
+
+    Attributes:
+      basis: orthonormal vectors, first `known` of them whose products are known, then
+        the next to be multiplied, then zeros; `size` + 1 in all.
+      projection: the matrix of H in those known, shape (size, size), zero elsewhere.
+      known: how many they are.
+      products: how many so far.
+      judge_from: the number of products from which on the Ritz values are believed.
+      least: the rank of the last wanted Ritz value before the last fresh start.
+      done: whether all is found, or a product was not finite.
+    """
+
+    basis: PyTree
+    projection: jax.Array
+    known: jax.Array
+    products: jax.Array
+    judge_from: jax.Array
+    least: jax.Array
+    done: jax.Array
+
+
+class _Ritz(NamedTuple):
+    """Ritz pairs, the wanted ones first; zeros at the end for what is not known.
+
+    Attributes:
+      values: shape (size,).
+      rank: what they are ordered by, the lowest number for what is not known.
+      vectors: coefficients in the basis, a column each.
+    """
+
+    values: jax.Array
+    rank: jax.Array
+    vectors: jax.Array
+
+
+def plan(k: int, dimension: int, by_magnitude: bool) -> Plan:
+    """The sizes of a search: at least 20 vectors, as in ARPACK."""
+    size = min(dimension, max(20, 2 * k + 10))
+    keep = k + (size - k) // 2
+    return Plan(k, size, keep, size == dimension, by_magnitude)
+
+
+def start(plan: Plan, v0: PyTree, key: jax.Array) -> Search:
+    """The search before its first product, from `v0` or, if zero, at random."""
+    dtype = tree_math.accumulation_dtype(v0)
+    anywhere = _krylov.random_vector(key, tree_math.zeros_like(v0))
+    first = tree_math.where(tree_math.norm(v0) == 0, anywhere, v0)
+    return Search(
+        basis=_krylov.tridiagonal(first, plan.size).basis,
+        projection=jnp.zeros((plan.size, plan.size), dtype),
+        known=jnp.zeros((), jnp.int32),
+        products=jnp.zeros((), jnp.int32),
+        judge_from=jnp.full((), plan.size, jnp.int32),
+        least=jnp.full((), np.finfo(dtype).min, dtype),
+        done=jnp.zeros((), bool),
+    )
+
+
+def advance(
+    plan: Plan, search: Search, product: PyTree, tol: ArrayLike, key: jax.Array
+) -> Search:
+    """The search after the product with the next vector of its basis."""
+    index, known, count = search.known, search.known + 1, search.products + 1
+    full = known == plan.size
+    step = _krylov.extend(search.basis, known, product)
+    finite = jnp.isfinite(step.length)
+    column = jnp.where(finite, step.coefficients[: plan.size], jnp.nan)
+    projection = search.projection.at[index].set(column).at[:, index].set(column)
+    length = jnp.where(full & plan.complete, 0, step.length)
+    ritz = _ritz(plan, projection, known)
+    # H y = θ y + length · y[index] · q, where q is the direction outside the basis.
+    residuals = length * jnp.abs(ritz.vectors[index])
+    converged, new, settled = _judge(plan, ritz, residuals, tol, search.least)
+    converged &= count >= search.judge_from
+    done = ~finite | (converged & ~new & settled)
+    fresh_start = converged & new
+    restart = (full | fresh_start) & ~done
+    kept = jnp.where(fresh_start, plan.k, plan.keep)
+    kept = jnp.where(restart, kept, known)
+
+    def restarted(basis: PyTree) -> PyTree:
+        """The first `kept` Ritz vectors, and q unless there is to be a fresh start."""
+        rows = jnp.arange(plan.size, dtype=jnp.int32)[:, None] < kept
+        rotation = jnp.pad(jnp.where(rows, ritz.vectors.T, 0), (0, 1))
+        last = jnp.where(fresh_start, 0, jnp.ones((), rotation.dtype))
+        return _krylov.combine(rotation.at[kept, known].set(last), basis)
+
+    def refreshed(basis: PyTree) -> PyTree:
+        zeros = tree_math.zeros_like(_krylov.get(basis, kept))
+        vector = _krylov.random_vector(jax.random.fold_in(key, count), zeros)
+        return _krylov.extend(basis, kept, vector).basis
+
+    keep = lambda basis: basis
+    basis = jax.lax.cond(restart, restarted, keep, step.basis)
+    needs_direction = ((length == 0) | fresh_start) & ~done
+    basis = jax.lax.cond(needs_direction, refreshed, keep, basis)
+    is_kept = jnp.arange(plan.size, dtype=jnp.int32) < kept
+    diagonal = jnp.diag(jnp.where(is_kept, ritz.values, 0))
+    return Search(
+        basis=basis,
+        projection=jnp.where(restart, diagonal, projection),
+        known=kept,
+        products=count,
+        judge_from=jnp.where(
+            fresh_start, count + plan.size - plan.k, search.judge_from
+        ),
+        least=jnp.where(fresh_start, ritz.rank[plan.k - 1], search.least),
+        done=done,
+    )
+
+
+def eigenvectors(plan: Plan, search: Search) -> PyTree:
+    """The `k` wanted Ritz vectors, as a basis."""
+    vectors = _ritz(plan, search.projection, search.known).vectors
+    return _krylov.combine(
+        jnp.pad(vectors[:, : plan.k].T, ((0, 0), (0, 1))), search.basis
+    )
+
+
+def rank_of(values: jax.Array, by_magnitude: bool) -> jax.Array:
+    """What eigenvalues are ordered by."""
+    return jnp.abs(values) if by_magnitude else values
+
+
+def _judge(
+    plan: Plan, ritz: _Ritz, residuals: jax.Array, tol: ArrayLike, least: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whether the wanted pairs are converged, are new, and leave no better to come.
+
+    A Krylov space has an eigenvalue once, however often it is one of H. Therefore, for
+    k > 1, the search starts afresh orthogonal to what it found, and stops when that has
+    brought nothing new and the best of the rest is known to be no better.
+    """
+    k, dtype = plan.k, ritz.values.dtype
+    rounding = 10 * np.finfo(dtype).eps * jnp.abs(ritz.values).max()
+    tol = jnp.asarray(tol, dtype)
+    target = jnp.maximum(tol * jnp.abs(ritz.values[0]), rounding)
+    converged = jnp.all(residuals[:k] <= target)
+    if k == 1 or plan.complete:
+        return converged, jnp.zeros((), bool), jnp.ones((), bool)
+    new = ritz.rank[k - 1] > least + target
+    gap = ritz.rank[k - 1] - ritz.rank[k]
+    return converged, new, residuals[k] <= jnp.maximum(target, gap)
+
+
+def _ritz(plan: Plan, projection: jax.Array, known: jax.Array) -> _Ritz:
+    index = jnp.arange(plan.size, dtype=jnp.int32)
+    values, vectors = _krylov.eigh_known(projection, index < known)
+    missing = index < plan.size - known
+    lowest = np.finfo(values.dtype).min
+    rank = jnp.where(missing, lowest, rank_of(values, plan.by_magnitude))
+    order = jnp.argsort(rank, descending=True)
+    return _Ritz(jnp.where(missing, 0, values)[order], rank[order], vectors[:, order])

@@ -1,0 +1,1 @@
+"""`eigensam bench`: what a training step costs, by each optimizer."""

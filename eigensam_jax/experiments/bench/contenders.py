@@ -1,0 +1,94 @@
+"""The optimizers whose steps are compared, each before the same SGD with momentum."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from eigensam_jax.experiments.bench.workloads import Batch, Loss
+from eigensam_jax.experiments.registry import BASE_OPTIMIZERS, TRACKERS
+from eigensam_jax.experiments.training.methods import Setup, make_optimizer, named
+from eigensam_jax.hessian import ValueFn
+from eigensam_jax.tree_math import PyTree
+
+RHO = 0.05
+ALPHA = 0.2
+LEARNING_RATE = 0.1
+MOMENTUM = BASE_OPTIMIZERS["sgd"].constants["momentum"]
+_TRACKERS = [name for name, entry in TRACKERS.items() if not entry.is_ceiling]
+NAMES = ("sgd", "sam", "optax_sam", *_TRACKERS)
+
+
+class Contender(NamedTuple):
+    """An optimizer, and how it is called.
+
+    Attributes:
+      tx: the whole chain.
+      extra_args: from the loss of a batch to what `tx.update` takes by keyword.
+      interval: every so many steps it does more than on others; None for never.
+    """
+
+    tx: optax.GradientTransformationExtraArgs
+    extra_args: Callable[[ValueFn], dict[str, Any]]
+    interval: int | None = None
+
+
+Step = Callable[[PyTree, PyTree, PyTree, Batch], tuple[PyTree, PyTree, jax.Array]]
+
+
+def make_contenders() -> dict[str, Contender]:
+    """SGD, SAM, optax's SAM, and Eigen-SAM by each tracker that one would train by."""
+    setups = {"sgd": Setup("sgd"), "sam": named("sam", RHO, ALPHA)}
+    setups |= {name: named("eigen_sam", RHO, ALPHA, name) for name in _TRACKERS}
+    contenders = {
+        name: Contender(
+            make_optimizer(setup, _sgd()),
+            _value_fn,
+            setup.update_interval if setup.update_interval > 1 else None,
+        )
+        for name, setup in setups.items()
+    }
+    contenders["optax_sam"] = Contender(_optax_sam(), _two_argument_grad_fn)
+    return {name: contenders[name] for name in NAMES}
+
+
+def make_step(contender: Contender, loss: Loss, refresh: bool | None = None) -> Step:
+    """Builds (params, opt_state, other variables, batch) -> the first two, and L(w).
+
+    Args:
+      contender: the optimizer.
+      loss: of its network.
+      refresh: as in `eigen_sam`: what a tracker does, where it is fixed.
+    """
+
+    def step(
+        params: PyTree, opt_state: PyTree, others: PyTree, batch: Batch
+    ) -> tuple[PyTree, PyTree, jax.Array]:
+        value_fn = lambda p: loss(p, others, batch)
+        extra_args = contender.extra_args(value_fn)
+        if refresh is not None:
+            extra_args["refresh"] = refresh
+        value, grads = jax.value_and_grad(value_fn)(params)
+        updates, opt_state = contender.tx.update(grads, opt_state, params, **extra_args)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    return step
+
+
+def _sgd() -> optax.GradientTransformation:
+    return BASE_OPTIMIZERS["sgd"].make(LEARNING_RATE, 0.0)
+
+
+def _optax_sam() -> optax.GradientTransformationExtraArgs:
+    """The same mathematics as `sam`, by optax's own implementation."""
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
+    return optax.contrib.sam(_sgd(), ascent, reset_state=True, opaque_mode=True)
+
+
+def _value_fn(value_fn: ValueFn) -> dict[str, Any]:
+    return {"value_fn": value_fn}
+
+
+def _two_argument_grad_fn(value_fn: ValueFn) -> dict[str, Any]:
+    return {"grad_fn": lambda params, _: jax.grad(value_fn)(params)}

@@ -1,0 +1,146 @@
+"""Training steps of one network, compiled from shapes alone."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.typing import DTypeLike
+
+from eigensam_jax import hessian
+from eigensam_jax.experiments.bench import contenders, placement, workloads
+from eigensam_jax.experiments.bench.contenders import Contender
+from eigensam_jax.experiments.bench.placement import Placement
+from eigensam_jax.experiments.bench.workloads import Batch, Loss, Workload
+from eigensam_jax.experiments.training import programs
+from eigensam_jax.experiments.training.programs import Program
+from eigensam_jax.tree_math import PyTree
+
+Record = dict[str, Any]
+
+
+class Task(NamedTuple):
+    """One network, and all that its steps are compiled for.
+
+    Attributes:
+      name: of the network.
+      loss: of its parameters, other variables and a batch.
+      params: shapes of its parameters.
+      others: shapes of its other variables.
+      batch: shapes of a batch.
+      placement: of all of these.
+    """
+
+    name: str
+    loss: Loss
+    params: PyTree
+    others: PyTree
+    batch: Batch
+    placement: Placement
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(x.size for x in jax.tree.leaves(self.params))
+
+
+class Steps(NamedTuple):
+    """The compiled steps of one optimizer.
+
+    Attributes:
+      default: the tracker decides in the program what a step does.
+      plain: a step that is not due; None where all steps are the same.
+      due: one that is.
+      interval: steps from one that is due to the next.
+    """
+
+    default: Program
+    plain: Program | None = None
+    due: Program | None = None
+    interval: int = 1
+
+    @property
+    def costs(self) -> programs.Costs:
+        """Of a step, the due ones weighed in."""
+        if self.plain is None or self.due is None:
+            return self.default.costs
+        return programs.weigh(self.plain.costs, self.due.costs, self.interval)
+
+
+def make_task(
+    name: str,
+    workload: Workload,
+    batch_size: int,
+    dtype: DTypeLike,
+    placed: Placement,
+) -> Task:
+    """The `Task` of a network, for which no array is made."""
+    shapes = jax.eval_shape(lambda: workloads.init(workload))
+    batch = jax.eval_shape(lambda: workloads.make_batch(workload, batch_size))
+    return Task(
+        name=name,
+        loss=workloads.make_loss(workload, dtype),
+        params=placement.shapes(shapes[0], placed.replicated),
+        others=placement.shapes(shapes[1], placed.replicated),
+        batch=placement.shapes(batch, placed.split),
+        placement=placed,
+    )
+
+
+def compile_steps(task: Task, contender: Contender) -> Steps:
+    """The programs of one optimizer, from shapes alone."""
+    default = compile_step(task, contender, None)
+    if contender.interval is None:
+        return Steps(default)
+    plain, due = (compile_step(task, contender, refresh) for refresh in (False, True))
+    return Steps(default, plain, due, contender.interval)
+
+
+def compile_step(task: Task, contender: Contender, refresh: bool | None) -> Program:
+    """One program; parameters and state are given away."""
+    placed = task.placement
+    state = jax.eval_shape(contender.tx.init, task.params)
+    return programs.compile_program(
+        contenders.make_step(contender, task.loss, refresh),
+        task.params,
+        placement.shapes(state, placed.replicated),
+        task.others,
+        task.batch,
+        donate=(0, 1),
+        out_shardings=placed.replicated,
+    )
+
+
+def compile_units(task: Task) -> dict[str, Program]:
+    """What steps are made of: one gradient, and one Hessian-vector product."""
+
+    def gradient(params: PyTree, others: PyTree, batch: Batch) -> Any:
+        return jax.value_and_grad(task.loss)(params, others, batch)
+
+    def product(params: PyTree, vector: PyTree, others: PyTree, batch: Batch) -> PyTree:
+        return hessian.hvp(lambda p: task.loss(p, others, batch), params, vector)
+
+    rest, where = (task.others, task.batch), task.placement.replicated
+    return {
+        "gradient": programs.compile_program(
+            gradient, task.params, *rest, out_shardings=where
+        ),
+        "hvp": programs.compile_program(
+            product, task.params, task.params, *rest, out_shardings=where
+        ),
+    }
+
+
+def figures(steps: Steps) -> Record:
+    """What the compiler says of an optimizer's programs, for the results file."""
+    result: Record = {
+        **steps.costs._asdict(),
+        "temp_bytes": steps.default.temp_bytes,
+        "compile_s": steps.default.compile_s,
+        "interval": None,
+    }
+    if steps.plain is not None and steps.due is not None:
+        result |= {
+            "interval": steps.interval,
+            "plain": steps.plain.figures(),
+            "due": steps.due.figures(),
+        }
+    return result

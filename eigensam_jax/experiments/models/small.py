@@ -1,0 +1,102 @@
+"""Small Flax networks for images of shape (batch, height, width, channels)."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+
+class MLP(nn.Module):
+    """Two hidden layers, of rectified linear units where no others are named.
+
+    Attributes:
+      num_classes: the number of logits.
+      width: units a layer.
+      activation: of the hidden units.
+    """
+
+    num_classes: int
+    width: int = 128
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of shape (batch, num_classes)."""
+        x = images.reshape(len(images), -1)
+        for _ in range(2):
+            x = self.activation(nn.Dense(self.width)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+class CNN(nn.Module):
+    """Two 3×3 convolutions (16 and 32 channels) with max-pooling, then 64 units."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of shape (batch, num_classes)."""
+        x = images
+        for channels in (16, 32):
+            x = nn.relu(nn.Conv(channels, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))  # type: ignore[no-untyped-call]
+        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
+        return nn.Dense(self.num_classes)(x)
+
+
+class StridedCNN(nn.Module):
+    """Two 3×3 convolutions of stride 2 (16 and 32 channels), then 64 units."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of shape (batch, num_classes)."""
+        x = images
+        for channels in (16, 32):
+            x = nn.relu(nn.Conv(channels, (3, 3), strides=(2, 2))(x))
+        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
+        return nn.Dense(self.num_classes)(x)
+
+
+class NormCNN(nn.Module):
+    """Three 3×3 convolutions of stride 2 with batch normalisation, and a linear layer.
+
+    They have 32, 64 and 64 channels and no bias, and are initialised by He's rule
+    (normal, variance 2/fan-in).
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Logits of shape (batch, num_classes); `train` normalises by the batch."""
+        x = images
+        he = nn.initializers.he_normal()
+        for channels in (32, 64, 64):
+            convolution = nn.Conv(
+                channels, (3, 3), strides=(2, 2), use_bias=False, kernel_init=he
+            )
+            norm = nn.BatchNorm(use_running_average=not train, momentum=0.9)
+            x = nn.relu(norm(convolution(x)))
+        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
+
+
+class CNN6(nn.Module):
+    """Five 3×3 convolutions (24 to 64 channels) and a linear layer.
+
+    Three of the convolutions have stride 2, the first two among them, so that it is
+    cheap on a CPU. They are initialised by He's rule (normal, variance 2/fan-in).
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of shape (batch, num_classes)."""
+        x = images
+        he = nn.initializers.he_normal()
+        for channels, stride in ((24, 2), (48, 2), (48, 1), (64, 2), (64, 1)):
+            strides = (stride, stride)
+            x = nn.relu(nn.Conv(channels, (3, 3), strides, kernel_init=he)(x))
+        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))

@@ -1,0 +1,1 @@
+"""What a command writes, carries on and shows."""

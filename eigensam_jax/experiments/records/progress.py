@@ -1,0 +1,72 @@
+"""How far a command is: a bar in a terminal, else a line now and then."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SECONDS = 30.0  # from one line to the next
+# In seconds; by rich's own 30, parts that take longer would show no time left.
+_SPEED_PERIOD = 86_400.0
+
+
+@contextmanager
+def shown(console: Console) -> Iterator[Progress]:
+    """A bar with what is running, how much is done, and the time it took and takes.
+
+    Where `console` is no terminal, a line with the same every `SECONDS`.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        speed_estimate_period=_SPEED_PERIOD,
+        disable=not console.is_terminal,
+    )
+    over = threading.Event()
+
+    def say() -> None:
+        while not over.wait(SECONDS):
+            if line := _line(bar):
+                console.print(line, highlight=False, soft_wrap=True)
+
+    saying = threading.Thread(target=say, daemon=True)
+    with bar:
+        if not console.is_terminal:
+            saying.start()
+        try:
+            yield bar
+        finally:
+            over.set()
+            if saying.is_alive():
+                saying.join()
+
+
+def _line(bar: Progress) -> str:
+    """What the bar would show of the task that was added last."""
+    if not bar.tasks:
+        return ""
+    task = bar.tasks[-1]
+    done = f"{task.completed:g} of {task.total:g}" if task.total else task.completed
+    took, left = (
+        "?" if x is None else str(timedelta(seconds=round(x)))
+        for x in (task.elapsed, task.time_remaining)
+    )
+    return f"{task.description}: {done} done, {took} so far, {left} left"

@@ -1,0 +1,128 @@
+"""Results files that a later call of the same command carries on."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.records import results
+
+
+def of_runs(
+    path: Path,
+    command: str,
+    config: dict[str, Any],
+    trackers: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """The results file of separate runs to go on with, or one that has none yet.
+
+    Args:
+      path: of `results.json`, in the folder of `--out`.
+      command: the command line of this call, which is added to those before it.
+      config: all that the figures of every run depend on, in types that JSON knows.
+      trackers: how each tracker is made, where that is to be kept. Those of the file
+        that are not among them may be any, and are kept.
+
+    Raises:
+      UserError: if the file is of another configuration or other versions, by the name
+        of the first difference, or is none.
+    """
+    new: dict[str, Any] = {
+        "commands": [command],
+        "config": config,
+        **results.environment(),
+        "complete": False,
+        "wall_time_s": 0.0,
+        "runs": [],
+        **({} if trackers is None else {"trackers": trackers}),
+    }
+    try:
+        old = json.loads(path.read_text("utf-8"))
+        for key in new:
+            if type(old[key]) is not type(new[key]):
+                raise TypeError(key)
+    except FileNotFoundError:
+        return new
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--out {path.parent}: its {path.name} cannot be read as one of this "
+            f"command ({error!r}); name another folder"
+        ) from error
+    for key in ("config", "versions", "device"):
+        check_same(path.parent, old[key], new[key])
+    kept: dict[str, Any] = {key: old[key] for key in ("wall_time_s", "runs")}
+    kept["commands"] = list(dict.fromkeys([*old["commands"], *new["commands"]]))
+    if "trackers" in new:
+        kept["trackers"] = new["trackers"] | old["trackers"]
+        check_same(path.parent, kept["trackers"], kept["trackers"] | new["trackers"])
+    return new | kept
+
+
+def add_runs(
+    path: Path,
+    document: dict[str, Any],
+    runs: Iterator[dict[str, Any]],
+    console: Console,
+    in_order: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
+    checkpoint: Path | None = None,
+) -> None:
+    """Adds `runs` to the results file one by one, as they end, and completes it.
+
+    Args:
+      path: of `results.json`.
+      document: what it holds; brought up to date.
+      runs: those that are missing.
+      console: where it is said what is kept, if something ends this early.
+      in_order: how all of them are sorted.
+      checkpoint: the file in which a run in progress is kept, if it is.
+
+    Raises:
+      KeyboardInterrupt: passed on, as is a UserError, with what is done on disk.
+    """
+    before, start = document["wall_time_s"], time.perf_counter()
+    try:
+        for run in runs:
+            document["runs"] = in_order([*document["runs"], run])
+            document["wall_time_s"] = before + time.perf_counter() - start
+            results.write(path, document)
+    except (KeyboardInterrupt, UserError):
+        done = len(document["runs"])
+        console.print(
+            f"{done} finished runs are in {path}; the same command goes on from there."
+            if done
+            else "No run was finished."
+        )
+        if checkpoint is not None and checkpoint.exists():
+            console.print(
+                f"The one in progress is in {checkpoint}, up to its last look."
+            )
+        raise
+    document["complete"] = True
+    results.write(path, document)
+
+
+def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Holds what is in a folder against what a command is called for.
+
+    Args:
+      out: the folder of `--out`.
+      before: the configuration, versions or device of what is there.
+      now: those of this call. Paths of folders may be others.
+
+    Raises:
+      UserError: by the name of the first difference.
+    """
+    for key in {**before, **now}:
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            check_same(out, one, other)
+        # Folders may have been moved, or be named in another way.
+        elif key not in ("out", "data_dir") and one != other:
+            raise UserError(
+                f"--out {out} holds results of another configuration "
+                f"({key} {one}, now {other}); name another folder"
+            )

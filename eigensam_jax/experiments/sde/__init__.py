@@ -1,0 +1,1 @@
+"""`eigensam sde`: SAM against its stochastic differential equations."""

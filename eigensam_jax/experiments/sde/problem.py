@@ -1,0 +1,77 @@
+"""What the paths of `eigensam sde` learn: a small smooth network on a few batches."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from eigensam_jax.eigen import Eigenpair
+from eigensam_jax.experiments.data.load import Dataset
+from eigensam_jax.experiments.models.small import MLP
+from eigensam_jax.experiments.training import losses, measures
+from eigensam_jax.sde import equation
+from eigensam_jax.tree_math import PyTree
+
+NUM_BATCHES = 16
+BATCH_SIZE = 64
+WIDTH = 32
+TOLERANCE = 1e-4  # of λ_max's residual, relative to it
+
+
+class Problem(NamedTuple):
+    """What is learnt, by what.
+
+    Attributes:
+      init: from a seed to parameters.
+      value_fn: (params, batch) -> the batch's mean cross-entropy.
+      batches: images and labels, the leading axis over `NUM_BATCHES` batches.
+      top_eigenpair: from parameters, and where to start, to that of all batches.
+      means: (params, images, labels) -> loss and accuracy.
+      dataset: with the training images of `batches` alone.
+    """
+
+    init: Callable[[int], PyTree]
+    value_fn: Callable[[PyTree, PyTree], jax.Array]
+    batches: PyTree
+    top_eigenpair: Callable[[PyTree, PyTree], Eigenpair]
+    means: measures.Means
+    dataset: Dataset
+
+
+def make_problem(dataset: Dataset) -> Problem:
+    """A tanh network on the first `NUM_BATCHES` · `BATCH_SIZE` training images.
+
+    Of tanh, since the third derivative of a network of rectified linear units is not
+    what its kinks do.
+    """
+    count = NUM_BATCHES * BATCH_SIZE
+    few = dataset._replace(
+        train_images=dataset.train_images[:count],
+        train_labels=dataset.train_labels[:count],
+    )
+    model = MLP(dataset.num_classes, WIDTH, jnp.tanh)
+    loss = losses.cross_entropy(model)
+    batches = jax.tree.map(
+        lambda x: x.reshape(NUM_BATCHES, BATCH_SIZE, *x.shape[1:]),
+        (few.train_images, few.train_labels),
+    )
+
+    def init(seed: int) -> PyTree:
+        return model.init(jax.random.key(seed), few.train_images[:1])["params"]
+
+    def value_fn(params: PyTree, batch: PyTree) -> jax.Array:
+        return loss(params, *batch)
+
+    @jax.jit
+    def top_eigenpair(params: PyTree, v0: PyTree) -> Eigenpair:
+        return equation.top_eigenpair(value_fn, params, batches, TOLERANCE, v0)
+
+    return Problem(
+        init,
+        value_fn,
+        batches,
+        top_eigenpair,
+        measures.make_means(model),
+        few,
+    )

@@ -1,0 +1,1 @@
+"""`eigensam spectrum`: the eigenvalues of the Hessian of a trained network."""

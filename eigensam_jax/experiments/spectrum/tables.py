@@ -1,0 +1,69 @@
+"""What `eigensam spectrum` says of the eigenvalues that it found."""
+
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from eigensam_jax import eigen
+from eigensam_jax.experiments.records import tables
+
+NEAR_ZERO = 0.01  # times λ_max: an eigenvalue within it counts as close to zero
+
+
+def summarise(
+    density: eigen.SpectralDensity, dimension: int, lambda_max: float
+) -> dict[str, float]:
+    """Figures of the whole spectrum; ± is a standard error over the random vectors."""
+    nodes, weights = (np.asarray(x, np.float64) for x in density)
+    samples = len(nodes)
+    traces = samples * dimension * (nodes * weights).sum(1)
+    counts = dimension * weights
+    bound = NEAR_ZERO * abs(lambda_max)
+    return {
+        "trace": float(traces.mean()),
+        "trace_error": float(traces.std(ddof=min(1, samples - 1)) / np.sqrt(samples)),
+        "num_above": float(counts[nodes > bound].sum()),
+        "num_below": float(counts[nodes < -bound].sum()),
+        "smallest_node": float(nodes.min()),
+    }
+
+
+def table(document: dict[str, Any], title: str) -> Table:
+    """The rows of `summary` for a terminal."""
+    headers = ("i", "λ_i", "λ_i / λ_1", "% of trace", "‖Hv − λv‖")
+    return tables.table(title, headers, summary(document))
+
+
+def summary(document: dict[str, Any]) -> list[list[str]]:
+    """A row an eigenvalue: number, value, ratio to the largest, share, residual."""
+    values, trace = document["eigenvalues"], document["trace"]
+    return [
+        [
+            str(i),
+            f"{value:.4f}",
+            f"{value / values[0]:.3f}",
+            f"{100 * value / trace:.1f}",
+            f"{residual:.0e}",
+        ]
+        for i, (value, residual) in enumerate(
+            zip(values, document["residuals"], strict=True), 1
+        )
+    ]
+
+
+def sentence(document: dict[str, Any]) -> str:
+    """What else there is to say of the spectrum, in words."""
+    config = document["config"]
+    k, top = config["k"], sum(document["eigenvalues"])
+    return (
+        f"Hessian of {document['parameters']} parameters on {config['examples']} "
+        f"training images. Trace {document['trace']:.3f} ± "
+        f"{document['trace_error']:.3f}; the {k} above add up to {top:.3f}. About "
+        f"{document['num_above']:.0f} eigenvalues are above {NEAR_ZERO:.0%} of λ_1, "
+        f"{document['num_below']:.0f} as far below zero, down to "
+        f"{document['smallest_node']:.4f}. Products: {document['top_matvecs']} for the "
+        f"eigenvalues ({document['top_wall_time_s']:.0f} s), {config['num_samples']} × "
+        f"{config['num_matvecs']} for the density. Training loss "
+        f"{document['train_loss']:.4f}, test accuracy {document['test_accuracy']:.1%}."
+    )

@@ -1,0 +1,79 @@
+"""`eigensam spectrum`: its options, and what it answers."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from eigensam_jax.experiments import options
+from eigensam_jax.experiments.registry import METHODS, learning_rate
+
+Document = dict[str, Any]
+
+EXAMPLES = 2_000  # training images, where not said
+_USUAL = {"epochs": 100, "k": 10, "num_matvecs": 64, "num_samples": 8}
+_SMOKE = {"epochs": 2, "k": 3, "num_matvecs": 8, "num_samples": 2}
+
+
+def add_command(subparsers: Any) -> None:
+    """Adds `eigensam spectrum`."""
+    spectrum = subparsers.add_parser(
+        "spectrum",
+        usage="%(prog)s [options]",
+        help="the eigenvalues of the Hessian of a trained network",
+        description="Train a network, and find the largest eigenvalues of the Hessian "
+        "of its training loss, with residuals, and how all of them are spread. Prints "
+        "a table and leaves results.json and spectrum.png in --out, in place of those "
+        "of an earlier run; a training that was interrupted goes on by the same "
+        "command.",
+    )
+    add, usual = spectrum.add_argument, _USUAL
+    trained = tuple(name for name in METHODS if not METHODS[name].radius_of)
+    options.add_problem(spectrum)
+    add(
+        "--optimizer",
+        metavar="NAME",
+        choices=trained,
+        default="eigen_sam",
+        help=options.any_of(trained),
+    )
+    add(
+        "--seed", metavar="N", type=options.number(int), default=0, help="[%(default)s]"
+    )
+    options.add_training(spectrum, usual["epochs"])
+    products, vectors = usual["num_matvecs"], usual["num_samples"]
+    counts = {
+        "k": f"how many top eigenvalues [{usual['k']}]",
+        "num-matvecs": f"products per random vector, for the density [{products}]",
+        "num-samples": f"random vectors, for the density [{vectors}]",
+        "examples": "training images that the Hessian is taken on, the first ones "
+        f"[{EXAMPLES}, or all if less]",
+    }
+    options.add_counts(spectrum, counts)
+    options.add_out(spectrum, "2 epochs, few products: does it run at all?")
+
+
+def run(chosen: argparse.Namespace, command: str) -> None:
+    """Trains a network; leaves `results.json` and `spectrum.png` in `--out`."""
+    from eigensam_jax.experiments.spectrum import run as spectrum
+    from eigensam_jax.experiments.spectrum.network import Config
+
+    chosen = options.filled(chosen, _USUAL, _SMOKE)
+    rate = learning_rate(chosen.optimizer, chosen.base_optimizer, chosen.learning_rate)
+    more = {"learning_rate": rate, "augment": options.is_augmented(chosen)}
+    spectrum.run(options.config(Config, chosen, **more), command)
+
+
+def tables(results: list[Document]) -> dict[str, Any]:
+    """The tables of a results file, by name: from what a page asks for to rows."""
+    from eigensam_jax.experiments.spectrum import tables as made
+
+    return {"spectrum": lambda count: made.summary(results[0])[: int(count)]}
+
+
+def plots(results: Document, folder: Path) -> None:
+    """Draws the plot of a results file."""
+    from eigensam_jax.experiments.spectrum import plots as drawn
+
+    config = results["config"]
+    title = f"{config['dataset']}, {config['model']}, {config['optimizer']}"
+    drawn.spectrum(results, title, folder / "spectrum.png")

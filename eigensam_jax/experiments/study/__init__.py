@@ -1,0 +1,1 @@
+"""`eigensam compare`, `accuracy` and `ablate`: many runs of one network, by a plan."""

@@ -1,0 +1,135 @@
+"""What the results files of `compare`, `accuracy` and `ablate` say, in rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from eigensam_jax.experiments.entries import PLAIN
+from eigensam_jax.experiments.records import tables
+from eigensam_jax.experiments.registry import METHODS
+
+Record = dict[str, Any]
+
+HEADERS = ("gradients", "‖ε‖", "test acc. %", "train loss", "λ_max", "alignment")
+PAIRED_HEADERS = ("test acc. %", "train loss", "λ_max", "alignment")
+TUNING_HEADERS = ("learning rate", "ρ", "α", "validation acc. %")
+_FIGURES = {  # factor, digits
+    "test_accuracy": (100, 2),
+    "train_loss": (1, 4),
+    "lambda_max": (1, 3),
+    "alignment": (1, 3),
+}
+
+
+def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
+    """Everything, for a terminal."""
+    result = []
+    for name in dict.fromkeys(run["table"] for run in runs):
+        heading = f"{name}: {title}"
+        if name == "tuning":
+            result.append(tables.table(heading, ("", *TUNING_HEADERS), tuning(runs)))
+            continue
+        rows = [[row, *cells] for row, _, _, *cells in summary(runs, name)]
+        result.append(tables.table(heading, ("", *PAIRED_HEADERS), rows))
+        if pairs := paired(runs, name) or against_first(runs, name):
+            result.append(tables.table("differences", ("", *PAIRED_HEADERS), pairs))
+    return result
+
+
+def summary(runs: Sequence[Record], table: str) -> list[list[str]]:
+    """A row a method by `HEADERS`: means over seeds, with 95% intervals."""
+    rows = []
+    for row, of_row in by_row(runs, table).items():
+        radii = [run["radius"] for run in of_row]
+        figures = [
+            tables.mean_and_interval(values, digits, factor, sign=False)
+            for values, factor, digits in _values(of_row)
+        ]
+        gradients = f"{of_row[0]['gradients']:.2f}"
+        rows.append([row, gradients, f"{sum(radii) / len(radii):.3f}", *figures])
+    return rows
+
+
+def paired(runs: Sequence[Record], table: str) -> list[list[str]]:
+    """A row a pair of methods by `PAIRED_HEADERS`: differences of the same seeds."""
+    rows, found = [], by_row(runs, table)
+    plain = [name for name, method in METHODS.items() if method.link is None]
+    for row in found:
+        name, comma, rest = row.partition(",")
+        baseline = METHODS[name].baseline if name in METHODS else ""
+        others = plain if baseline == PLAIN else [baseline]
+        there = [x for x in (f"{y}{comma}{rest}" for y in others) if x in found]
+        for other in there[:1]:
+            rows.append([f"{row} − {other}", *difference(found[row], found[other])])
+    return rows
+
+
+def against_first(runs: Sequence[Record], table: str) -> list[list[str]]:
+    """As `paired`, of every method of a table with its first."""
+    found = by_row(runs, table)
+    first, *others = found
+    return [
+        [f"{row} − {first}", *difference(found[row], found[first])] for row in others
+    ]
+
+
+def difference(one: Sequence[Record], other: Sequence[Record]) -> list[str]:
+    """The cells of `paired`: those of `one` less those of `other` of the same seed."""
+    by_seed = {run["seed"]: run for run in other}
+    pairs = [(run, by_seed[run["seed"]]) for run in one if run["seed"] in by_seed]
+    return [
+        tables.mean_and_interval([a[key] - b[key] for a, b in pairs], digits, factor)
+        for key, (factor, digits) in _FIGURES.items()
+    ]
+
+
+def tuning(runs: Sequence[Record]) -> list[list[str]]:
+    """A row a candidate by `TUNING_HEADERS`; the best of each method is marked."""
+    rows = []
+    for row, of_row in by_row(runs, "tuning").items():
+        best = max(of_row, key=lambda run: run["test_accuracy"])
+        for run in of_row:
+            method, accuracy = run["method"], run["test_accuracy"]
+            mark = " ←" if run is best else ""
+            rows.append(
+                [
+                    row,
+                    f"{run['learning_rate']:g}",
+                    f"{method['rho']:g}" if METHODS[row].link else "–",
+                    f"{method['alpha']:g}" if METHODS[row].tracker else "–",
+                    "diverged" if "diverged" in run else f"{100 * accuracy:.2f}{mark}",
+                ]
+            )
+    return rows
+
+
+def over_training(runs: Sequence[Record], key: str) -> list[list[str]]:
+    """A row a method of `main`: a figure at each look, mean ± standard deviation."""
+    factor, digits = _FIGURES[key]
+    return [
+        [
+            row,
+            *(
+                tables.mean_and_deviation(values, digits, factor)
+                for values in zip(*(run["curves"][key] for run in of_row), strict=True)
+            ),
+        ]
+        for row, of_row in by_row(runs, "main").items()
+    ]
+
+
+def by_row(runs: Sequence[Record], table: str) -> dict[str, list[Record]]:
+    """The runs of a table, row by row."""
+    result: dict[str, list[Record]] = {}
+    for run in runs:
+        if run["table"] == table:
+            result.setdefault(run["row"], []).append(run)
+    return result
+
+
+def _values(runs: Sequence[Record]) -> list[tuple[list[float], float, int]]:
+    return [
+        ([run[key] for run in runs], factor, digits)
+        for key, (factor, digits) in _FIGURES.items()
+    ]

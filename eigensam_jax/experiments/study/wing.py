@@ -1,0 +1,202 @@
+"""`eigensam compare`, `accuracy` and `ablate`: their options, and what they answer."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from eigensam_jax.experiments import options
+from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.registry import (
+    BASE_OPTIMIZERS,
+    METHODS,
+    learning_rate,
+)
+from eigensam_jax.experiments.study import plans
+
+Document = dict[str, Any]
+
+_USUAL: dict[str, dict[str, Any]] = {
+    "compare": {"seeds": 3, "epochs": 100, "looks": 20},
+    "accuracy": {
+        "seeds": 5,
+        "epochs": 20,
+        "looks": 5,
+        "rhos": [0.1, 0.05, 0.2],
+        "asam_rhos": [0.5, 0.2, 1.0],
+        "paper_alphas": [0.2, 0.1, 0.05],
+        "alphas": [1.0, 0.2, 0.5, 2.0, 3.0],
+    },
+    "ablate": {
+        "seeds": 5,
+        "epochs": 10,
+        "looks": 5,
+        "tables": ["alpha", "rho", "tracker", "when"],
+    },
+}
+_SMOKE: dict[str, dict[str, Any]] = {
+    "compare": {"seeds": 1, "epochs": 1, "looks": 1},
+    "accuracy": {
+        **{"seeds": 1, "epochs": 1, "looks": 1, "rhos": [0.1, 0.05]},
+        **{"asam_rhos": [0.5], "paper_alphas": [0.2], "alphas": [1.0]},
+    },
+    "ablate": {"seeds": 1, "epochs": 1, "looks": 1, "tables": ["when"]},
+}
+_GRIDS = {
+    "rhos": "ρ of SAM",
+    "asam_rhos": "ρ of ASAM",
+    "paper_alphas": "α with the paper's tracker",
+    "alphas": "α with the secant",
+}
+
+
+def add_command(subparsers: Any) -> None:
+    """Adds the three commands."""
+    _add_compare(subparsers)
+    _add_accuracy(subparsers)
+    _add_ablate(subparsers)
+
+
+def run(chosen: argparse.Namespace, command: str) -> None:
+    """Does what was chosen; leaves a results file and a plot in `--out`."""
+    kind, file = chosen.command, "results.json"
+    chosen = options.filled(chosen, _USUAL[kind], _SMOKE[kind])
+    if kind == "compare":
+        plan, described = _comparison(chosen)
+    elif kind == "accuracy":
+        plan, described = _tuned(chosen)
+        file = f"main_{chosen.dataset}.json"
+    else:
+        plan, described = _ablations(chosen)
+
+    from eigensam_jax.experiments.study import run as study
+
+    augment = options.is_augmented(chosen)
+    more = {"plan": described, "file": file, "augment": augment}
+    study.run(options.config(study.Config, chosen, **more), plan, kind, command)
+
+
+def tables(results: list[Document]) -> dict[str, Any]:
+    """The tables of a results file, by name: from what a page asks for to rows."""
+    from eigensam_jax.experiments.study import tables as made
+
+    runs = results[0]["runs"]
+    return {
+        "tuning": lambda _: made.tuning(runs),
+        "summary": lambda table: made.summary(runs, table),
+        "paired": lambda table: made.paired(runs, table),
+        "against_first": lambda table: made.against_first(runs, table),
+        "over_training": lambda figure: made.over_training(runs, figure),
+    }
+
+
+def plots(results: Document, folder: Path) -> None:
+    """Draws the plot of a results file."""
+    from eigensam_jax.experiments.study import plots as drawn
+
+    kind = results["commands"][0].split()[1]
+    config = results["config"]
+    title = f"{config['dataset']}, {config['model']}"
+    drawn.DRAW[kind](results["runs"], title, folder / f"{kind}.png")
+
+
+def _add_compare(subparsers: Any) -> None:
+    compare = subparsers.add_parser(
+        "compare",
+        usage="%(prog)s [options]",
+        help="train a network with SGD, SAM and Eigen-SAM, and show the difference",
+        description="Train the same network from the same seeds with each optimizer, "
+        "at the same ρ and α. Leaves results.json and compare.png in --out; the same "
+        "command goes on where it ended.",
+    )
+    compare.add_argument(
+        "--optimizers",
+        metavar="NAME",
+        nargs="+",
+        choices=tuple(METHODS),
+        help=f"some of {', '.join(METHODS)}, where sam_matched is SAM at the radius "
+        f"that eigen_sam had [{' '.join(options.usual_methods('sgd'))}]",
+    )
+    options.add_runs(compare, _USUAL["compare"])
+    options.add_method(compare)
+    options.add_out(compare, "1 seed, 1 epoch: does it run at all?")
+
+
+def _add_accuracy(subparsers: Any) -> None:
+    accuracy = subparsers.add_parser(
+        "accuracy",
+        usage="%(prog)s [options]",
+        help="tune each method on a validation split, then train it from several seeds",
+        description="Choose the learning rate, ρ and α on a tenth of the training set, "
+        "then train on all of it. Leaves main_DATASET.json and accuracy.png in --out; "
+        "the same command goes on where it ended.",
+    )
+    options.add_runs(accuracy, _USUAL["accuracy"])
+    rates = BASE_OPTIMIZERS["sgd"].learning_rates
+    grids = {"learning_rates": ("of the base optimizer", rates)}
+    grids |= {name: (what, _USUAL["accuracy"][name]) for name, what in _GRIDS.items()}
+    for name, (what, usual) in grids.items():
+        accuracy.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar="X",
+            nargs="+",
+            type=options.number(float, above=0),
+            help=f"{what} [{' '.join(f'{x:g}' for x in usual)}]",
+        )
+    options.add_out(accuracy, "1 seed, 1 epoch, one or two of each: does it run?")
+
+
+def _add_ablate(subparsers: Any) -> None:
+    ablate = subparsers.add_parser(
+        "ablate",
+        usage="%(prog)s [options]",
+        help="what α, ρ, the tracker, the steps and the parameters perturbed matter",
+        description="Train a network over and over, each time with one thing changed. "
+        "Leaves results.json in --out; the same command goes on where it ended.",
+    )
+    options.add_runs(ablate, _USUAL["ablate"])
+    ablate.add_argument(
+        "--tables",
+        metavar="NAME",
+        nargs="+",
+        choices=tuple(plans.ABLATIONS),
+        help=f"some of {', '.join(plans.ABLATIONS)} [all but the last two, of which "
+        "parts wants no batch normalisation, and norms wants some]",
+    )
+    options.add_method(ablate, alpha=1.0, above=0)
+    options.add_out(ablate, "1 seed, 1 epoch, one table: does it run at all?")
+
+
+def _comparison(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
+    base = chosen.base_optimizer
+    names = list(dict.fromkeys(chosen.optimizers or options.usual_methods(base)))
+    for name in names:
+        if METHODS[name].radius_of not in ("", *names):
+            raise UserError(
+                f"--optimizers: {name} takes its radius from the run of "
+                f"{METHODS[name].radius_of}; name {METHODS[name].radius_of} too, or "
+                f"leave {name} out"
+            )
+    rates = {name: learning_rate(name, base, chosen.learning_rate) for name in names}
+    named = {"rho": chosen.rho, "alpha": chosen.alpha}
+    described = {"learning_rate": learning_rate(base, base, chosen.learning_rate)}
+    plan = plans.comparison(names, **named, learning_rates=rates, seeds=chosen.seeds)
+    return plan, {"optimizers": names, **named, **described}
+
+
+def _tuned(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
+    rates = list(BASE_OPTIMIZERS[chosen.base_optimizer].learning_rates)
+    chosen.learning_rates = (
+        chosen.learning_rates or rates[: 1 if chosen.smoke else None]
+    )
+    grids = {name: getattr(chosen, name) for name in plans.Grids._fields}
+    plan = plans.accuracy(plans.Grids(**grids), chosen.seeds, chosen.base_optimizer)
+    return plan, grids
+
+
+def _ablations(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
+    base = chosen.base_optimizer
+    named = {"rho": chosen.rho, "alpha": chosen.alpha}
+    named["learning_rate"] = learning_rate(base, base, chosen.learning_rate)
+    names = list(dict.fromkeys(chosen.tables))
+    plan = plans.ablations(names, **named, seeds=chosen.seeds, plain=base)
+    return plan, {"tables": names, **named}

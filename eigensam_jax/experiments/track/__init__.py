@@ -1,0 +1,1 @@
+"""`eigensam track`: how well each tracker follows the top eigenvector in training."""

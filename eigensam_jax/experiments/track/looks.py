@@ -1,0 +1,160 @@
+"""What `eigensam track` sees of a run: how well its v follows the top eigenvector."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eigensam_jax import hessian, tree_math
+from eigensam_jax.experiments.data.load import Dataset
+from eigensam_jax.experiments.training import losses, measures, methods
+from eigensam_jax.experiments.training import steps as training_steps
+from eigensam_jax.experiments.training.loop import Point
+from eigensam_jax.experiments.training.methods import Setup
+from eigensam_jax.experiments.training.steps import TrainState
+from eigensam_jax.tree_math import PyTree
+
+_UNSEEN = 0.15  # of the steps, at the start, before the first look
+
+
+class Look(NamedTuple):
+    """A look at a run, before the next step is taken, or at its end.
+
+    Attributes:
+      train_loss: mean cross-entropy over the training set, at the weights w.
+      test_accuracy: fraction of the test set that is classified correctly.
+      lambda_max: λ_max of ∇²L(w) on the first `measures.CURVATURE_EXAMPLES` images.
+      lambda_max_residual: ‖Hv − λv‖ of that eigenpair.
+      ratio: vᵀHv/λ_max for the v that the step perturbs by; None at the end, and where
+        there is no tracker.
+      cosine: |cos| between that v and the top eigenvector.
+      tracked_eigenvalue: λ as the tracker has it, on batches, where it is known.
+      tracked_residual: the residual as the tracker has it.
+    """
+
+    train_loss: float
+    test_accuracy: float
+    lambda_max: float
+    lambda_max_residual: float
+    ratio: float | None = None
+    cosine: float | None = None
+    tracked_eigenvalue: float | None = None
+    tracked_residual: float | None = None
+
+
+Measure = Callable[[Setup, TrainState, Any], tuple[Look, PyTree]]
+
+
+def look_steps(steps: int, count: int) -> tuple[int, ...]:
+    """The steps whose v is looked at: the last one, and others back to 15%."""
+    first, last = round(_UNSEEN * steps), steps - 1
+    spread = np.linspace(min(first, last), last, count)
+    return tuple(sorted({round(step) for step in spread}))
+
+
+def make_tracked(
+    model: nn.Module, dataset: Dataset, batch_size: int, steps: int
+) -> Callable[[Setup, TrainState], Any]:
+    """Builds (setup, state) -> the tracker's state as the step to come perturbs by it.
+
+    Where that step refreshes it, the refresh is made here too, on the same batch.
+    """
+    loss = losses.cross_entropy(model)
+    images, labels = dataset.train_images, dataset.train_labels
+    per_epoch = len(labels) // batch_size
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def refreshed(
+        structure: Setup,
+        shuffle: bool,
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+    ) -> Any:
+        if shuffle:
+            _, order = training_steps.shuffled(state.key, state.order)
+            state = state._replace(order=order)
+        batch = training_steps.next_batch(state, batch_size)
+        value_fn = lambda params: loss(params, images[batch], labels[batch])
+        matvec = hessian.matvec(jax.grad(value_fn), state.params)
+        link = state.opt_state[0]
+        tracker = methods.make_tracker(structure)
+        matvec.unroll = True  # type: ignore[attr-defined]
+        return tracker.refresh(link.tracker, matvec)
+
+    def tracked(setup: Setup, state: TrainState) -> Any:
+        step = int(state.step)
+        if setup.num_products and setup.refreshes(step, steps):
+            shuffle = step % per_epoch == 0
+            return refreshed(setup.structure, shuffle, state, images, labels)
+        return state.opt_state[0].tracker
+
+    return tracked
+
+
+def make_measure(
+    model: nn.Module, dataset: Dataset, batch_size: int, steps: int
+) -> Measure:
+    """Builds (setup, state, start) -> a `Look`, and the top eigenvector.
+
+    `start` is where the search for that begins. A training loss that is not finite
+    raises FloatingPointError, and so does a Hessian whose top is not found.
+    """
+    matvec_at = measures.make_matvec(losses.cross_entropy(model))
+    few = slice(measures.CURVATURE_EXAMPLES)
+    images, labels = dataset.train_images[few], dataset.train_labels[few]
+    tracked_by = make_tracked(model, dataset, batch_size, steps)
+    seen = measures.make_measure(
+        *(model, dataset, batch_size, measures.CURVATURE_EXAMPLES),
+        matvec_at=matvec_at,
+        batches=0,
+    )
+
+    def measure(
+        setup: Setup, state: TrainState, start: PyTree | None
+    ) -> tuple[Look, PyTree]:
+        found, top = seen(setup, state, start)
+        look = Look(*found[:4])
+        if int(state.step) == steps or not setup.tracker:
+            return look, top
+        tracked = tracked_by(setup, state)
+        v = tracked.eigenvector
+        product = matvec_at(state.params, images, labels)(v)
+        return look._replace(
+            ratio=float(tree_math.vdot(v, product)) / look.lambda_max,
+            cosine=float(jnp.abs(tree_math.vdot(v, top))),
+            tracked_eigenvalue=_finite(float(tracked.eigenvalue)),
+            tracked_residual=_finite(float(tracked.residual)),
+        ), top
+
+    return measure
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def summarise(points: list[Point[Look]]) -> dict[str, Any]:
+    """The figures of a run for `results.json`: its end, means of its looks, curves."""
+    looks, end = points[:-1], points[-1]
+    seen = [point.measurement for point in looks]
+    ratios = [look.ratio for look in seen if look.ratio is not None]
+    cosines = [look.cosine for look in seen if look.cosine is not None]
+    last = end.measurement._asdict()
+    return {
+        "radius": end.radius,
+        **{key: last[key] for key in ("lambda_max", "lambda_max_residual")},
+        **{key: last[key] for key in ("train_loss", "test_accuracy")},
+        "ratio": float(np.mean(ratios)) if ratios else None,
+        "worst_ratio": min(ratios, default=None),
+        "cosine": float(np.mean(cosines)) if cosines else None,
+        "curves": {
+            "step": [point.step for point in looks],
+            "radius": [point.radius for point in looks],
+            **{key: [getattr(x, key) for x in seen] for key in Look._fields},
+        },
+    }

@@ -1,0 +1,121 @@
+"""The tables of `eigensam track`, out of its results files."""
+
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from eigensam_jax.experiments.records import tables
+from eigensam_jax.experiments.registry import TRACKERS
+from eigensam_jax.experiments.track.jobs import Job
+
+_DIFFERENCES = {  # title, factor, digits
+    "lambda_max": ("λ_max", 1, 3),
+    "train_loss": ("train loss", 1, 5),
+    "test_accuracy": ("test acc. %", 100, 2),
+}
+
+Record = dict[str, Any]
+
+
+def alphas(runs: list[Record]) -> list[float]:
+    """All α of the runs, ascending."""
+    return sorted({run["alpha"] for run in runs if run["alpha"] is not None})
+
+
+def table(runs: list[Record], alpha: float, title: str) -> Table:
+    """The rows of `summary` for a terminal."""
+    headers = ("HVPs", "ratio", "worst", "|cos|", "λ_max", "train loss", "acc. %")
+    title = f"{title}, α = {alpha:g}"
+    return tables.table(title, ("tracker", *headers), summary(runs, alpha))
+
+
+def difference_table(runs: list[Record], title: str) -> Table:
+    """The rows of `differences` for a terminal."""
+    headers = ("α", "radius", *(header for header, _, _ in _DIFFERENCES.values()))
+    return tables.table(title, ("tracker", *headers), differences(runs))
+
+
+def summary(runs: list[Record], alpha: float) -> list[list[str]]:
+    """SAM and every tracker at α: cost, how well v is followed, and where runs end.
+
+    The columns are products per 100 steps, vᵀHv/λ_max and its minimum, |cos(v, v_top)|,
+    the final λ_max, training loss and test accuracy.
+    """
+    rows = []
+    for name in (None, *names(runs)):
+        optimizer, at = ("sam", None) if name is None else ("eigen_sam", alpha)
+        chosen = [
+            run
+            for run in runs
+            if (run["optimizer"], run["tracker"], run["alpha"]) == (optimizer, name, at)
+        ]
+        if not chosen:
+            continue
+        column = {key: [run[key] for run in chosen] for key in chosen[0]}
+        followed = ["–"] * 4
+        if name is not None:
+            followed = [
+                f"{TRACKERS[name].products:g}",
+                tables.mean_and_deviation(column["ratio"], 2),
+                f"{min(column['worst_ratio']):.2f}",
+                tables.mean_and_deviation(column["cosine"], 2).split()[0],
+            ]
+        rows.append(
+            [
+                name or "sam",
+                *followed,
+                tables.mean_and_deviation(
+                    column["lambda_max"], 3 if max(column["lambda_max"]) < 1 else 2
+                ),
+                tables.mean_and_deviation(column["train_loss"], 4).split()[0],
+                tables.mean_and_deviation(column["test_accuracy"], 1, 100),
+            ]
+        )
+    return rows
+
+
+def across(networks: list[list[Record]]) -> list[list[str]]:
+    """A row a tracker: its products, and the ratio on each network at α 0.2 and 1."""
+    summaries = [
+        {row[0]: row for row in summary(runs, alpha)}
+        for runs in networks
+        for alpha in (0.2, 1.0)
+    ]
+    return [
+        [
+            name,
+            f"{spec.products:g}",
+            *(rows[name][2] if name in rows else "–" for rows in summaries),
+        ]
+        for name, spec in TRACKERS.items()
+    ]
+
+
+def differences(runs: list[Record]) -> list[list[str]]:
+    """A row a tracker and α: the radius, and Eigen-SAM less SAM at that of its run."""
+    by_job = {tuple(run[key] for key in Job._fields): run for run in runs}
+    rows = []
+    for alpha in alphas(runs):
+        for name in names(runs):
+            pairs = [
+                (run, by_job["sam_matched", name, alpha, run["seed"]])
+                for run in runs
+                if (run["optimizer"], run["tracker"], run["alpha"])
+                == ("eigen_sam", name, alpha)
+                and ("sam_matched", name, alpha, run["seed"]) in by_job
+            ]
+            if pairs:
+                radius = np.mean([run["radius"] for run, _ in pairs])
+                row = [name, f"{alpha:g}", f"{radius:.3f}"]
+                for key, (_, factor, digits) in _DIFFERENCES.items():
+                    less = [a[key] - b[key] for a, b in pairs]
+                    row.append(tables.mean_and_interval(less, digits, factor))
+                rows.append(row)
+    return rows
+
+
+def names(runs: list[Record]) -> list[str]:
+    """The trackers of the runs, in the order of `TRACKERS`."""
+    present = {run["tracker"] for run in runs}
+    return [name for name in TRACKERS if name in present]

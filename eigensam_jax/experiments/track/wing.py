@@ -1,0 +1,95 @@
+"""`eigensam track`: its options, and what it answers."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from eigensam_jax.experiments import options
+from eigensam_jax.experiments.registry import MODELS, TRACKERS, learning_rate
+
+Document = dict[str, Any]
+
+_USUAL: dict[str, Any] = {
+    "seeds": 5,
+    "steps": 1200,
+    "evaluations": 10,
+    "alpha": [0.2, 1.0],
+    "trackers": list(TRACKERS),
+}
+_SMOKE: dict[str, Any] = {
+    "seeds": 1,
+    "steps": 20,
+    "evaluations": 2,
+    "alpha": [1.0],
+    "trackers": ["power_iteration", "secant"],
+}
+
+
+def add_command(subparsers: Any) -> None:
+    """Adds `eigensam track`."""
+    track = subparsers.add_parser(
+        "track",
+        help="how well does each tracker follow the top eigenvector?",
+        description="Train a network with Eigen-SAM by each tracker, and SAM at the "
+        "radius of each run. Prints tables and leaves results.json and track.png in "
+        "--out. Runs that are there already are kept: the same command goes on where "
+        "it was interrupted, and a tracker, an α or a seed can be added.",
+    )
+    add = track.add_argument
+    small = {name: x.track_rate for name, x in MODELS.items() if x.track_rate}
+    options.add_problem(track, tuple(small))
+    add(
+        "--trackers",
+        metavar="NAME",
+        nargs="+",
+        choices=tuple(TRACKERS),
+        help=f"some of {', '.join(TRACKERS)} [all]",
+    )
+    add(
+        "--alpha",
+        metavar="X",
+        nargs="+",
+        type=options.number(float, above=0),
+        help="α, one or several [0.2 1]",
+    )
+    seeds, steps = _USUAL["seeds"], _USUAL["steps"]
+    counts = {"seeds": f"how many [{seeds}]", "steps": f"a run [{steps}]"}
+    options.add_counts(track, counts)
+    rates = ", ".join(f"{rate:g} for {name}" for name, rate in small.items())
+    options.add_learning_rate(track, f"by sgd {rates}")
+    options.add_base(track)
+    options.add_out(track, "1 seed, 20 steps, two trackers: does it run at all?")
+
+
+def run(chosen: argparse.Namespace, command: str) -> None:
+    """Trains by each tracker; leaves `results.json` and `track.png` in `--out`."""
+    from eigensam_jax.experiments.track import run as track
+
+    chosen = options.filled(chosen, _USUAL, _SMOKE)
+    base, rate = chosen.base_optimizer, chosen.learning_rate
+    if base == "sgd":
+        rate = rate or MODELS[chosen.model].track_rate
+    lists = {x: tuple(dict.fromkeys(getattr(chosen, x))) for x in ("alpha", "trackers")}
+    rates = {"learning_rate": learning_rate("eigen_sam", base, rate)}
+    track.run(options.config(track.Config, chosen, **lists, **rates), command)
+
+
+def tables(results: list[Document]) -> dict[str, Any]:
+    """The tables of results files, by name: from what a page asks for to rows."""
+    from eigensam_jax.experiments.track import tables as made
+
+    runs = results[0]["runs"]
+    return {
+        "track": lambda alpha: made.summary(runs, float(alpha)),
+        "track_differences": lambda _: made.differences(runs),
+        "track_across": lambda _: made.across([x["runs"] for x in results]),
+    }
+
+
+def plots(results: Document, folder: Path) -> None:
+    """Draws the plot of a results file."""
+    from eigensam_jax.experiments.track import plots as drawn
+
+    config = results["config"]
+    title = f"{config['dataset']}, {config['model']}"
+    drawn.track(results["runs"], title, folder / "track.png")

@@ -1,0 +1,259 @@
+"""Training runs: steps on the device, and what is measured between them."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import serialization
+
+from eigensam_jax.experiments.data.augmentation import Augment
+from eigensam_jax.experiments.data.load import Dataset
+from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.registry import BASE_OPTIMIZERS, METHODS
+from eigensam_jax.experiments.training import methods
+from eigensam_jax.experiments.training import steps as training_steps
+from eigensam_jax.experiments.training.losses import cross_entropy, training_loss
+from eigensam_jax.experiments.training.methods import Setup
+from eigensam_jax.experiments.training.steps import Begin, TrainState
+
+Measurement = TypeVar("Measurement")
+
+
+class DivergedError(UserError):
+    """A run whose loss is not finite."""
+
+
+class Settings(NamedTuple):
+    """What all runs of a comparison share.
+
+    Attributes:
+      steps: of each run.
+      batch_size: examples a step; what is left over at the end of an epoch is dropped.
+      learning_rate: of the base optimizer, decayed to zero by a cosine.
+      looks: the steps after which to measure, ascending, the last of all among them.
+      augment: what is done to the images of each step, before both gradients; None for
+        nothing.
+      begin: what a network's new variables are exchanged for before the first step;
+        None to keep them.
+      base: the base optimizer of methods that have none of their own.
+      weight_decay: of the base optimizer.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    looks: tuple[int, ...]
+    augment: Augment | None = None
+    begin: Begin | None = None
+    base: str = "sgd"
+    weight_decay: float = 0.0
+
+
+class Progress(NamedTuple):
+    """All that the rest of a run depends on.
+
+    Attributes:
+      state: after the steps so far.
+      top: what `measure` returned second the last time.
+      seconds: wall time of the steps so far.
+    """
+
+    state: TrainState
+    top: Any
+    seconds: float
+
+
+class Point(NamedTuple, Generic[Measurement]):
+    """Where a run is, between its first step and its last.
+
+    Attributes:
+      step: steps so far.
+      radius: the mean of ‖ε‖ over those of them that perturb.
+      step_time_ms: their mean wall time, refreshes included, compilation not.
+      measurement: what `make_run` was given to measure, of the network as it is now.
+      progress: from where the run goes on; given away for the next point.
+    """
+
+    step: int
+    radius: float
+    step_time_ms: float
+    measurement: Measurement
+    progress: Progress
+
+
+class Run(Protocol[Measurement]):
+    """Trains by a method from a seed."""
+
+    def __call__(
+        self, setup: Setup, seed: int, saved: dict[str, Any] | None = None
+    ) -> Iterator[Point[Measurement]]:
+        """Yields the points of the run; of one that was `saved`, the points to come.
+
+        `saved` is what `checkpoints.read` found of the `Progress` of a point.
+        """
+
+
+Measure = Callable[[Setup, TrainState, Any], tuple[Measurement, Any]]
+
+
+def check_batch_size(batch_size: int, name: str, examples: int) -> None:
+    """Raises UserError where so many training images are less than a batch."""
+    if batch_size > examples:
+        raise UserError(
+            f"--batch-size {batch_size} is more than the {examples} training images of "
+            f"{name}; use at most {examples}"
+        )
+
+
+def protocol(dataset: Dataset, base: str, weight_decay: float) -> dict[str, Any]:
+    """What a results file says of the training beside the options of the command."""
+    return {
+        "base_optimizer": base,
+        **BASE_OPTIMIZERS[base].constants,
+        "weight_decay": weight_decay,
+        "schedule": "cosine to 0",
+        "train_examples": len(dataset.train_images),
+        "test_examples": len(dataset.test_images),
+    }
+
+
+def num_steps(dataset: Dataset, batch_size: int, epochs: int) -> int:
+    """The steps of a run: what is left over of an epoch makes none."""
+    return len(dataset.train_labels) // batch_size * epochs
+
+
+def evaluation_steps(total_steps: int, evaluations: int) -> tuple[int, ...]:
+    """The steps after which to measure: none, and `evaluations` or all, to the end."""
+    evaluations = min(evaluations, total_steps)
+    return tuple(k * total_steps // evaluations for k in range(evaluations + 1))
+
+
+def restored(example: TrainState, saved: dict[str, Any]) -> Progress:
+    """The `Progress` that was saved, with arrays that can be given away."""
+    progress: Progress = serialization.from_state_dict(
+        Progress(example, None, 0.0), saved
+    )
+    return progress._replace(state=jax.tree.map(jnp.array, progress.state))
+
+
+def make_run(
+    model: nn.Module,
+    dataset: Dataset,
+    measure: Measure[Measurement],
+    settings: Settings,
+) -> Run[Measurement]:
+    """The training of a network by any setup, from any seed.
+
+    `measure` is called at every evaluation, with the setup, the state, and what it
+    returned second the last time, at first None. The state is given away afterwards: it
+    must copy what it keeps.
+
+    The steps are dispatched one by one, without waiting for any: between evaluations
+    nothing is pulled to the host and nothing is sent to the device. Whether a step
+    perturbs, and whether it refreshes the eigenvector, is known here, so it is fixed at
+    trace time, and each of the programs is free of branches and loops (which XLA's CPU
+    backend runs slowly where convolutions are inside). ρ and α are their arguments, so
+    that methods that differ in these alone share them.
+    """
+    images, labels = dataset.train_images, dataset.train_labels
+    steps_per_epoch = len(images) // settings.batch_size
+    steps = settings.steps
+    schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
+    loss, augment = training_loss(model), settings.augment
+
+    def optimizer(
+        setup: Setup, acts: bool = True
+    ) -> optax.GradientTransformationExtraArgs:
+        base = METHODS[setup.optimizer].base or settings.base
+        descent = BASE_OPTIMIZERS[base].make(schedule, settings.weight_decay)
+        return methods.make_optimizer(setup, descent, acts)
+
+    def init(setup: Setup, seed: int) -> TrainState:
+        tx = optimizer(setup)
+        return training_steps.start(model, tx, images, seed, settings.begin)
+
+    def step(
+        structure: Setup,
+        acts: bool,
+        refresh: bool,
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        rho: jax.Array,
+        alpha: jax.Array,
+    ) -> TrainState:
+        setup = structure._replace(rho=rho, alpha=alpha)
+        tx = optimizer(setup, acts)
+        batch = training_steps.next_batch(state, settings.batch_size)
+        examples = images[batch]
+        if augment is not None:
+            examples = augment(training_steps.step_key(state), examples)
+        return training_steps.take_step(
+            *(tx, loss, state, examples, labels[batch]),
+            *(refresh, setup.parts, acts),
+            cross_entropy(model),
+        )
+
+    @cache
+    def program(structure: Setup, acts: bool, refresh: bool) -> Any:
+        example, scalar = jax.eval_shape(partial(init, structure), 0), jnp.zeros(())
+        function = jax.jit(partial(step, structure, acts, refresh), donate_argnums=0)
+        return function.lower(example, images, labels, scalar, scalar).compile()
+
+    @cache
+    def shuffle() -> Any:
+        key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        order = jax.eval_shape(lambda: jnp.arange(len(images)))
+        function = jax.jit(training_steps.shuffled, donate_argnums=(0, 1))
+        return function.lower(key, order).compile()
+
+    def run(
+        setup: Setup, seed: int, saved: dict[str, Any] | None = None
+    ) -> Iterator[Point[Measurement]]:
+        kinds = [
+            (acts, acts and setup.refreshes(i, steps))
+            for i in range(steps)
+            for acts in (setup.acts(i, steps),)
+        ]
+        programs = {kind: program(setup.structure, *kind) for kind in set(kinds)}
+        shuffle()  # compiled before anything is timed
+        scalars = jnp.float32(setup.rho), jnp.float32(setup.alpha)
+        stops, done = settings.looks, 0
+        if saved is None:
+            state, top, seconds = init(setup, seed), None, 0.0
+        else:
+            example = jax.eval_shape(partial(init, setup), 0)
+            state, top, seconds = restored(example, saved)
+            done = int(state.step)
+            stops = tuple(stop for stop in stops if stop > done)
+        for stop in stops:
+            began = time.perf_counter()
+            with jax.transfer_guard("disallow"):
+                for i in range(done, stop):
+                    if i % steps_per_epoch == 0:
+                        key, order = shuffle()(state.key, state.order)
+                        state = state._replace(key=key, order=order)
+                    state = programs[kinds[i]](state, images, labels, *scalars)
+                state.step.block_until_ready()
+            seconds, done = seconds + time.perf_counter() - began, stop
+            try:
+                measurement, top = measure(setup, state, top)
+            except FloatingPointError as error:
+                raise DivergedError(
+                    f"{setup.optimizer}, seed {seed}: {error} after {done} steps; "
+                    f"lower --learning-rate (now {settings.learning_rate:g}) or ρ "
+                    f"(now {setup.rho:g})"
+                ) from error
+            perturbed = sum(acts for acts, _ in kinds[:done])
+            radius = float(state.radius_sum) / max(perturbed, 1)
+            progress = Progress(state, top, seconds)
+            yield Point(
+                done, radius, 1e3 * seconds / max(done, 1), measurement, progress
+            )
+
+    return run

@@ -1,0 +1,132 @@
+"""What a run trains by: a method, its ρ and α, and the steps on which it perturbs."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.typing import ArrayLike
+
+from eigensam_jax.experiments.registry import METHODS, TRACKERS, matched
+from eigensam_jax.trackers import Tracker
+from eigensam_jax.tree_math import PyTree
+
+PARTS = "parts"  # the axis over the parts of a batch that are perturbed by themselves
+
+
+class Setup(NamedTuple):
+    """A method with all that can be chosen of it.
+
+    Attributes:
+      optimizer: the method, a key of `registry.METHODS`.
+      rho: ρ.
+      alpha: α of Eigen-SAM.
+      tracker: how Eigen-SAM follows v, a key of `registry.TRACKERS`.
+      num_products: Hessian-vector products of a refresh, where it has a choice.
+      update_interval: steps from one refresh to the next.
+      every: perturbs on every so many steps; the others are the base optimizer's.
+      last: perturbs in this last share of the steps only.
+      norms_only: perturbs the parameters of normalisation layers only.
+      parts: each batch is cut into so many parts, each perturbed by its own gradient.
+    """
+
+    optimizer: str
+    rho: ArrayLike = 0.0
+    alpha: ArrayLike = 0.0
+    tracker: str = ""
+    num_products: int = 0
+    update_interval: int = 1
+    every: int = 1
+    last: float = 1.0
+    norms_only: bool = False
+    parts: int = 1
+
+    @property
+    def structure(self) -> "Setup":
+        """What compiled steps depend on: ρ and α are their arguments."""
+        return self._replace(rho=0.0, alpha=0.0, every=1, last=1.0)
+
+    def acts(self, step: int, total_steps: int) -> bool:
+        """Whether this step perturbs."""
+        since = step - self._first(total_steps)
+        perturbs = METHODS[self.optimizer].link is not None
+        return perturbs and since >= 0 and since % self.every == 0
+
+    def refreshes(self, step: int, total_steps: int) -> bool:
+        """Whether the tracker refreshes v on this step, one of those that perturb."""
+        return (step - self._first(total_steps)) % self.update_interval == 0
+
+    def gradients(self, total_steps: int) -> float:
+        """Gradient evaluations a step, on average; a product counts as two of them."""
+        acting = sum(self.acts(step, total_steps) for step in range(total_steps))
+        products = 2 * self.num_products / self.update_interval
+        more = METHODS[self.optimizer].gradients - 1 + products
+        return 1 + acting / total_steps * more
+
+    @property
+    def matched(self) -> "Setup | None":
+        """SAM in its place, ρ still to be set, where a method is compared with that."""
+        if matched(self.optimizer) is None:
+            return None
+        return self._replace(
+            optimizer="sam", alpha=0.0, tracker="", num_products=0, update_interval=1
+        )
+
+    def _first(self, total_steps: int) -> int:
+        return total_steps - math.ceil(self.last * total_steps)
+
+
+def named(name: str, rho: float, alpha: float, tracker: str = "") -> Setup:
+    """The method of this name, with what it takes of ρ, α and a tracker."""
+    method = METHODS[name]
+    if method.link is None:
+        return Setup(name)
+    tracker = method.tracker and (tracker or method.tracker)
+    if not tracker:
+        return Setup(name, rho)
+    found = TRACKERS[tracker]
+    return Setup(name, rho, alpha, tracker, found.num_matvecs, found.update_interval)
+
+
+def make_tracker(setup: Setup) -> Tracker:
+    """The tracker of a method that has one."""
+    return TRACKERS[setup.tracker].make(setup.num_products, setup.update_interval)
+
+
+def make_optimizer(
+    setup: Setup, descent: optax.GradientTransformation, acts: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """The method's link before `descent`, passed by on a step that does not act."""
+    method, options = METHODS[setup.optimizer], dict[str, Any]()
+    if method.link is None:
+        return optax.chain(optax.with_extra_args_support(optax.identity()), descent)
+    if setup.norms_only:
+        options["mask"] = is_norm
+    if setup.parts > 1:
+        options |= {"axis_name": PARTS, "per_device": True}
+    tracker = make_tracker(setup) if setup.tracker else None
+    link = method.link(setup.rho, setup.alpha, tracker, **options)
+    if not acts:
+        link = optax.GradientTransformationExtraArgs(
+            link.init, lambda updates, state, params=None, **_: (updates, state)
+        )
+    return optax.chain(link, descent)
+
+
+def epsilon(setup: Setup, grads: PyTree, params: PyTree, opt_state: Any) -> PyTree:
+    """The direction of the perturbation from a batch's `grads`; their own, for SGD."""
+    if setup.norms_only:
+        mask = is_norm(params)
+        grads = jax.tree.map(lambda g, inside: inside * g, grads, mask)
+    direction = METHODS[setup.optimizer].direction
+    if direction is None:
+        return grads
+    v = optax.tree.get(opt_state, "eigenvector")
+    return direction(grads, params, v, setup.alpha)
+
+
+def is_norm(params: PyTree) -> PyTree:
+    """Which parameters are scales and biases of normalisation layers."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "norm" in jax.tree_util.keystr(path).lower(), params
+    )

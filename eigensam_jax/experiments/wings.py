@@ -1,0 +1,61 @@
+"""The wings: each answers some of the commands, and is known by four doors alone."""
+
+import argparse
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from eigensam_jax.experiments.bench import wing as bench
+from eigensam_jax.experiments.options import Parser
+from eigensam_jax.experiments.sde import wing as sde
+from eigensam_jax.experiments.spectrum import wing as spectrum
+from eigensam_jax.experiments.study import wing as study
+from eigensam_jax.experiments.track import wing as track
+
+
+class Wing(Protocol):
+    """What there is to ask of a wing."""
+
+    def add_command(self, subparsers: Any) -> None:
+        """Adds its command, or several, to those of a parser."""
+
+    def run(self, chosen: argparse.Namespace, command: str) -> None:
+        """Does what was chosen of its options; `command` is for the results file."""
+
+    def tables(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+        """The tables of its results files: from what a page asks for to rows."""
+
+    def plots(self, results: dict[str, Any], folder: Path) -> None:
+        """Draws the plots of a results file."""
+
+
+WINGS = {
+    name: cast(Wing, wing)
+    for name, wing in {
+        "study": study,
+        "track": track,
+        "spectrum": spectrum,
+        "sde": sde,
+        "bench": bench,
+    }.items()
+}
+
+
+def add_commands(subparsers: Any) -> dict[str, str]:
+    """Adds the commands of all wings; returns of each the name of its wing."""
+    found: dict[str, str] = {}
+    for name, wing in WINGS.items():
+        wing.add_command(subparsers)
+        found |= {x: name for x in subparsers.choices if x not in found}
+    return found
+
+
+def wing_of(results: dict[str, Any]) -> str:
+    """The name of the wing whose command made a results file."""
+    commands = results.get("commands") or [results["command"]]
+    return _wings()[commands[0].split()[1]]
+
+
+@cache
+def _wings() -> dict[str, str]:
+    return add_commands(Parser().add_subparsers())

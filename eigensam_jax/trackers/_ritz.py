@@ -1,0 +1,237 @@
+"""A tracker that solves for the eigenvector within a plane, by few exact products."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eigensam_jax import tree_math
+from eigensam_jax._update import arguments, scalars
+from eigensam_jax.eigen import _krylov
+from eigensam_jax.hessian import Matvec
+from eigensam_jax.trackers._tracker import Tracker
+from eigensam_jax.tree_math import PyTree
+
+
+class RitzState(NamedTuple):
+    """State of `ritz`.
+
+    Attributes:
+      eigenvector: v, a unit vector; zero before the first observation.
+      eigenvalue: λ = ⟨v, Hv⟩ in the averaged Hessian; 0 before the first product.
+      residual: ‖Hv − ⟨v, Hv⟩v‖ of the last product with v, on its one batch.
+      companion: p, a unit vector orthogonal to v; zero before there is one.
+      scatter: the averaged second moment of the unit differences in the basis (v, p),
+        shape (2, 2).
+      curvature: the averaged Hessian in the same basis, shape (2, 2).
+      num_products: products so far, int32.
+    """
+
+    eigenvector: PyTree
+    eigenvalue: jax.Array
+    residual: jax.Array
+    companion: PyTree
+    scatter: jax.Array
+    curvature: jax.Array
+    num_products: jax.Array
+
+    @property
+    def usable(self) -> jax.Array:
+        """Whether there may be a positive eigenvalue within the residual of λ."""
+        return self.eigenvalue + self.residual >= 0
+
+
+def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> Tracker:
+    """Rayleigh–Ritz in a plane that follows the gradients: a product now and then.
+
+    Two vectors are kept. On every step the plane that they span is turned towards the
+    difference d = ∇L(w + ε) − ∇L(w) = Hε + O(ρ²), as in `secant`, but to its two top
+    principal components, averaged with `decay`. These lie among the top eigenvectors,
+    in an order that says as much of how gradients scatter as of the Hessian. So every
+    `update_interval` steps the exact product of the Hessian with one of the two
+    vectors, in turns, shows what the Hessian is within the plane. There it is a matrix
+    of 2 × 2, averaged over batches; its top eigenvector is v.
+
+    The first step is plain SAM; before the first product v is the top principal
+    component. λ is an average over batches; the residual is that of the last product
+    with v, on one batch. Non-finite values leave the state unchanged.
+
+    Two negative eigenvalues, each larger in magnitude than any positive one, can fill
+    the plane. Then λ plus the residual is below 0, and `eigen_sam` leaves v out.
+
+    Derivatives go through it, but not through the choice of axes where two eigenvalues
+    of these small matrices agree up to rounding: there none exists.
+
+    Cost: one Hessian-vector product every `update_interval` steps, the first of them
+    on step 0 and for nothing, as there is no v yet; two vectors as large as the
+    parameters; on every step eleven passes over them more than `secant`, and the
+    eigenvectors of two tiny matrices. Under `jax.vmap` both sides of the branch run, so
+    that every step pays for a product: there, use `secant` or fix `refresh`.
+
+    Args:
+      update_interval: steps from one product to the next, at least 1.
+      decay: the memory of the plane, at least 0 and less than 1.
+      gain: the weight of a new product in what is known of the Hessian, at least 0 and
+        less than 1. The first products are averaged.
+
+    Returns:
+      A `Tracker` whose state is a `RitzState`.
+
+    Raises:
+      ValueError: for an `update_interval` less than 1, and for a `decay` or a `gain`
+        outside [0, 1).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from eigensam_jax import trackers
+      >>> tracker = trackers.ritz()
+      >>> spectrum = jnp.array([-5.0, 1.0, 2.0])
+      >>> def step(state, noise):
+      ...     state = tracker.refresh(state, lambda v: spectrum * v)
+      ...     epsilon = noise + state.eigenvector
+      ...     sizes = epsilon @ state.eigenvector, jnp.linalg.norm(epsilon)
+      ...     return tracker.observe(state, spectrum * epsilon, *sizes), None
+      >>> noise = jax.random.normal(jax.random.key(0), (100, 3))
+      >>> state, _ = jax.lax.scan(step, tracker.init(spectrum), noise)
+      >>> bool(jnp.abs(state.eigenvector[2]) > 0.9)
+      True
+
+    References:
+      This project's own. Rayleigh–Ritz: Golub and Van Loan, "Matrix Computations", 4th
+      edition, section 8.1, 2013.
+    """
+    arguments.check_positive_int(
+        "update_interval", update_interval, "steps from one product to the next"
+    )
+    arguments.check_fraction("decay", decay)
+    arguments.check_fraction("gain", gain)
+    decay, gain = float(decay), float(gain)  # NumPy's would widen the state
+
+    def init(params: PyTree) -> RitzState:
+        dtype = tree_math.accumulation_dtype(params)
+        v, p = (tree_math.zeros_like(params) for _ in range(2))
+        eigenvalue, residual = (jnp.zeros((), dtype) for _ in range(2))
+        scatter, curvature = (jnp.zeros((2, 2), dtype) for _ in range(2))
+        count = jnp.zeros((), jnp.int32)
+        return RitzState(v, eigenvalue, residual, p, scatter, curvature, count)
+
+    def refresh(state: RitzState, matvec: Matvec) -> RitzState:
+        v, p = state.eigenvector, state.companion
+        turns, turn = state.num_products >> 1, state.num_products & 1
+        turn = jnp.where(tree_math.vdot(p, p) > 0, turn, 0)
+        product = matvec(tree_math.where(turn == 0, v, p))
+        length = tree_math.norm(product)
+        unit = tree_math.scale(tree_math.safe_inverse(length), product)
+        cosines = jnp.stack(tree_math.vdots((v, unit), (p, unit)))
+        sine = scalars.safe_sqrt(1 - cosines[0] ** 2)
+        # Of the first products the mean; then an average with a memory.
+        rate = jnp.maximum(gain, 1 / (1 + turns).astype(length.dtype))
+        residual = jnp.where(turn == 0, length * sine, state.residual)
+        curvature = _averaged(state.curvature, turn, length * cosines, rate)
+        new = (curvature[0, 0], residual, curvature, state.num_products + 1)
+        old = (state.eigenvalue, state.residual, state.curvature, state.num_products)
+        usable = (length > 0) & jnp.isfinite(length)
+        value, residual, curvature, count = tree_math.where(usable, new, old)
+        return RitzState(v, value, residual, p, state.scatter, curvature, count)
+
+    def observe(
+        state: RitzState,
+        gradient_change: PyTree,
+        projection: jax.Array,
+        radius: jax.Array,
+    ) -> RitzState:
+        del projection, radius
+        with jax.default_matmul_precision("highest"):
+            return _turned(state, gradient_change, decay)
+
+    return Tracker(init, refresh, observe, update_interval)
+
+
+def _averaged(
+    curvature: jax.Array, turn: jax.Array, column: jax.Array, rate: jax.Array
+) -> jax.Array:
+    """`curvature` with a part `rate` of row and column `turn` replaced by `column`."""
+    is_turn = jnp.arange(2, dtype=turn.dtype) == turn
+    seen = jnp.where(is_turn[None, :], column[:, None], column[None, :])
+    known = is_turn[None, :] | is_turn[:, None]
+    return jnp.where(known, curvature + rate * (seen - curvature), curvature)
+
+
+def _turned(state: RitzState, difference: PyTree, decay: float) -> RitzState:
+    """The plane turned towards `difference`, and v to the top eigenvector in it.
+
+    With q the unit vector of the part of `difference` orthogonal to the plane,
+    everything is a matrix of 3 × 3 in the basis (v, p, q). A difference that is zero or
+    not finite changes nothing.
+    """
+    v, p, x = state.eigenvector, state.companion, difference
+    vv, vp, pp, vx, px, xx = tree_math.vdots(
+        (v, v), (v, p), (p, p), (v, x), (p, x), (x, x)
+    )
+    # (v, p) times `basis` is orthonormal: else rounding would add up over the steps.
+    scale_v, scale_x = scalars.safe_rsqrt(jnp.stack([vv, xx]))
+    scale_p = scalars.safe_rsqrt(pp - (scale_v * vp) ** 2)
+    basis = jnp.stack([scale_v, -scale_p * vp * scale_v**2, 0 * vp, scale_p])
+    basis = basis.reshape(2, 2)
+    inside = scale_x * jnp.stack([vx, px]) @ basis
+    outside = 1 - jnp.sum(inside**2)
+    rounding = 10 * np.finfo(outside.dtype).eps
+    outside = scalars.safe_sqrt(jnp.where(outside > rounding, outside, 0))
+
+    coordinates = jnp.append(inside, outside)
+    scatter = decay * jnp.pad(state.scatter, (0, 1))
+    scatter += (1 - decay) * jnp.outer(coordinates, coordinates)
+    usable = (scale_x > 0) & jnp.all(jnp.isfinite(scatter))
+    plane = _krylov.eigh(jnp.where(usable, scatter, 0))[1][:, :0:-1]
+    # Before the first product, nothing but the scatter ranks the directions.
+    curvature = jnp.pad(state.curvature, (0, 1))
+    ranked = jnp.where(state.num_products > 0, curvature, scatter)
+    ranked = jnp.where(usable, plane.T @ ranked @ plane, 0)
+    axes = plane @ _krylov.eigh(ranked)[1][:, ::-1]  # (v, p) in (v, p, q)
+    # Eigenvectors have no sign of their own: they keep the one they had, or take x's.
+    known = jnp.stack([scale_v, scale_p]) > 0
+    kept = jnp.where(known, jnp.diagonal(axes), axes[2])
+    axes = jnp.where(kept < 0, -axes, axes)
+
+    on_x = axes[2] * tree_math.safe_inverse(outside)
+    on_vp = basis @ (axes[:2] - jnp.outer(inside, on_x))
+    # A row of it says how much of v, p and x goes into the new v, or the new p.
+    weights = jnp.concatenate([on_vp, scale_x * on_x[None]]).T
+    weights = jnp.where(usable, weights, jnp.eye(2, 3, dtype=weights.dtype))
+    rows = scalars.once(*weights.ravel()).reshape(2, 3)
+
+    def combined(row: jax.Array, old: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda o, *vectors: jnp.where(
+                usable, sum(w * u for w, u in zip(row, vectors, strict=True)), o
+            ),
+            *(old, v, p, x),
+        )
+
+    # What is known of the curvature turns with the plane, and is not projected: that
+    # would shrink it a little on every step.
+    turn = _nearest_rotation(axes[:2])
+    curvature = turn.T @ state.curvature @ turn
+    scatter = axes.T @ scatter @ axes
+    small = tree_math.where(
+        usable, (curvature, scatter), (state.curvature, state.scatter)
+    )
+    return state._replace(
+        eigenvector=combined(rows[0], v),
+        eigenvalue=small[0][0, 0],
+        companion=combined(rows[1], p),
+        scatter=small[1],
+        curvature=small[0],
+    )
+
+
+def _nearest_rotation(matrix: jax.Array) -> jax.Array:
+    """The orthogonal matrix nearest to one of 2 × 2; the identity for zero."""
+    (a, b), (c, d) = matrix
+    sign = jnp.where(a * d < b * c, -1, 1).astype(matrix.dtype)
+    both = matrix + sign * jnp.stack([d, -c, -b, a]).reshape(2, 2)
+    # Its columns are orthogonal and of one length.
+    inverse = scalars.safe_rsqrt(jnp.sum(both[:, 0] ** 2))
+    identity = jnp.eye(2, dtype=both.dtype)
+    return jnp.where(inverse > 0, both * inverse, identity)

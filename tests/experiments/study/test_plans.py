@@ -1,0 +1,96 @@
+"""Which runs an experiment does, and what it chooses by their results."""
+
+import pytest
+
+from eigensam_jax.experiments.study import plans
+from eigensam_jax.experiments.study.plans import Grids
+from eigensam_jax.experiments.training.methods import Setup, named
+
+GRIDS = Grids((0.1, 0.3), (0.1, 0.2), (1.0, 2.0), (0.1, 0.2), (1.0, 3.0))
+
+
+def followed(plan, accuracy, radius=0.5):
+    """All entries of a plan, whose jobs come to what the functions say."""
+    done, entries = {}, []
+    for entry in plan(done):
+        entries.append(entry)
+        done[entry.job] = {
+            "test_accuracy": accuracy(entry.job),
+            "radius": radius + entry.job.seed,
+        }
+    return entries
+
+
+def test_the_best_on_the_validation_split_is_trained_from_every_seed():
+    def accuracy(job):
+        method = job.method
+        if method.optimizer == "sgd":
+            return job.learning_rate
+        assert job.learning_rate == 0.3 or not job.tuning
+        return method.rho + (method.alpha == 3.0) + (method.alpha == 0.1)
+
+    entries = followed(plans.accuracy(GRIDS, seeds=2), accuracy)
+    tuning = [e for e in entries if e.table == "tuning"]
+    main = [e for e in entries if e.table == "main"]
+    assert len(tuning) == 2 + 2 + 2 + 2 + 2
+    assert all(e.job.tuning and e.job.seed == plans.TUNING_SEED for e in tuning)
+    assert not any(e.job.tuning for e in main)
+    assert {e.job.learning_rate for e in main} == {0.3}
+    assert [(e.row, e.job.method) for e in main if e.job.seed == 1] == [
+        ("sgd", Setup("sgd")),
+        ("sam", Setup("sam", 0.2)),
+        ("asam", Setup("asam", 2.0)),
+        ("eigen_sam_paper", named("eigen_sam_paper", 0.2, 0.1)),
+        ("sam_matched_paper", Setup("sam", 1.5)),
+        ("eigen_sam", named("eigen_sam", 0.2, 3.0)),
+        ("sam_matched", Setup("sam", 1.5)),
+    ]
+    assert [e.job.seed for e in main] == 7 * [0] + 7 * [1]
+
+
+def test_on_a_tie_the_first_is_chosen():
+    entries = followed(plans.accuracy(GRIDS, seeds=1), lambda job: 0.5)
+    (sam,) = (e for e in entries if e.table == "main" and e.row == "sam")
+    assert sam.job == plans.Job(Setup("sam", 0.1), 0.1, 0)
+
+
+@pytest.mark.parametrize("table", plans.ABLATIONS)
+def test_an_ablation_changes_one_thing_from_every_seed(table):
+    plan = plans.ablations([table], 0.1, 1.0, 0.05, seeds=2)
+    entries = followed(plan, lambda job: 0.5)
+    by_seed = [[e for e in entries if e.job.seed == seed] for seed in (0, 1)]
+    rows = [e.row for e in by_seed[0]]
+    assert rows == [e.row for e in by_seed[1]]
+    assert len(set(rows)) == len(rows) > 5
+    assert {e.table for e in entries} == {table}
+    methods = [e.job.method for e in by_seed[0] if "matched" not in e.row]
+    assert len(set(methods)) == len(methods)
+    matched = [e.job.method for e in by_seed[1] if "matched" in e.row]
+    assert all(method == Setup("sam", 1.5) for method in matched)
+    assert bool(matched) == (table in plans.MATCHED)
+
+
+def test_where_there_is_nothing_to_choose_nothing_is_tried():
+    grids = GRIDS._replace(learning_rates=(0.3,), alphas=(3.0,))
+    entries = followed(plans.accuracy(grids, seeds=1), lambda job: 0.5)
+    tried = {e.row for e in entries if e.table == "tuning"}
+    assert tried == {"sam", "asam", "eigen_sam_paper"}
+    (ours,) = (e for e in entries if e.row == "eigen_sam")
+    assert ours.job == plans.Job(named("eigen_sam", 0.1, 3.0), 0.3, 0)
+
+
+def test_a_comparison_is_at_the_same_rho_and_alpha_from_every_seed():
+    names = ("sam_matched", "eigen_sam", "eigen_sam_paper", "sam", "sgd")
+    plan = plans.comparison(names, 0.2, 1.0, dict.fromkeys(names, 0.3), seeds=2)
+    entries = followed(plan, lambda job: 0.5)
+    assert {(e.table, e.job.learning_rate, e.job.tuning) for e in entries} == {
+        ("main", 0.3, False)
+    }
+    assert [(e.row, e.job.method) for e in entries if e.job.seed == 1] == [
+        ("eigen_sam", named("eigen_sam", 0.2, 1.0)),
+        ("sam_matched", Setup("sam", 1.5)),
+        ("eigen_sam_paper", named("eigen_sam_paper", 0.2, 1.0)),
+        ("sam", Setup("sam", 0.2)),
+        ("sgd", Setup("sgd")),
+    ]
+    assert [e.job.seed for e in entries] == 5 * [0] + 5 * [1]

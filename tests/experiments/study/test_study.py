@@ -1,0 +1,196 @@
+"""`eigensam accuracy` and `eigensam ablate`: what they measure, and how they go on."""
+
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from command_line import error_of
+from problems import dense_hessian
+
+from eigensam_jax.experiments import cli, entries, registry
+from eigensam_jax.experiments.data import load as data
+from eigensam_jax.experiments.records import checkpoints
+from eigensam_jax.experiments.study import run as study
+from eigensam_jax.experiments.training import loop as training
+from eigensam_jax.experiments.training import losses, methods
+
+ACCURACY = ["accuracy", "--smoke", "--looks", "2", "--rhos", "0.1", "--asam-rhos", "1"]
+ABLATE = ["ablate", "--smoke", "--looks", "2", "--tables", "when"]
+
+
+class Tiny(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images):
+        x = images.reshape(len(images), -1)[:, ::8]
+        return nn.Dense(self.num_classes)(nn.tanh(nn.Dense(4)(x)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """A small network, whose programs are compiled once for all of the tests."""
+    make_run, made = training.make_run, {}
+
+    def from_cache(model, dataset, measure, settings):
+        key = settings, len(dataset.train_labels)
+        if key not in made:
+            made[key] = make_run(model, dataset, measure, settings)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_run", from_cache)
+        patch.setitem(registry.MODELS, "mlp", entries.Network(Tiny))
+        yield make_run
+
+
+def figures(out):
+    (path,) = out.glob("*.json")
+    found = json.loads(path.read_text())
+    assert found["complete"] is True
+    for run in found["runs"]:
+        assert run.pop("training_time_s", 1) > 0  # none where it diverged
+    return found["runs"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    assert cli.main([*ACCURACY, "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"main_digits.json", "accuracy.png"}
+    return out
+
+
+class Killed(BaseException):
+    """What nothing catches, as SIGKILL."""
+
+
+def test_killed_after_every_checkpoint_it_comes_to_the_same(
+    unbroken, tmp_path, monkeypatch
+):
+    write = checkpoints.write
+
+    def killing(path, tree):
+        write(path, tree)
+        raise Killed
+
+    monkeypatch.setattr(checkpoints, "write", killing)
+    kills = 0
+    while True:
+        try:
+            assert cli.main([*ACCURACY, "--out", str(tmp_path)]) == 0
+            break
+        except Killed:
+            kills += 1
+    assert kills == 7
+    assert figures(tmp_path) == figures(unbroken)
+
+
+def test_the_figures_are_those_of_the_network(quick, unbroken):
+    """The end of SAM's run by a loop of its own, and its Hessian by `eigh`."""
+    (run,) = (x for x in figures(unbroken) if (x["table"], x["row"]) == ("main", "sam"))
+    digits = registry.dataset("digits")
+    model = Tiny(10)
+    settings = training.Settings(11, 128, run["learning_rate"], (11,))
+    keep = lambda method, state, top: (jax.tree.map(np.array, state.params), None)
+    sam = methods.Setup("sam", run["method"]["rho"])
+    *_, end = quick(model, digits, keep, settings)(sam, 0)
+    params = end.measurement
+    loss = losses.cross_entropy(model)
+    images, labels = digits.train_images, digits.train_labels
+    value_fn = lambda p: loss(p, images, labels)
+    np.testing.assert_allclose(run["train_loss"], value_fn(params), rtol=1e-5)
+    logits = model.apply({"params": params}, digits.test_images)
+    accuracy = np.mean(np.argmax(logits, -1) == np.asarray(digits.test_labels))
+    np.testing.assert_allclose(run["test_accuracy"], accuracy, rtol=1e-6)
+    values = np.linalg.eigvalsh(dense_hessian(value_fn, params))
+    np.testing.assert_allclose(run["lambda_max"], values[-1], rtol=1e-3)
+    assert run["lambda_max_residual"] < 2 * study.TOLERANCE * run["lambda_max"]
+
+
+def test_no_test_image_is_seen_in_tuning():
+    digits = registry.dataset("digits")
+    split = data.for_tuning(digits)
+    rows = lambda images: {np.asarray(image).tobytes() for image in images}
+    kept, held = rows(split.train_images), rows(split.test_images)
+    assert len(split.test_labels) == round(len(digits.train_labels) / 10)
+    assert len(split.train_labels) + len(split.test_labels) == len(digits.train_labels)
+    assert not kept & held
+    assert kept | held == rows(digits.train_images)
+
+
+def test_label_noise_changes_its_share_of_the_training_labels_alone():
+    digits = registry.dataset("digits")
+    noisy = data.with_label_noise(digits, 0.4)
+    changed = np.mean(np.asarray(noisy.train_labels != digits.train_labels))
+    np.testing.assert_allclose(changed, 0.4 * 0.9, atol=0.04)
+    np.testing.assert_array_equal(noisy.test_labels, digits.test_labels)
+    clean = data.with_label_noise(digits, 0.0)
+    np.testing.assert_array_equal(clean.train_labels, digits.train_labels)
+
+
+def test_a_candidate_that_diverges_is_not_chosen(tmp_path):
+    rates = ["--learning-rates", "1e30", "0.05", "--out", str(tmp_path)]
+    alphas = ["--paper-alphas", "0.2", "--alphas", "1"]
+    assert cli.main([*ACCURACY, *rates, *alphas]) == 0
+    first, second, *others = figures(tmp_path)
+    assert first["learning_rate"] == 1e30
+    assert "lower --learning-rate (now 1e+30)" in first["diverged"]
+    assert first["test_accuracy"] == 0 < second["test_accuracy"]
+    assert {run["learning_rate"] for run in others} == {0.05}
+
+
+def test_a_run_that_two_tables_share_is_done_once(tmp_path, monkeypatch):
+    trained = []
+    make_runs = study.make_runs
+
+    def counting(*args):
+        do = make_runs(*args)
+        return lambda job: trained.append(job) or do(job)
+
+    monkeypatch.setattr(study, "make_runs", counting)
+    command = [*ABLATE, "parts", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    found = figures(tmp_path)
+    assert len(trained) == len(set(trained)) < len(found)
+    rows = {(run["table"], run["row"]): run for run in found}
+    same = rows["when", "sam, every step"], rows["parts", "sam, 1 parts"]
+    assert same[0]["curves"] == same[1]["curves"]
+    assert rows["when", "sgd"]["radius"] == 0
+    late = rows["when", "sam, the last 10% of steps"]
+    np.testing.assert_allclose(late["radius"], late["method"]["rho"], rtol=1e-5)
+
+
+def test_more_seeds_are_added_to_those_that_are_there(unbroken, tmp_path):
+    for seeds in ("1", "2"):
+        command = [*ACCURACY, "--seeds", seeds, "--out", str(tmp_path)]
+        assert cli.main(command) == 0
+    found = figures(tmp_path)
+    assert found[: len(figures(unbroken))] == figures(unbroken)
+    assert sum(run["seed"] == 1 for run in found) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "right"),
+    [
+        (["--label-noise", "1.5"], "--label-noise", "1.5"),
+        (["--rho", "0"], "'0'", "number above 0"),
+        (["--tables", "norms"], "--tables norms", "batch normalisation"),
+        (["--tables", "parts", "--batch-size", "100"], "--batch-size 100", "16"),
+        (["--tables", "parts", "--model", "norm_cnn"], "--tables parts", "norm_cnn"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_any_training(
+    arguments, wrong, right, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(training, "make_run", None)  # training would fail
+    error = error_of([*ABLATE[:4], *arguments, "--out", str(tmp_path)], capsys)
+    assert wrong in error
+    assert right in error
+
+
+def test_a_batch_larger_than_what_is_tuned_on_is_refused(tmp_path, capsys):
+    command = [*ACCURACY, "--batch-size", "1400", "--out", str(tmp_path)]
+    assert "--batch-size 1400 is more than the 1293" in error_of(command, capsys)

@@ -1,0 +1,109 @@
+"""What is said of many runs: means, intervals and paired differences."""
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from eigensam_jax.experiments.study import plots as study_plots
+from eigensam_jax.experiments.study import tables as study_tables
+
+ROWS = ("sgd", "sam", "eigen_sam", "sam_matched")
+
+
+def run(table, row, seed, accuracy, **more):
+    figures = {"train_loss": 0.5, "lambda_max": 2.0 + seed, "alignment": 0.25}
+    method = {"optimizer": row, "rho": 0.1, "alpha": 1.0}
+    curves = {"step": [5, 10], "lambda_max": [1.0 + seed, 2.0], "alignment": [0.1, 0.2]}
+    curves |= {"train_loss": [0.9, 0.5], "test_accuracy": [0.5, accuracy]}
+    return {
+        **{"table": table, "row": row, "seed": seed, "test_accuracy": accuracy},
+        **{"method": method, "learning_rate": 0.05, "gradients": 2.0, "radius": 0.125},
+        **{"curves": curves},
+        **(figures | more),
+    }
+
+
+@pytest.fixture
+def runs():
+    rng = np.random.default_rng(0)
+    return [
+        run("main", row, seed, rng.uniform(0.8, 0.9))
+        for seed in range(5)
+        for row in ROWS
+    ]
+
+
+def test_differences_are_paired_by_seed_with_students_intervals(runs):
+    shuffled = [runs[i] for i in np.random.default_rng(1).permutation(len(runs))]
+    rows = {row[0]: row for row in study_tables.paired(shuffled, "main")}
+    assert set(rows) == {"sam − sgd", "eigen_sam − sam_matched"}
+    accuracies = {(x["row"], x["seed"]): 100 * x["test_accuracy"] for x in runs}
+    differences = [
+        accuracies["eigen_sam", s] - accuracies["sam_matched", s] for s in range(5)
+    ]
+    low, high = stats.t.interval(0.95, 4, np.mean(differences), stats.sem(differences))
+    cell = rows["eigen_sam − sam_matched"][1]
+    assert cell == f"{np.mean(differences):+.2f} ± {(high - low) / 2:.2f}"
+    assert rows["eigen_sam − sam_matched"][3] == "+0.000 ± 0.000"  # the same seeds
+
+
+def test_a_row_of_one_seed_has_no_interval(runs):
+    (row, *_) = study_tables.summary(runs[:1], "main")
+    assert row == ["sgd", "2.00", "0.125", row[3], "0.5000", "2.000", "0.250"]
+    assert "±" not in row[3]
+
+
+def test_an_ablation_is_paired_within_its_setting():
+    rows = ("eigen_sam, α 1", "sam_matched, α 1", "sam_matched, α 2")
+    runs = [run("alpha", row, 0, 0.5 + 0.1 * i) for i, row in enumerate(rows)]
+    (found,) = study_tables.paired(runs, "alpha")
+    assert found[:2] == ["eigen_sam, α 1 − sam_matched, α 1", "-10.00"]
+
+
+def test_where_nothing_is_matched_all_are_held_against_the_first():
+    accuracies = {"sam": (0.5, 0.75), "secant": (0.75, 0.5), "ritz": (0.75, 1.0)}
+    runs = [
+        run("tracker", row, seed, accuracy)
+        for row, of_seeds in accuracies.items()
+        for seed, accuracy in enumerate(of_seeds)
+    ]
+    (secant, ritz) = study_tables.against_first(runs, "tracker")
+    half = stats.t.ppf(0.975, 1) * 25  # deviation over the root of two seeds
+    assert secant[:2] == ["secant − sam", f"+0.00 ± {half:.2f}"]
+    assert ritz[:2] == ["ritz − sam", "+25.00 ± 0.00"]
+    tables = study_tables.all_tables(runs, "digits")
+    assert [table.title for table in tables] == ["tracker: digits", "differences"]
+
+
+def test_the_best_of_each_method_is_marked():
+    runs = [run("tuning", "sam", 0, x) for x in (0.5, 0.75)]
+    runs.append(run("tuning", "sam", 0, 0.0, diverged="the training loss is nan"))
+    cells = [row[-1] for row in study_tables.tuning(runs)]
+    assert cells == ["50.00", "75.00 ←", "diverged"]
+
+
+def test_of_equals_the_first_is_marked_as_it_was_chosen():
+    runs = [run("tuning", "sam", 0, x) for x in (0.5, 0.75, 0.75)]
+    cells = [row[-1] for row in study_tables.tuning(runs)]
+    assert cells == ["50.00", "75.00 ←", "75.00"]
+
+
+def test_a_figure_over_training_has_a_column_a_look(runs):
+    rows = study_tables.over_training(runs, "lambda_max")
+    assert rows[0] == ["sgd", "3.000 ± 1.581", "2.000 ± 0.000"]
+    assert len(rows) == len(ROWS)
+
+
+def test_everything_is_shown_and_drawn(runs, tmp_path):
+    runs += [run("tuning", "sgd", 9, 0.5), *(x | {"table": "when"} for x in runs)]
+    console = Console(width=120, record=True)
+    for table in study_tables.all_tables(runs, "digits"):
+        console.print(table)
+    text = console.export_text()
+    assert all(name in text for name in ("tuning", "main", "when", "differences"))
+    ablations = [x for x in runs if x["table"] == "when"]
+    for name, draw in study_plots.DRAW.items():
+        drawn = ablations if name == "ablate" else runs
+        draw(drawn, "digits", tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000

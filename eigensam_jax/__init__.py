@@ -1,7 +1,7 @@
 """Sharpness-aware minimization for optax that follows the top Hessian eigenvector.
 
 >>> import optax, eigensam_jax
->>> tx = optax.chain(eigensam_jax.eigen_sam(rho=0.05, alpha=0.2), optax.sgd(0.1))
+>>> tx = optax.chain(eigensam_jax.eigen_sam(rho=0.05, alpha=0.5), optax.sgd(0.1))
 """
 
 from importlib import import_module as _import_module

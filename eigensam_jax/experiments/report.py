@@ -118,7 +118,7 @@ def provenance(document: Document) -> list[str]:
     platform, kind = device["platform"], device["kind"]
     chip = "" if kind == platform else f"{kind}, "
     return [
-        f"{len(seeds)} seeds, {document['wall_time_s']:,.0f} s on {platform} "
+        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, {document['wall_time_s']:,.0f} s on {platform} "
         f"({chip}{device['processor']}, {device['cores']} cores), "
         f"jax {versions['jax']}."
     ]

@@ -1,15 +1,19 @@
 """What the pages say in words of the results files; tables are `eigensam report`'s."""
 
-import json
+import re
 from pathlib import Path
+
+import pytest
+
+from eigensam_jax.experiments.records import results
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "notebooks" / "results"
 
 
-def read(folder):
-    return json.loads((folder / "results.json").read_text())
+FOLDERS = sorted(path.parent for path in RESULTS.glob("*/results.json"))
+FINDINGS = (RESULTS / "findings.md").read_text()
 
 
 def test_two_commands_set_everything_up():
@@ -19,24 +23,45 @@ def test_two_commands_set_everything_up():
     assert commands[1].endswith(" && .venv/bin/pytest")
 
 
-def test_the_pages_name_the_machine():
-    for name, files in (
-        ("TRACKING.md", "track_*/results.json"),
-        ("COST.md", "bench_*/results.json"),
-        ("SDE.md", "sde_*/results.json"),
-        ("README.md", "[ac]*/*.json"),
-    ):
-        page, found = (RESULTS / name).read_text(), list(RESULTS.glob(files))
-        assert found
-        for results in found:
-            assert json.loads(results.read_text())["device"]["processor"] in page
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_page_names_its_machine_and_the_index_its_page(folder):
+    page = (folder / "README.md").read_text()
+    assert results.read(folder / "results.json")["device"]["processor"] in page
+    assert f"({folder.name}/README.md)" in (RESULTS / "README.md").read_text()
+
+
+def test_the_findings_are_a_page():
+    prose = re.sub(r"^\|.*", "", FINDINGS, flags=re.MULTILINE)
+    assert len(re.sub(r"\]\([^)]*\)", "", prose).split()) <= 1_500
+
+
+MEASURED = re.compile(r"(\d+\.?\d*)%? ± (\d+\.?\d*)")
+
+
+def test_what_is_found_stands_in_the_tables_of_the_pages_that_are_linked():
+    seen = 0
+    for paragraph in FINDINGS.split("\n\n"):
+        linked = re.findall(r"\]\((\w+/README\.md)", paragraph)
+        pages = "".join((RESULTS / link).read_text() for link in linked)
+        table = "\n".join(x for x in pages.splitlines() if x.startswith("| "))
+        cells = MEASURED.findall(table)
+        for number in MEASURED.findall(" ".join(paragraph.split())):
+            digits = [len(x.partition(".")[2]) for x in number]
+            rounded = {
+                tuple(f"{float(x):.{n}f}" for x, n in zip(cell, digits, strict=True))
+                for cell in cells
+            }
+            assert number in rounded, paragraph
+            seen += 1
+    assert seen > 60
 
 
 def test_what_is_said_of_the_equations_is_in_their_results_file():
-    page, results = (RESULTS / "SDE.md").read_text(), read(RESULTS / "sde_mnist")
-    runs, config = results["runs"], results["config"]
-    seeds = {run["seed"] for run in runs if "seed" in run}
-    assert f"{results['wall_time_s']:.0f} s on" in page.replace("\n", " ")
+    folder = RESULTS / "sde_mnist"
+    page = " ".join((folder / "README.md").read_text().split())
+    found = results.read(folder / "results.json")
+    config, seeds = found["config"], {run["seed"] for run in found["runs"]}
+    assert f"{found['wall_time_s']:.0f} s on" in page
     assert f"{config['num_batches']} fixed batches" in page
     assert f"{len(seeds)} seeds" in page
     assert f"{config['steps']} steps" in page

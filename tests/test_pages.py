@@ -33,7 +33,7 @@ def text_of(path):
 PATHS = [
     ROOT / "README.md",
     *sorted(ROOT.glob("notebooks/*.*")),
-    *sorted(ROOT.glob("notebooks/results/*.md")),
+    *sorted(ROOT.glob("notebooks/results/**/*.md")),
 ]
 PAGES = {str(path.relative_to(ROOT)): text_of(path) for path in PATHS}
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)

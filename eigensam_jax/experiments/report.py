@@ -12,19 +12,19 @@ anything. The rows under the headers are replaced. `run` in place of a table is 
 paragraph that says how long it took, and on what.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.records import results
 from eigensam_jax.experiments.wings import WINGS, wing_of
 
 Document = dict[str, Any]
 
 FOLDER = "notebooks/results"
-PAGES = ("README.md", "notebooks/*.md", f"{FOLDER}/*.md")
+PAGES = ("README.md", "notebooks/*.md", f"{FOLDER}/*.md", f"{FOLDER}/*/*.md")
 _MARK = re.compile(r"<!-- report: (\S+) (\S+) ?([^>]*?) -->\n")
 
 
@@ -64,8 +64,8 @@ def run(root: Path, only: str | None = None) -> list[Path]:
 def results_of(root: Path) -> dict[str, Document]:
     """The results files of a clone, by the names of their folders."""
     return {
-        path.parent.name: json.loads(path.read_text("utf-8"))
-        for path in sorted(root.glob(f"{FOLDER}/*/*.json"))
+        path.parent.name: results.read(path)
+        for path in sorted(root.glob(f"{FOLDER}/*/{results.FILE}"))
     }
 
 
@@ -118,7 +118,7 @@ def provenance(document: Document) -> list[str]:
     platform, kind = device["platform"], device["kind"]
     chip = "" if kind == platform else f"{kind}, "
     return [
-        f"{len(seeds)} seeds, {document['wall_time_s']:,.0f} s on {platform} "
+        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, {document['wall_time_s']:,.0f} s on {platform} "
         f"({chip}{device['processor']}, {device['cores']} cores), "
         f"jax {versions['jax']}."
     ]

@@ -52,8 +52,7 @@ def add_commands(subparsers: Any) -> dict[str, str]:
 
 def wing_of(results: dict[str, Any]) -> str:
     """The name of the wing whose command made a results file."""
-    commands = results.get("commands") or [results["command"]]
-    return _wings()[commands[0].split()[1]]
+    return _wings()[results["commands"][0].split()[1]]
 
 
 @cache

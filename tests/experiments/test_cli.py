@@ -44,7 +44,7 @@ def test_compare_shows_the_difference(tmp_path, capsys):
             assert math.isfinite(run[key])
             assert run[key] == curves[key][-1]
         if name == "sam_matched":
-            rho = run["method"]["rho"]
+            rho = run["rho"]
             assert rho == runs["eigen_sam", seed]["radius"]
             assert 0.1 < rho < 0.1 * math.sqrt(1.04)
             losses = [runs[n, seed]["train_loss"] for n in names]

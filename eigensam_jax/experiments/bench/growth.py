@@ -53,10 +53,10 @@ def run(config: Config, command: str) -> None:
     there = len(placement.available(most))
     config = config._replace(devices=tuple(n for n in config.devices if n <= there))
     results.make_folder(config.out)
-    path, start = config.out / "results.json", time.perf_counter()
+    path, start = config.out / results.FILE, time.perf_counter()
     calls = {name: TRACKERS[name].call for name in OPTIMIZERS if name in TRACKERS}
     document = resumption.of_runs(path, command, protocol(config), calls)
-    document["runs"] = records(config, console)
+    document["runs"] = [results.rounded(x) for x in records(config, console)]
     document["wall_time_s"] = time.perf_counter() - start
     document["complete"] = True
     results.write(path, document)
@@ -105,6 +105,7 @@ def records(config: Config, console: Console) -> list[Record]:
                         "scaled": scaled,
                         "parameters": task.parameters,
                         "devices": count,
+                        "seed": workloads.SEED,
                         "optimizer": name,
                         **steps.figures(compiled),
                     }

@@ -9,6 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eigensam_jax.experiments.bench import tables
+from eigensam_jax.experiments.records import images
+
 Record = Mapping[str, Any]
 
 _GROWTH = (  # what is scaled, key, factor, label, scale
@@ -27,9 +30,10 @@ def bench(runs: Sequence[Record], path: Path) -> None:
     Times are medians with their quartiles, in steps of SGD; operations are in
     gradients.
     """
-    figure = Figure(figsize=(1 + 4 * len(runs), 7), layout="constrained")
-    grid = figure.subplots(2, len(runs), squeeze=False)
-    for (above, below), run in zip(grid.T, runs, strict=True):
+    networks = tables.networks(runs)
+    figure = Figure(figsize=(1 + 4 * len(networks), 7), layout="constrained")
+    grid = figure.subplots(2, len(networks), squeeze=False)
+    for (above, below), run in zip(grid.T, networks, strict=True):
         optimizers, gradient = run["optimizers"], run["units"]["gradient"]
         places = np.arange(len(optimizers))
         low, middle, high = np.array([x["time_to_sgd"] for x in optimizers.values()]).T
@@ -52,7 +56,7 @@ def bench(runs: Sequence[Record], path: Path) -> None:
         _name_rows(above, list(optimizers))
         _name_rows(below, list(known))
     grid[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    images.save(figure, path)
 
 
 def growth(runs: Sequence[Record], path: Path) -> None:
@@ -80,7 +84,7 @@ def growth(runs: Sequence[Record], path: Path) -> None:
             axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    images.save(figure, path)
 
 
 def _name_rows(axes: Axes, names: list[str]) -> None:

@@ -57,26 +57,28 @@ def run(config: Config, command: str) -> None:
     names = {model: optimizers(config, model) for model in config.models}
     placed = placement.data_parallel(placement.claim(config.devices))
     results.make_folder(config.out)
-    path = config.out / "results.json"
+    path = config.out / results.FILE
     calls = {name: spec.call for name, spec in TRACKERS.items() if not spec.is_ceiling}
     document = resumption.of_runs(path, command, protocol(config), calls)
     for model in config.models:
         start = time.perf_counter()
         try:
-            record = measure(config, model, names[model], placed, console)
+            measured = measure(config, model, names[model], placed, console)
         except KeyboardInterrupt:
-            done = ", ".join(run["model"] for run in document["runs"])
+            done = ", ".join(dict.fromkeys(run["model"] for run in document["runs"]))
             console.print(
                 f"{path} holds {done}." if done else "No network was finished."
             )
             raise
-        record["wall_time_s"] = time.perf_counter() - start
+        seconds = {"wall_time_s": time.perf_counter() - start}
+        measured = [results.rounded({**run, **seconds}) for run in measured]
         others = [run for run in document["runs"] if run["model"] != model]
-        document["runs"] = in_order([*others, record])
-        document["wall_time_s"] = sum(run["wall_time_s"] for run in document["runs"])
+        document["runs"] = in_order([*others, *measured])
+        networks = bench_tables.networks(document["runs"])
+        document["wall_time_s"] = sum(x["wall_time_s"] for x in networks)
         document["complete"] = model == config.models[-1]
         results.write(path, document)
-        for table in bench_tables.network_tables(record):
+        for table in bench_tables.network_tables(*bench_tables.networks(measured)):
             console.print(table)
     bench_plots.bench(document["runs"], config.out / "bench.png")
     console.print(bench_tables.EXPLANATION)
@@ -132,8 +134,8 @@ def protocol(config: Config) -> dict[str, Any]:
 
 def measure(
     config: Config, model: str, names: list[str], placed: Placement, console: Console
-) -> Record:
-    """All figures of one network."""
+) -> list[Record]:
+    """All figures of one network: a record a unit and an optimizer."""
     workload = workloads.WORKLOADS[model]
     batch_size = config.batch_size or workload.batch_size
     task = steps.make_task(model, workload, batch_size, config.dtype, placed)
@@ -162,25 +164,24 @@ def measure(
             torch_version = torch_reference.start(placement.usable_cores())
             timed |= turns.make_torch_turns(task, workload, names)
         times = timing.in_turns(timed, config.rounds, advance)
-    return {
+    shared = {
         "model": model,
+        "seed": workloads.SEED,
         "parameters": task.parameters,
         "batch_size": batch_size,
         "devices": config.devices,
         "rounds": config.rounds,
-        "torch": torch_version,
-        "units": {name: unit.figures() for name, unit in units.items()},
-        "optimizers": {
-            name: {
-                **(steps.figures(compiled[name]) if name in compiled else {}),
-                **seconds(times, name),
-            }
-            for name in names
-        },
     }
+    by_name: dict[str, Record] = {name: unit.figures() for name, unit in units.items()}
+    for name in names:
+        own: Record = {"torch": torch_version}
+        if name in compiled:
+            own = steps.figures(compiled[name])
+        by_name[name] = {**own, **times_of(times, name)}
+    return [{**shared, "optimizer": name, **x} for name, x in by_name.items()]
 
 
-def seconds(times: dict[str, timing.Times], name: str) -> Record:
+def times_of(times: dict[str, timing.Times], name: str) -> Record:
     """Quartiles of an optimizer's time and of its ratios, for the results file."""
     rounds = times[name].rounds
     return {

@@ -9,6 +9,9 @@ from eigensam_jax.experiments.records import tables
 
 Record = Mapping[str, Any]
 
+UNITS = ("gradient", "hvp")  # in the place of an optimizer's name
+SHARED = ("model", "parameters", "batch_size", "devices", "rounds", "wall_time_s")
+
 HEADERS = ("optimizer", "ops", "MB", "MiB", "compile", "ms", "÷ SGD", "÷ SAM")
 EXPLANATION = (
     "ops: operations of a step, in gradients. MB: bytes accessed. MiB: temporary "
@@ -16,6 +19,21 @@ EXPLANATION = (
     "ratios: median, and the quartiles around it. A step that is due every so many "
     "steps is weighed in. Random images and labels from a fixed seed."
 )
+
+
+def networks(runs: Sequence[Record]) -> list[Record]:
+    """What the records of a results file say of each network, with all of them.
+
+    `units` holds those of a gradient and a product, `optimizers` the others.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        shared = {key: run[key] for key in SHARED}
+        empty: dict[str, Any] = {"units": {}, "optimizers": {}}
+        network = result.setdefault(run["model"], shared | empty)
+        kind = "units" if run["optimizer"] in UNITS else "optimizers"
+        network[kind][run["optimizer"]] = run
+    return list(result.values())
 
 
 def network_tables(record: Record) -> list[Table]:

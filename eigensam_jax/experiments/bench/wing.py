@@ -104,9 +104,9 @@ def tables(results: list[Document]) -> dict[str, Any]:
     runs = results[0]["runs"]
     return {
         "bench": lambda model: made.summary(
-            next(run for run in runs if run["model"] == model)
+            next(x for x in made.networks(runs) if x["model"] == model)
         ),
-        "bench_across": lambda _: made.across(runs),
+        "bench_across": lambda _: made.across(made.networks(runs)),
         "growth": lambda _: made.growth_summary(runs),
         "devices": lambda _: made.devices_summary(runs),
     }

@@ -12,6 +12,11 @@ import jax
 from eigensam_jax.experiments.errors import UserError
 
 PACKAGES = ("eigensam_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scipy")
+FILE = "results.json"
+SCHEMA = 1  # of the files that are written and read; see the package's docstring
+DIGITS = 9  # of a number, which is all that float32 holds
+CURVES = ("curves", "rates", "nodes", "weights")  # of which no table has more than
+CURVE_DIGITS = 6
 
 
 def environment() -> dict[str, Any]:
@@ -49,10 +54,45 @@ def make_folder(out: Path) -> None:
         ) from error
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Writes `results` as `replace` does."""
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    replace(path, text.encode())
+def read(path: Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises:
+      UserError: if it is of another schema.
+      OSError: if it cannot be read.
+      ValueError: if it is no JSON.
+    """
+    document = json.loads(path.read_text("utf-8"))
+    if not isinstance(document, dict):
+        raise ValueError("no results")
+    found = document.get("schema")
+    if found != SCHEMA:
+        raise UserError(
+            f"{path} has schema {found}, and this version of eigensam_jax reads "
+            f"{SCHEMA}; read it by the version that wrote it"
+        )
+    return document
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Writes a results file as `replace` does, a list of plain values in one line."""
+    replace(path, (_text({"schema": SCHEMA, **document}) + "\n").encode())
+
+
+def rounded(figures: Any, digits: int = DIGITS) -> Any:
+    """What was measured, with the digits that are kept of it.
+
+    Rounded before a later run begins from it, so that one that is gone on with, from
+    the file, comes to the same.
+    """
+    if isinstance(figures, dict):
+        few = {key: CURVE_DIGITS if key in CURVES else digits for key in figures}
+        return {key: rounded(x, few[key]) for key, x in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [rounded(x, digits) for x in figures]
+    if isinstance(figures, float) and not figures.is_integer():
+        return float(f"{figures:.{digits}g}")
+    return figures
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -60,6 +100,26 @@ def replace(path: Path, content: bytes) -> None:
     draft = path.with_name(path.name + ".part")
     draft.write_bytes(content)
     draft.replace(path)
+
+
+def _text(value: Any, indent: str = "\n") -> str:
+    """JSON in which a list or dict of plain values is one line."""
+    if isinstance(value, dict) and any(map(_is_nested, value.values())):
+        items = [(f"{json.dumps(key)}: ", x) for key, x in value.items()]
+    elif isinstance(value, list) and any(map(_is_nested, value)):
+        items = [("", x) for x in value]
+    else:
+        return json.dumps(value, allow_nan=False)
+    inside, text, line = indent + " ", "", True
+    for key, x in items:  # plain values go on in the line of the last one
+        line = line or _is_nested(x)
+        text += f"{',' if text else ''}{inside if line else ' '}{key}{_text(x, inside)}"
+        line = _is_nested(x)
+    return f"{{{text}{indent}}}" if isinstance(value, dict) else f"[{text}{indent}]"
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, dict | list)
 
 
 def _processor() -> str:

@@ -1,6 +1,5 @@
 """Results files that a later call of the same command carries on."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,12 +40,17 @@ def of_runs(
         **({} if trackers is None else {"trackers": trackers}),
     }
     try:
-        old = json.loads(path.read_text("utf-8"))
+        old = results.read(path)
         for key in new:
             if type(old[key]) is not type(new[key]):
                 raise TypeError(key)
     except FileNotFoundError:
         return new
+    except UserError as error:
+        raise UserError(
+            f"--out {path.parent}: its {path.name} cannot be read: {error}; or name "
+            "another folder"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--out {path.parent}: its {path.name} cannot be read as one of this "

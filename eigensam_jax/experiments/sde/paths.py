@@ -25,8 +25,8 @@ class Job(NamedTuple):
     """One path.
 
     Attributes:
-      method: "sam" and "eigen_sam", which are discrete; "sam_again", SAM from the same
-        start on other batches; a key of `sde_steps.ORDERS`, the equation of that
+      optimizer: "sam" and "eigen_sam", which are discrete; "sam_again", SAM from the
+        same start on other batches; a key of `sde_steps.ORDERS`, the equation of that
         order; or one of `sde_steps.WITHOUT_NOISE`, steps along the mean of SAM's
         gradient and the drifts alone.
       rho: ρ; 0 for "order_1", which has none.
@@ -34,7 +34,7 @@ class Job(NamedTuple):
       seed: of the start, and of what is drawn.
     """
 
-    method: str
+    optimizer: str
     rho: float
     alpha: float
     seed: int
@@ -146,9 +146,9 @@ def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[...,
 
     def run(job: Job) -> Iterator[tuple[Look, Means | None]]:
         params = problem.init(job.seed)
-        draw = 2 if job.method == "sam_again" else 1
+        draw = 2 if job.optimizer == "sam_again" else 1
         key = jax.random.fold_in(jax.random.key(job.seed), draw)
-        method = job.method.removesuffix("_again")
+        method = job.optimizer.removesuffix("_again")
         state = sde_steps.start(method, params)
         v0, done = tree_math.zeros_like(params), 0
         for stop in stops:
@@ -160,7 +160,7 @@ def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[...,
             params = state[0]
             seen, top = look(stop, params, v0)
             v0, parts = top.eigenvector, None
-            if job.method in ("sam", "eigen_sam") and job.rho == measured_rho:
+            if job.optimizer in ("sam", "eigen_sam") and job.rho == measured_rho:
                 found = rates(params, top, jnp.float32(job.rho), jnp.float32(job.alpha))
                 parts = {key: float(x) for key, x in found._asdict().items()}
             yield seen, parts

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.records.tables import half_interval
 from eigensam_jax.experiments.registry import METHODS
 from eigensam_jax.experiments.sde import tables as sde_tables
@@ -63,7 +64,7 @@ def paths(runs: Sequence[Run], rho: float, title: str, path: Path) -> None:
         axes.set(xlabel="time t/η, in steps", title=label, yscale=scale)
         axes.grid(alpha=0.3, which="both" if scale == "log" else "major")
     figure.axes[0].legend()
-    figure.savefig(path, dpi=110)
+    images.save(figure, path)
 
 
 def off(runs: Sequence[Run], title: str, path: Path) -> None:
@@ -90,7 +91,7 @@ def off(runs: Sequence[Run], title: str, path: Path) -> None:
         column[0].set_title(f"ρ = {rho:g}")
         column[-1].set_xlabel("time t/η, in steps")
     grid[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    images.save(figure, path)
 
 
 def rates(runs: Sequence[Run], title: str, path: Path) -> None:
@@ -104,7 +105,7 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
     figure.suptitle(title)
     left, middle, right = figure.subplots(1, 3)
     for axes, method in ((left, "sam"), (middle, "eigen_sam")):
-        chosen = [run for run in sde_tables.paths(runs, method) if run["rates"]]
+        chosen = [run for run in sde_tables.paths(runs, method) if "rates" in run]
         steps = chosen[0]["curves"]["step"][1:]
         for part, (label, colour, style) in _PARTS.items():
             values = np.array(
@@ -137,7 +138,7 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
     )
     right.grid(alpha=0.3)
     right.legend()
-    figure.savefig(path, dpi=110)
+    images.save(figure, path)
 
 
 def _off(axes: Any, runs: Sequence[Run], method: str, rho: float, key: str) -> None:

@@ -64,7 +64,7 @@ def run(config: Config, command: str) -> None:
         )
     results.make_folder(config.out)
     problem = sde_problem.make_problem(dataset)
-    path = config.out / "results.json"
+    path = config.out / results.FILE
     document = resumption.of_runs(path, command, _protocol(config, problem))
     missing = _records(config, problem, document["runs"], console)
     resumption.add_runs(path, document, missing, console, in_order)
@@ -89,9 +89,9 @@ def in_order(runs: list[Record]) -> list[Record]:
     order = list(sde_tables.LABELS)
 
     def place(run: Record) -> tuple[float, ...]:
-        if "seed" not in run:
+        if "check" in run:
             return (np.inf,)
-        return (run["seed"], run["rho"], run["alpha"], order.index(run["method"]))
+        return (run["seed"], run["rho"], run["alpha"], order.index(run["optimizer"]))
 
     return sorted(runs, key=place)
 
@@ -136,9 +136,11 @@ def _records(
     config: Config, problem: Problem, runs: list[Record], console: Console
 ) -> Iterator[Record]:
     """Does the checks and paths that `runs` lacks; yields the record of each."""
-    done = {run["method"] for run in runs if "seed" not in run}
+    done = {run["check"] for run in runs if "check" in run}
     missing_checks = {k: v for k, v in checks(config).items() if k not in done}
-    paths = {Job(*(run[key] for key in Job._fields)) for run in runs if "seed" in run}
+    paths = {
+        Job(*(run[key] for key in Job._fields)) for run in runs if "check" not in run
+    }
     wanted = sde_paths.jobs(config.rhos, config.alpha, config.seeds)
     missing = [job for job in wanted if job not in paths]
     plan = sde_paths.Plan(config.steps, config.evaluations, config.learning_rate)
@@ -148,7 +150,7 @@ def _records(
         total = looks * (len(missing) + len(missing_checks))
         task = bar.add_task("", total=total)
         for job in missing:
-            description = f"{job.method}, ρ {job.rho:g}, seed {job.seed}"
+            description = f"{job.optimizer}, ρ {job.rho:g}, seed {job.seed}"
             bar.update(task, description=description)
             start, points = time.perf_counter(), []
             try:
@@ -162,16 +164,23 @@ def _records(
                 ) from error
             yield {
                 **job._asdict(),
-                "curves": _curves([look._asdict() for look, _ in points]),
-                "rates": _curves([parts for _, parts in points if parts]),
+                **results.rounded(_summary(points)),
                 "wall_time_s": time.perf_counter() - start,
             }
         for name, check in missing_checks.items():
             bar.update(task, description=name)
             start = time.perf_counter()
-            record = {"method": name, **check(problem)}
+            record = {"check": name, "optimizer": "sam", "seed": 0}
+            record |= results.rounded(check(problem))
             bar.advance(task, looks)
             yield {**record, "wall_time_s": time.perf_counter() - start}
+
+
+def _summary(points: list[Any]) -> Record:
+    """What is seen along a path, and the parts of dλ_max/dt where they are measured."""
+    curves = {"curves": _curves([look._asdict() for look, _ in points])}
+    rates = _curves([parts for _, parts in points if parts])
+    return curves | ({"rates": rates} if rates else {})
 
 
 def _curves(points: list[Record]) -> Record:

@@ -62,7 +62,7 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
             costs,
         ),
     }
-    found = {run["method"] for run in runs}
+    found = {run.get("check") for run in runs}
     return [
         tables.table(title, ("path", "ρ", *of_paths), distances(runs)),
         tables.table(
@@ -123,7 +123,7 @@ def rates(runs: Sequence[Record]) -> list[list[str]]:
     The alignment |cos(ε, v)|, the parts of (dλ/dt)/λ, and the share.
     """
     columns = [
-        [run for run in paths(runs, method) if run["rates"]]
+        [run for run in paths(runs, method) if "rates" in run]
         for method in ("sam", "eigen_sam")
     ]
     found: dict[str, tuple[Callable[[Record], Any], int]] = {
@@ -168,10 +168,10 @@ def slopes(runs: Sequence[Record]) -> list[list[str]]:
     """A row a check: the slopes of log error over log ρ, by order."""
     found = {}
     for run in runs:
-        if run["method"] == "one_step":
+        if run.get("check") == "one_step":
             found["SAM, one step"] = run["sam"]
             found["Eigen-SAM, one step"] = run["eigen_sam"]
-        if run["method"] == "many_steps":
+        if run.get("check") == "many_steps":
             found[f"SAM, {run['steps']} steps"] = run["sam"]
     return [
         [name, *(f"{slope:.2f}" for slope in x["slopes"])] for name, x in found.items()
@@ -208,7 +208,7 @@ def costs(runs: Sequence[Record]) -> list[list[str]]:
 
 def check(runs: Sequence[Record], name: str) -> Record:
     """The record of a check."""
-    (found,) = (run for run in runs if run["method"] == name)
+    (found,) = (run for run in runs if run.get("check") == name)
     return found
 
 
@@ -217,7 +217,11 @@ def paths(
 ) -> list[Record]:
     """The paths of a method, at a ρ if one is named, by seed."""
     return [
-        run for run in runs if run["method"] == method and rho in (None, run["rho"])
+        run
+        for run in runs
+        if "check" not in run
+        and run["optimizer"] == method
+        and rho in (None, run["rho"])
     ]
 
 

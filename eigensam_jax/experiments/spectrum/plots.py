@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from eigensam_jax import eigen
+from eigensam_jax.experiments.records import images
 
 
 def spectrum(document: Mapping[str, Any], title: str, path: Path) -> None:
@@ -17,14 +18,15 @@ def spectrum(document: Mapping[str, Any], title: str, path: Path) -> None:
     Each eigenvalue is 1/n of the density: a Gaussian of that height is the least that
     is drawn.
     """
-    nodes, weights = (np.asarray(document[key]) for key in ("nodes", "weights"))
-    eigenvalues = document["eigenvalues"]
+    (run,) = document["runs"]
+    nodes, weights = (np.asarray(run[key]) for key in ("nodes", "weights"))
+    eigenvalues = run["eigenvalues"]
     low, high = nodes.min(), max(nodes.max(), eigenvalues[0])
     width = (high - low) / 200
     grid = np.linspace(low - 5 * width, high + 5 * width, 2000)
     density = eigen.SpectralDensity(jnp.asarray(nodes), jnp.asarray(weights))
     curve = np.asarray(eigen.smooth_density(density, grid, width))
-    single = 1 / (document["parameters"] * width * np.sqrt(2 * np.pi))
+    single = 1 / (run["parameters"] * width * np.sqrt(2 * np.pi))
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.fill_between(
@@ -55,4 +57,4 @@ def spectrum(document: Mapping[str, Any], title: str, path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=110)
+    images.save(figure, path)

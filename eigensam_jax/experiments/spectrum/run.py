@@ -25,6 +25,7 @@ from eigensam_jax.tree_math import PyTree
 TOLERANCE = 1e-4  # of the residuals, relative to λ_max
 
 CHECKPOINT = "training.msgpack"
+_IDENTITY = ("seed", "optimizer", "rho", "alpha", "learning_rate")
 
 
 def run(config: Config, command: str) -> None:
@@ -104,18 +105,8 @@ def run(config: Config, command: str) -> None:
             "the Hessian's products are not finite; lower --learning-rate (now "
             f"{config.learning_rate:g})"
         )
-    document: dict[str, Any] = {
-        "command": command,
-        "config": {
-            **config._asdict(),
-            "data_dir": config.data_dir and str(config.data_dir),
-            "out": str(config.out),
-            **loop.protocol(dataset, config.base_optimizer, config.weight_decay),
-            "tolerance": TOLERANCE,
-            "near_zero": spectrum_tables.NEAR_ZERO,
-        },
-        **results.environment(),
-        "wall_time_s": time.perf_counter() - start,
+    record = {
+        **{key: getattr(config, key) for key in _IDENTITY},
         "top_wall_time_s": seconds,
         "top_matvecs": top_products,
         "parameters": dimension,
@@ -127,7 +118,22 @@ def run(config: Config, command: str) -> None:
         "nodes": density.nodes.tolist(),
         "weights": density.weights.tolist(),
     }
-    path, plot = config.out / "results.json", config.out / "spectrum.png"
+    document: dict[str, Any] = {
+        "commands": [command],
+        "config": {
+            **config._asdict(),
+            "data_dir": config.data_dir and str(config.data_dir),
+            "out": str(config.out),
+            **loop.protocol(dataset, config.base_optimizer, config.weight_decay),
+            "tolerance": TOLERANCE,
+            "near_zero": spectrum_tables.NEAR_ZERO,
+        },
+        **results.environment(),
+        "complete": True,
+        "wall_time_s": time.perf_counter() - start,
+        "runs": [results.rounded(record)],
+    }
+    path, plot = config.out / results.FILE, config.out / "spectrum.png"
     results.write(path, document)
     title = f"{config.dataset}, {config.model}, {config.optimizer}"
     plots.spectrum(document, title, plot)

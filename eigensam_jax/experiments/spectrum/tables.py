@@ -37,7 +37,8 @@ def table(document: dict[str, Any], title: str) -> Table:
 
 def summary(document: dict[str, Any]) -> list[list[str]]:
     """A row an eigenvalue: number, value, ratio to the largest, share, residual."""
-    values, trace = document["eigenvalues"], document["trace"]
+    (run,) = document["runs"]
+    values, trace = run["eigenvalues"], run["trace"]
     return [
         [
             str(i),
@@ -47,23 +48,23 @@ def summary(document: dict[str, Any]) -> list[list[str]]:
             f"{residual:.0e}",
         ]
         for i, (value, residual) in enumerate(
-            zip(values, document["residuals"], strict=True), 1
+            zip(values, run["residuals"], strict=True), 1
         )
     ]
 
 
 def sentence(document: dict[str, Any]) -> str:
     """What else there is to say of the spectrum, in words."""
-    config = document["config"]
-    k, top = config["k"], sum(document["eigenvalues"])
+    config, (run,) = document["config"], document["runs"]
+    k, top = config["k"], sum(run["eigenvalues"])
     return (
-        f"Hessian of {document['parameters']} parameters on {config['examples']} "
-        f"training images. Trace {document['trace']:.3f} ± "
-        f"{document['trace_error']:.3f}; the {k} above add up to {top:.3f}. About "
-        f"{document['num_above']:.0f} eigenvalues are above {NEAR_ZERO:.0%} of λ_1, "
-        f"{document['num_below']:.0f} as far below zero, down to "
-        f"{document['smallest_node']:.4f}. Products: {document['top_matvecs']} for the "
-        f"eigenvalues ({document['top_wall_time_s']:.0f} s), {config['num_samples']} × "
+        f"Hessian of {run['parameters']} parameters on {config['examples']} "
+        f"training images. Trace {run['trace']:.3f} ± "
+        f"{run['trace_error']:.3f}; the {k} above add up to {top:.3f}. About "
+        f"{run['num_above']:.0f} eigenvalues are above {NEAR_ZERO:.0%} of λ_1, "
+        f"{run['num_below']:.0f} as far below zero, down to "
+        f"{run['smallest_node']:.4f}. Products: {run['top_matvecs']} for the "
+        f"eigenvalues ({run['top_wall_time_s']:.0f} s), {config['num_samples']} × "
         f"{config['num_matvecs']} for the density. Training loss "
-        f"{document['train_loss']:.4f}, test accuracy {document['test_accuracy']:.1%}."
+        f"{run['train_loss']:.4f}, test accuracy {run['test_accuracy']:.1%}."
     )

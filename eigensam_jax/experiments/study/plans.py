@@ -34,6 +34,12 @@ class Job(NamedTuple):
     seed: int
     tuning: bool = False
 
+    @property
+    def record(self) -> Record:
+        """What the record of this run says of it, field by field."""
+        chosen = self._asdict()
+        return {**chosen.pop("method")._asdict(), **chosen}
+
 
 class Entry(NamedTuple):
     """A job, and where its record goes: several may be of the same job.

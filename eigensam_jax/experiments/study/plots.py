@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.records.tables import half_interval
 from eigensam_jax.experiments.registry import METHODS
 from eigensam_jax.experiments.study.tables import by_row
@@ -34,7 +35,7 @@ def compare(runs: Sequence[Record], title: str, path: Path) -> None:
         if key in ("train_loss", "lambda_max"):
             axes.set_yscale("log")
     figure.axes[0].legend()
-    figure.savefig(path, dpi=110)
+    images.save(figure, path)
 
 
 def accuracy(runs: Sequence[Record], title: str, path: Path) -> None:
@@ -64,7 +65,7 @@ def accuracy(runs: Sequence[Record], title: str, path: Path) -> None:
     panels[2].set_xscale("log")
     panels[2].grid(alpha=0.3)
     panels[2].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    images.save(figure, path)
 
 
 def ablate(runs: Sequence[Record], title: str, path: Path) -> None:
@@ -93,7 +94,7 @@ def ablate(runs: Sequence[Record], title: str, path: Path) -> None:
             axes.grid(alpha=0.3)
         panels[0].legend(fontsize="small")
         panels[1].set_yscale("log")
-    figure.savefig(path, dpi=110)
+    images.save(figure, path)
 
 
 DRAW: dict[str, Callable[[Sequence[Record], str, Path], None]] = {

@@ -36,6 +36,7 @@ from eigensam_jax.tree_math import PyTree
 LOOK_EXAMPLES = 1_000
 TOLERANCE = 1e-2
 CHECKPOINT = "checkpoint.msgpack"
+_JOB = (*Setup._fields, "learning_rate", "seed", "tuning")
 
 Curves = dict[str, list[Any]]
 Do = Callable[[Job], Record]
@@ -55,7 +56,6 @@ class Config(NamedTuple):
       looks: how often the network is measured on the way, the end included.
       plan: the options of the plan.
       out: where results go.
-      file: the name of the results file.
       train_examples: how many of the training images there are; None for all.
       pretrained: the file of what the network begins from; None for nothing.
       resolution: height and width that the network resizes images to; None for its own.
@@ -74,7 +74,6 @@ class Config(NamedTuple):
     looks: int
     plan: dict[str, Any]
     out: Path
-    file: str
     train_examples: int | None
     pretrained: Path | None
     resolution: int | None
@@ -112,7 +111,7 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
         examples = load.num_for_tuning(dataset)
     loop.check_batch_size(config.batch_size, config.dataset, examples)
     results.make_folder(config.out)
-    path = config.out / config.file
+    path = config.out / results.FILE
     document = resumption.of_runs(path, command, _protocol(config, dataset, weights))
     noisy = load.with_label_noise(dataset, config.label_noise)
     do = make_runs(config, noisy, weights)
@@ -180,21 +179,26 @@ def _records(
     do: Do, plan: Plan, runs: list[Record], console: Console
 ) -> Iterator[Record]:
     """The records that `runs` lacks; of a job that is done, another row's is copied."""
-    known = {(run["table"], run["row"], run["job"]): run for run in runs}
+    known = {_place(run["table"], run["row"], run): run for run in runs}
     done: dict[Job, Record] = {}
     total = sum(1 for _ in plan(_Anything()))
     with progress.shown(console) as bar:
         task = bar.add_task("", total=total)
         for table, row, job in plan(done):
             bar.update(task, description=f"{table}: {row}, seed {job.seed}")
-            key = str(job)
-            found = known.get((table, row, key))
+            found = known.get(_place(table, row, job.record))
             if found is None:
                 figures = done.get(job) or do(job)
-                found = {**figures, "table": table, "row": row, "job": key}
+                found = {"table": table, "row": row, **figures}
+                found |= {"table": table, "row": row}
                 yield found
             done[job] = found
             bar.advance(task)
+
+
+def _place(table: str, row: str, run: Record) -> tuple[Any, ...]:
+    """What tells a record from all others: its place, and what was run."""
+    return table, row, *(run[key] for key in _JOB)
 
 
 class _Anything(dict[Job, Record]):
@@ -252,7 +256,7 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
         curves: Curves = {"step": [], "radius": []}
         curves |= {key: [] for key in Measurement._fields}
         saved = None
-        if unfinished.get("job") == str(job):
+        if unfinished.get("job") == job.record:
             curves, saved = unfinished["curves"], unfinished["progress"]
         run, steps = run_of(job.learning_rate, job.tuning)
         for point in run(job.method, job.seed, saved):
@@ -261,7 +265,7 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
                 curve.append(looked[key])
             if point.step < steps:
                 progress = serialization.to_state_dict(point.progress)
-                state = {"job": str(job), "curves": curves, "progress": progress}
+                state = {"job": job.record, "curves": curves, "progress": progress}
                 checkpoints.write(path, state)
         return {
             "gradients": job.method.gradients(steps),
@@ -272,12 +276,12 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
         }
 
     def do(job: Job) -> Record:
-        described = {**job._asdict(), "method": job.method._asdict()}
         try:
-            return described | figures(job)
+            found: Record = results.rounded(figures(job))
+            return job.record | found
         except loop.DivergedError as error:
             if not job.tuning:
                 raise
-            return described | {"test_accuracy": 0.0, "diverged": str(error)}
+            return job.record | {"test_accuracy": 0.0, "diverged": str(error)}
 
     return do

@@ -90,14 +90,14 @@ def tuning(runs: Sequence[Record]) -> list[list[str]]:
     for row, of_row in by_row(runs, "tuning").items():
         best = max(of_row, key=lambda run: run["test_accuracy"])
         for run in of_row:
-            method, accuracy = run["method"], run["test_accuracy"]
+            accuracy = run["test_accuracy"]
             mark = " ←" if run is best else ""
             rows.append(
                 [
                     row,
                     f"{run['learning_rate']:g}",
-                    f"{method['rho']:g}" if METHODS[row].link else "–",
-                    f"{method['alpha']:g}" if METHODS[row].tracker else "–",
+                    f"{run['rho']:g}" if METHODS[row].link else "–",
+                    f"{run['alpha']:g}" if METHODS[row].tracker else "–",
                     "diverged" if "diverged" in run else f"{100 * accuracy:.2f}{mark}",
                 ]
             )

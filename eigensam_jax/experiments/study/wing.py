@@ -58,20 +58,19 @@ def add_command(subparsers: Any) -> None:
 
 def run(chosen: argparse.Namespace, command: str) -> None:
     """Does what was chosen; leaves a results file and a plot in `--out`."""
-    kind, file = chosen.command, "results.json"
+    kind = chosen.command
     chosen = options.filled(chosen, _USUAL[kind], _SMOKE[kind])
     if kind == "compare":
         plan, described = _comparison(chosen)
     elif kind == "accuracy":
         plan, described = _tuned(chosen)
-        file = f"main_{chosen.dataset}.json"
     else:
         plan, described = _ablations(chosen)
 
     from eigensam_jax.experiments.study import run as study
 
     augment = options.is_augmented(chosen)
-    more = {"plan": described, "file": file, "augment": augment}
+    more = {"plan": described, "augment": augment}
     study.run(options.config(study.Config, chosen, **more), plan, kind, command)
 
 
@@ -127,7 +126,7 @@ def _add_accuracy(subparsers: Any) -> None:
         usage="%(prog)s [options]",
         help="tune each method on a validation split, then train it from several seeds",
         description="Choose the learning rate, ρ and α on a tenth of the training set, "
-        "then train on all of it. Leaves main_DATASET.json and accuracy.png in --out; "
+        "then train on all of it. Leaves results.json and accuracy.png in --out; "
         "the same command goes on where it ended.",
     )
     options.add_runs(accuracy, _USUAL["accuracy"])

@@ -138,6 +138,16 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
+def _curves(looks: list[Point[Look]]) -> dict[str, list[Any]]:
+    """A list for each figure, over the looks."""
+    seen = [point.measurement for point in looks]
+    return {
+        "step": [point.step for point in looks],
+        "radius": [point.radius for point in looks],
+        **{key: [getattr(x, key) for x in seen] for key in Look._fields},
+    }
+
+
 def summarise(points: list[Point[Look]]) -> dict[str, Any]:
     """The figures of a run for `results.json`: its end, means of its looks, curves."""
     looks, end = points[:-1], points[-1]
@@ -152,9 +162,5 @@ def summarise(points: list[Point[Look]]) -> dict[str, Any]:
         "ratio": float(np.mean(ratios)) if ratios else None,
         "worst_ratio": min(ratios, default=None),
         "cosine": float(np.mean(cosines)) if cosines else None,
-        "curves": {
-            "step": [point.step for point in looks],
-            "radius": [point.radius for point in looks],
-            **{key: [getattr(x, key) for x in seen] for key in Look._fields},
-        },
+        "curves": _curves(looks) if looks else {},
     }

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.registry import TRACKERS
 
 Run = Mapping[str, Any]
@@ -33,7 +34,7 @@ def track(runs: Sequence[Run], title: str, path: Path) -> None:
             _differences(axes, here, key)
             axes.set(ylabel=f"{label} − matched SAM's")
     grid[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    images.save(figure, path)
 
 
 def colour(name: str) -> Any:

@@ -59,7 +59,7 @@ def run(config: Config, command: str) -> None:
     """
     console, dataset = Console(), _load(config)
     results.make_folder(config.out)
-    path, plot = config.out / "results.json", config.out / "track.png"
+    path, plot = config.out / results.FILE, config.out / "track.png"
     calls = {name: TRACKERS[name].call for name in config.trackers}
     document = resumption.of_runs(path, command, _protocol(config, dataset), calls)
     missing = _records(config, dataset, document["runs"], console)
@@ -155,7 +155,7 @@ def _records(
             done[job] = {
                 **job._asdict(),
                 "rho": rho,
-                **looks.summarise(points),
+                **results.rounded(looks.summarise(points)),
                 "wall_time_s": time.perf_counter() - start,
             }
             yield done[job]

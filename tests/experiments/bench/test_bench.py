@@ -45,7 +45,7 @@ def test_operations_are_those_of_the_gradients_and_products_in_a_step(smoke):
     assert sorted(p.name for p in out.iterdir()) == ["bench.png", "results.json"]
     assert results["complete"] is True
     assert results["commands"] == [f"eigensam bench --smoke --out {out}"]
-    (run,) = results["runs"]
+    (run,) = bench_tables.networks(results["runs"])
     assert (run["model"], run["batch_size"]) == ("wide_mlp", 128)
     # 784·1024 + 1024 + 1024² + 1024 + 10·1024 + 10
     assert run["parameters"] == 1_863_690
@@ -75,7 +75,7 @@ def test_operations_are_those_of_the_gradients_and_products_in_a_step(smoke):
 
 def test_memory_and_times_are_of_whole_steps(smoke):
     _, results = smoke
-    (run,) = results["runs"]
+    (run,) = bench_tables.networks(results["runs"])
     optimizers, parameters = run["optimizers"], FLOAT32 * run["parameters"]
     for name, figures in optimizers.items():
         # The new gradient is somewhere, the parameters and the state in their place.
@@ -96,7 +96,7 @@ def test_memory_and_times_are_of_whole_steps(smoke):
 
 def test_the_tables_fit_a_terminal(smoke):
     _, results = smoke
-    (run,) = results["runs"]
+    (run,) = bench_tables.networks(results["runs"])
     rows = bench_tables.summary(run)
     assert [row[0] for row in rows] == list(NAMES)
     # Several devices, and PyTorch, of whose programs nothing is known.
@@ -116,18 +116,19 @@ def test_the_tables_fit_a_terminal(smoke):
 
 def test_figures_of_other_networks_are_kept(smoke, tmp_path, monkeypatch, capsys):
     out, results = smoke
-    (run,) = results["runs"]
     (tmp_path / "results.json").write_text((out / "results.json").read_text())
 
     def measured(config, model, names, placed, console):
-        return {**run, "model": model, "rounds": config.rounds}
+        other = {"model": model, "rounds": config.rounds}
+        return [{**run, **other} for run in results["runs"]]
 
     monkeypatch.setattr(bench, "measure", measured)
     for models, rounds in (("vit resnet18", "3"), ("wide_mlp", "4")):
         asked = ["bench", "--models", *models.split(), "--steps", rounds]
         assert cli.main([*asked, "--out", str(tmp_path)]) == 0
     new = json.loads((tmp_path / "results.json").read_text())
-    assert [(x["model"], x["rounds"]) for x in new["runs"]] == [
+    networks = bench_tables.networks(new["runs"])
+    assert [(x["model"], x["rounds"]) for x in networks] == [
         ("wide_mlp", 4),
         ("resnet18", 3),
         ("vit", 3),

@@ -79,7 +79,7 @@ def quick():
         return run(settings)
 
     refreshing = entries.Tracking(
-        trackers.power_iteration, {"num_iters": 1, "update_interval": 4}, 1
+        trackers.power_iteration, {"num_matvecs": 1, "update_interval": 4}, 1
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_run", from_cache)

@@ -25,11 +25,11 @@ def made_up_run(problem, plan, measured_rho):
     del problem
 
     def run(job):
-        number = 1 + sum(map(ord, job.method)) % 97 / 97 + job.rho + job.seed / 10
+        number = 1 + sum(map(ord, job.optimizer)) % 97 / 97 + job.rho + job.seed / 10
         for step in (0, plan.steps):
             look = sde_paths.Look(step, *(number + (i + step) / 10 for i in range(7)))
             parts = None
-            if job.method in ("sam", "eigen_sam") and job.rho == measured_rho:
+            if job.optimizer in ("sam", "eigen_sam") and job.rho == measured_rho:
                 fields = sde.SharpnessRates._fields
                 parts = {key: number + i / 10 for i, key in enumerate(fields)}
             yield look, parts
@@ -57,7 +57,7 @@ def saved(out):
 def test_the_smoke_run(tmp_path):
     assert cli.main([*SMALL.split(), "--out", str(tmp_path)]) == 0
     *paths, one_step = saved(tmp_path)["runs"]
-    assert one_step["method"] == "one_step"
+    assert one_step["check"] == "one_step"
     runs = {Job(*(run[key] for key in Job._fields)): run for run in paths}
     for job, run in runs.items():
         curves = run["curves"]
@@ -69,8 +69,8 @@ def test_the_smoke_run(tmp_path):
         first = runs["order_1", 0.0, 0.0, 0]["curves"]
         for key in set(curves) - {"lambda_max_residual"}:  # all from the same start
             np.testing.assert_allclose(curves[key][0], first[key][0], rtol=1e-4)
-        measured = job.method in ("sam", "eigen_sam") and job.rho == 0.02
-        assert bool(run["rates"]) == measured
+        measured = job.optimizer in ("sam", "eigen_sam") and job.rho == 0.02
+        assert ("rates" in run) == measured
     ends = [run["curves"]["train_loss"][-1] for run in runs.values()]
     assert len(set(ends)) == len(ends)
 
@@ -88,7 +88,7 @@ def test_every_path_is_there_and_the_command_says_what_came_out(
         *("off.png", "paths.png", "rates.png", "results.json")
     ]
     *paths, one_step = results["runs"]
-    assert one_step["method"] == "one_step"
+    assert one_step["check"] == "one_step"
     assert {Job(*(run[key] for key in Job._fields)) for run in paths} == {
         job
         for seed in (0, 1)
@@ -100,9 +100,9 @@ def test_every_path_is_there_and_the_command_says_what_came_out(
     }
     for run in paths:
         assert set(run["curves"]) == set(sde_paths.Look._fields)
-        measured = run["method"] in ("sam", "eigen_sam") and run["rho"] == 0.02
+        measured = run["optimizer"] in ("sam", "eigen_sam") and run["rho"] == 0.02
         expected = set(sde.SharpnessRates._fields) if measured else set()
-        assert set(run["rates"]) == expected
+        assert set(run.get("rates", ())) == expected
     assert max(map(len, lines)) <= 80
     printed = [" ".join(line.split()) for line in lines]
     runs = results["runs"]

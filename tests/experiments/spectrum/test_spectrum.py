@@ -50,32 +50,34 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     assert lines[0].strip() == "digits, mlp, sam"
     assert sorted(p.name for p in out.iterdir()) == ["results.json", "spectrum.png"]
     results = json.loads((out / "results.json").read_text())
-    assert results["command"] == f"eigensam {OPTIONS} {out}"
+    assert results["commands"] == [f"eigensam {OPTIONS} {out}"]
     assert {"jax", "optax", "eigensam_jax"} < set(results["versions"])
     assert results["device"]["platform"] in ("cpu", "gpu", "tpu")
     config = {**results["config"], "data_dir": None, "out": SMOKE.out}
     assert {key: config[key] for key in SMOKE._fields} == SMOKE._asdict()
     for row in spectrum_tables.summary(results):
         assert row in [line.split() for line in lines]
-    assert results["wall_time_s"] > results["top_wall_time_s"] > 0
+    (run,) = results["runs"]
+    assert (run["seed"], run["optimizer"]) == (SMOKE.seed, SMOKE.optimizer)
+    assert results["wall_time_s"] > run["top_wall_time_s"] > 0
 
     dataset = registry.dataset("digits")
     trained = network.train(SMOKE, dataset)
     for key in ("train_loss", "test_accuracy"):
-        assert results[key] == getattr(trained, key)
+        assert run[key] == pytest.approx(getattr(trained, key), rel=1e-8)
     model = models.MLP(10)
     loss = losses.cross_entropy(model)
     batch = dataset.train_images[:300], dataset.train_labels[:300]
     matvec = measures.make_matvec(loss)(trained.params, *batch)
     top = measures.top_eigenpair(matvec, trained.params, None, 1e-3)
-    values = results["eigenvalues"]
+    values = run["eigenvalues"]
     np.testing.assert_allclose(values[0], top.eigenvalue, rtol=1e-4)
     assert values == sorted(values, reverse=True)
-    assert len(values) == len(results["residuals"]) == 3
-    assert max(results["residuals"]) <= spectrum.TOLERANCE * values[0]
-    assert np.shape(results["nodes"]) == np.shape(results["weights"]) == (2, 8)
-    np.testing.assert_allclose(np.sum(results["weights"]), 1, rtol=1e-5)
-    np.testing.assert_allclose(np.max(results["nodes"]), values[0], rtol=0.05)
+    assert len(values) == len(run["residuals"]) == 3
+    assert max(run["residuals"]) <= spectrum.TOLERANCE * values[0]
+    assert np.shape(run["nodes"]) == np.shape(run["weights"]) == (2, 8)
+    np.testing.assert_allclose(np.sum(run["weights"]), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.max(run["nodes"]), values[0], rtol=0.05)
     logits = model.apply({"params": trained.params}, dataset.test_images)
     accuracy = np.mean(np.argmax(logits, -1) == np.asarray(dataset.test_labels))
     np.testing.assert_allclose(trained.test_accuracy, accuracy, rtol=1e-6)
@@ -187,8 +189,9 @@ def test_killed_in_training_it_comes_to_the_same(tmp_path, monkeypatch, capsys):
         assert cli.main(command) == 0
     found = [json.loads((out / "results.json").read_text()) for out in (whole, killed)]
     for results in found:
-        del results["command"], results["config"]["out"]
-        assert results.pop("wall_time_s") > results.pop("top_wall_time_s") > 0
+        del results["commands"], results["config"]["out"]
+        (run,) = results["runs"]
+        assert results.pop("wall_time_s") > run.pop("top_wall_time_s") > 0
     assert found[0] == found[1]
     names = ["results.json", "spectrum.png"]
     assert sorted(p.name for p in killed.iterdir()) == names

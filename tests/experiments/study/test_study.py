@@ -59,7 +59,7 @@ def figures(out):
 def unbroken(tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken")
     assert cli.main([*ACCURACY, "--out", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == {"main_digits.json", "accuracy.png"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "accuracy.png"}
     return out
 
 
@@ -95,7 +95,7 @@ def test_the_figures_are_those_of_the_network(quick, unbroken):
     model = Tiny(10)
     settings = training.Settings(11, 128, run["learning_rate"], (11,))
     keep = lambda method, state, top: (jax.tree.map(np.array, state.params), None)
-    sam = methods.Setup("sam", run["method"]["rho"])
+    sam = methods.Setup("sam", run["rho"])
     *_, end = quick(model, digits, keep, settings)(sam, 0)
     params = end.measurement
     loss = losses.cross_entropy(model)
@@ -160,7 +160,7 @@ def test_a_run_that_two_tables_share_is_done_once(tmp_path, monkeypatch):
     assert same[0]["curves"] == same[1]["curves"]
     assert rows["when", "sgd"]["radius"] == 0
     late = rows["when", "sam, the last 10% of steps"]
-    np.testing.assert_allclose(late["radius"], late["method"]["rho"], rtol=1e-5)
+    np.testing.assert_allclose(late["radius"], late["rho"], rtol=1e-5)
 
 
 def test_more_seeds_are_added_to_those_that_are_there(unbroken, tmp_path):

@@ -18,7 +18,7 @@ def run(table, row, seed, accuracy, **more):
     curves |= {"train_loss": [0.9, 0.5], "test_accuracy": [0.5, accuracy]}
     return {
         **{"table": table, "row": row, "seed": seed, "test_accuracy": accuracy},
-        **{"method": method, "learning_rate": 0.05, "gradients": 2.0, "radius": 0.125},
+        **{**method, "learning_rate": 0.05, "gradients": 2.0, "radius": 0.125},
         **{"curves": curves},
         **(figures | more),
     }

@@ -1,0 +1,41 @@
+"""Plots are small, and the same each time."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from eigensam_jax.experiments.records import images
+
+ROOT = Path(__file__).parents[3]
+
+
+def figure():
+    result = Figure(figsize=(14, 2))
+    result.subplots().plot(np.sin(np.arange(100)), color="red")
+    return result
+
+
+def test_a_plot_is_as_wide_as_a_page_and_the_same_again(tmp_path):
+    one, other = tmp_path / "one.png", tmp_path / "other.png"
+    images.save(figure(), one)
+    images.save(figure(), other)
+    assert one.read_bytes() == other.read_bytes()
+    with Image.open(one) as image:
+        assert image.size == (images.WIDTH, round(images.WIDTH / 7))
+        assert image.mode == "P"
+        colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    near = abs(colours - np.array([255.0, 0, 0])).sum(1)
+    assert near.min() < 10  # a thin line is still red
+    assert abs(colours - 255.0).sum(1).min() == 0
+
+
+def test_the_committed_ones_are_small():
+    plots = list(ROOT.glob("notebooks/results/*/*.png"))
+    assert plots
+    assert sum(path.stat().st_size for path in plots) < 2_000_000
+    for path in plots:
+        with Image.open(path) as image:
+            assert image.width <= images.WIDTH
+            assert image.mode == "P"

@@ -219,27 +219,27 @@ def norm(tree: PyTree) -> jax.Array:
 def _norm(tree: PyTree) -> jax.Array:
     dtype = accumulation_dtype(tree)
     exponents = np.finfo(dtype).maxexp
-    # The square of `up` is finite, as XLA may multiply 0 by it, for a tree of zeros.
-    low, high, up, down = (2.0 ** (exponents * x) for x in (-0.75, 0.75, 0.49, -0.625))
+    low, high, step = (2.0 ** (exponents * x) for x in (-0.75, 0.75, 0.625))
     one = jnp.ones((), dtype)
 
     def attempt(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        factor, *_ = carry
-        scaled = scale(factor, tree)
+        divisor, *_ = carry
+        # Divided: of a tree c that it knows, XLA would make (c·f)·(c·f) = (c·c)·(f·f).
+        scaled = jax.tree.map(lambda x: x / divisor.astype(x.dtype), tree)
         squared = vdot(scaled, scaled)
-        rescaled = jnp.where(squared < low, up * one, one)
-        rescaled = jnp.where(squared > high, down * one, rescaled)
-        following = jnp.where(factor == 1, rescaled, factor)
-        return following, squared, following == factor
+        rescaled = jnp.where(squared < low, one / step, one)
+        rescaled = jnp.where(squared > high, step * one, rescaled)
+        following = jnp.where(divisor == 1, rescaled, divisor)
+        return following, squared, following == divisor
 
     first = attempt((one,))
     if not isinstance(first[1], jax.core.Tracer):
-        factor, squared, _ = first if first[2] else attempt(first)
+        divisor, squared, _ = first if first[2] else attempt(first)
     else:
         # A loop, so that the sums over all leaves are in the program once.
         start = jax.tree.map(lambda x, y: _varying_as(y, x), first, (one, one, one > 1))
-        factor, squared, _ = jax.lax.while_loop(lambda c: ~c[2], attempt, start)
-    return jnp.divide(jnp.sqrt(squared), factor)
+        divisor, squared, _ = jax.lax.while_loop(lambda c: ~c[2], attempt, start)
+    return jnp.multiply(jnp.sqrt(squared), divisor)
 
 
 def _varying_as(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -86,8 +86,8 @@ def sam(
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Its state is a
-      `SharpnessAwareState`, which `info` reads. Its `update` needs `params` and the keyword
-      argument `value_fn`, params -> scalar, the loss on the current batch; or
+      `SharpnessAwareState`, which `info` reads. Its `update` needs `params` and the
+      keyword argument `value_fn`, params -> scalar, the loss on the current batch; or
       `grad_fn`, where the loss alone is not enough (micro-batches, loss scaling):
       params -> gradient tree, or params -> (value, gradient tree) as
       `jax.value_and_grad` makes it. With both functions, `grad_fn` makes the gradients.

@@ -117,8 +117,9 @@ def provenance(document: Document) -> list[str]:
     seeds = {run["seed"] for run in document["runs"] if not run.get("tuning")}
     platform, kind = device["platform"], device["kind"]
     chip = "" if kind == platform else f"{kind}, "
+    count = f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}"
     return [
-        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}, {document['wall_time_s']:,.0f} s on {platform} "
+        f"{count}, {document['wall_time_s']:,.0f} s on {platform} "
         f"({chip}{device['processor']}, {device['cores']} cores), "
         f"jax {versions['jax']}."
     ]

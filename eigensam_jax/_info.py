@@ -11,15 +11,16 @@ from eigensam_jax.tree_math import PyTree
 class StepInfo(NamedTuple):
     """What the last step did, as scalars; 0 before the first step.
 
-    Of a state under `vmap` or `pmap` they have its axes.
+    Of a state under `vmap` or `pmap` they have its axes. The last three are None for
+    `sam` and `asam`.
 
     Attributes:
       grad_norm: ‖g‖ over the perturbed parameters.
       perturbation_norm: ‖ε‖.
       perturbed_value: L(w + ε), where the loss is known.
-      alignment: |⟨ε,v⟩|/‖ε‖ with the tracked v; None for `sam` and `asam`.
-      eigenvalue: the tracker's estimate of λ; None for `sam` and `asam`.
-      residual: its error, as the tracker's state says; None for `sam` and `asam`.
+      alignment: |⟨ε,v⟩|/‖ε‖ with the tracked v, which may be far from the true one.
+      eigenvalue: the tracker's estimate of λ.
+      residual: its error, as the tracker's state says.
     """
 
     grad_norm: jax.Array
@@ -56,14 +57,12 @@ def info(opt_state: PyTree) -> StepInfo:
       >>> print(f"{eigensam_jax.info(state).grad_norm:.1f}")
       10.0
     """
-    nodes = jax.tree.leaves_with_path(
-        opt_state, is_leaf=lambda x: isinstance(x, SharpnessAwareState)
-    )
-    found = {
-        jax.tree_util.keystr(path): x
-        for path, x in nodes
-        if isinstance(x, SharpnessAwareState)
-    }
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, SharpnessAwareState)
+
+    nodes = jax.tree.leaves_with_path(opt_state, is_leaf=is_state)
+    found = {jax.tree_util.keystr(path): x for path, x in nodes if is_state(x)}
     if len(found) != 1:
         raise ValueError(
             "opt_state must contain the state of one sam, asam or eigen_sam, got "
@@ -72,18 +71,10 @@ def info(opt_state: PyTree) -> StepInfo:
             "the state of one."
         )
     (state,) = found.values()
-    step, tracked = state.info, state.tracker
-    values = StepInfo(
-        step.grad_norm,
-        step.perturbation_norm,
-        step.perturbed_value,
-        step.alignment,
-        None if tracked is None else tracked.eigenvalue,
-        None if tracked is None else tracked.residual,
-    )
-    return StepInfo(*map(_array, values))
-
-
-def _array(value: Any) -> Any:
-    """The array alone, of which `nnx.Optimizer` makes a variable."""
-    return None if value is None else jax.tree.leaves(value)[0]
+    tracked = (getattr(state.tracker, x, None) for x in ("eigenvalue", "residual"))
+    values: list[Any] = [
+        # `nnx.Optimizer` makes variables of arrays: the array alone.
+        None if x is None else jax.tree.leaves(x)[0]
+        for x in (*state.info, *tracked)
+    ]
+    return StepInfo(*values)

@@ -18,7 +18,7 @@ from eigensam_jax.tree_math import PyTree
 
 
 class Perturbation(NamedTuple):
-    """A perturbation and the scalars that were computed on the way.
+    """A perturbation and the scalars computed on the way.
 
     Attributes:
       epsilon: ε, a tree like the gradient.
@@ -58,8 +58,7 @@ def sam(grads: PyTree, rho: ArrayLike) -> Perturbation:
       Array([0.3, 0.4], dtype=float32)
 
     References:
-      Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently
-      Improving Generalization", ICLR 2021.
+      Foret et al., as in `eigensam_jax.sam`.
     """
     grad_norm = tree_math.norm(grads)
     rho = jnp.asarray(rho, grad_norm.dtype)
@@ -86,9 +85,7 @@ def asam(
       grads: g, a tree of real arrays.
       params: w, a tree of the same structure and shapes.
       rho: ρ, the radius in the scaled space, ‖T⁻¹ε‖ = ρ.
-      eta: η, at least 0.
-      scale_biases: whether T = |w| + η on biases too, which are the leaves of one axis
-        or none. By default T = 1 there, as in the authors' code.
+      eta, scale_biases: as in `eigensam_jax.asam`.
 
     Returns:
       A `Perturbation`; its `norm` is ‖ε‖, not ρ.
@@ -101,8 +98,7 @@ def asam(
       Array([[0.6, 0.8]], dtype=float32)
 
     References:
-      Kwon, Kim, Park, Choi, "ASAM: Adaptive Sharpness-Aware Minimization for
-      Scale-Invariant Learning of Deep Neural Networks", ICML 2021.
+      Kwon et al., as in `eigensam_jax.asam`.
     """
     grad_norm = tree_math.norm(grads)
     unit = tree_math.scale(tree_math.safe_inverse(grad_norm), grads)
@@ -135,7 +131,7 @@ def eigen_sam(
     """Eigen-SAM's perturbation ε = ρ·(u + α·sign⟨g,v⟩·v⊥).
 
     Here u = g/‖g‖, and v⊥ = v − ⟨u,v⟩u is the part of v orthogonal to the gradient, not
-    renormalised. With c = ⟨u,v⟩ it is the combination
+    renormalised. With c = ⟨u,v⟩,
 
         ε = ρ·((1 − α|c|)·u + α·sign(c)·v),   ‖ε‖ = ρ·√(1 + α²(1 − c²)),
         |⟨ε,v⟩| = ρ·(|c| + α(1 − c²)),
@@ -161,8 +157,7 @@ def eigen_sam(
       Array([ 1. , -0.4], dtype=float32)
 
     References:
-      Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization
-      Improves Sharpness-Aware Minimization", NeurIPS 2024.
+      Luo et al., as in `eigensam_jax.eigen_sam`.
     """
     grad_norm = tree_math.norm(grads)
     rho, alpha = (jnp.asarray(x, grad_norm.dtype) for x in (rho, alpha))

@@ -12,20 +12,18 @@ the gradient at w + ε, whatever was handed in.
 perturbation only. For one perturbation from the whole batch, hand in its gradient and a
 `grad_fn` that goes through the mini-batches.
 
-Under `jax.jit` with sharded arrays, data parallel or with sharded parameters, nothing
-need be said: the state of these links is sharded as the parameters are, also from
-`jax.jit(tx.init)` on. Under `jax.shard_map` nothing need be said either, if the loss is
-already the mean over the devices, `jax.lax.pmean(loss, axis)`. In `jax.pmap`, under
-`shard_map` without its check, and for m-sharpness, `axis_name` says over which axis
-batches differ; `value_fn` is then the loss of each device's own batch, and `updates`
-the mean of its gradients:
+Under `jax.jit` with sharded arrays nothing need be said: the state of these links is
+sharded as the parameters are. The same holds under `jax.shard_map` if the loss is the
+mean over the devices, `jax.lax.pmean(loss, axis)`. In `jax.pmap`, under `shard_map`
+without its check, and for m-sharpness, give `axis_name`; `value_fn` is then the loss of
+each device's own batch, and `updates` the mean of its gradients:
 
     own = jax.lax.pcast(params, "data", to="varying")  # for shard_map's check alone
     grads = jax.lax.pmean(jax.grad(value_fn)(own), "data")
 
-With respect to `params` themselves, which are replicated, `shard_map` makes it the sum
-over the devices. Its mean is n times too large: `sam` does not mind, but the secant
-would follow the gradient instead of v.
+The gradient with respect to the replicated `params` would be the sum over the devices.
+Its mean is n times too large: `sam` does not mind, but the secant would follow the
+gradient instead of v.
 """
 
 from typing import Any
@@ -59,48 +57,43 @@ def sam(
     Put it first in the chain: `updates` must be the gradient of `value_fn` at `params`.
     Last in the chain it would hand on the gradient itself, not a step downhill.
 
-    The perturbed parameters have the dtypes of `params`. In bfloat16 or float16, where
-    most of ε is below the last bit of a weight, they are rounded stochastically, so
-    that ε is not lost: see `rounding.add`. Forward and reverse derivatives go through
-    `update`; at a zero gradient those of ε are 0.
+    The perturbed parameters have the dtypes of `params`. In bfloat16 or float16 they
+    are rounded stochastically, as most of ε is below the last bit of a weight. Forward
+    and reverse derivatives go through `update`; at a zero gradient those of ε are 0.
 
     Args:
       rho: ρ, the radius of the perturbation, at least 0; or a schedule of the number of
         updates so far (below 0 or not finite, it counts as 0). ‖ε‖ is ρ for gradients
-        of any size that their dtype holds, so that a loss may be scaled. Only where
-        the squares of a gradient leave that range does its norm take a second pass.
+        of any size that their dtype holds, so that a loss may be scaled. Where the
+        squares of a gradient leave that range, its norm takes a second pass.
       mask: which parameters are perturbed: a tree of bools like the parameters or a
         prefix of them, or a function that makes one from the parameters. ε is zero
         elsewhere and norms leave the rest out. All, by default.
       axis_name: the axis or axes of `pmap`, `shard_map` or `vmap` over which batches
         differ, a name or a tuple of names: what is computed inside is averaged over
-        them. Parameters are the same on all of them; `value_fn`, `grad_fn` and
-        `curvature_fn` are those of each device's own batch, without a mean, and get
-        parameters that vary already. None where nothing is mapped over by hand.
-      per_device: whether each device perturbs by its own gradient, which is known as
-        m-sharpness and saves a collective: `updates` is then each device's own
-        gradient, without a mean, and what comes out is the mean of the gradients at
-        w + εᵢ. A wrapper that decides by its `updates`, such as
-        `optax.apply_if_finite`, belongs after this link and not around it: devices that
-        decide differently wait for each other for ever.
+        them. `value_fn`, `grad_fn` and `curvature_fn` are those of each device's own
+        batch, without a mean, and get parameters that vary already.
+      per_device: whether each device perturbs by its own gradient (m-sharpness), which
+        saves a collective: `updates` is then each device's own gradient, without a
+        mean, and what comes out is the mean of the gradients at w + εᵢ. A wrapper that
+        decides by its `updates`, such as `optax.apply_if_finite`, belongs after this
+        link: around it, devices that decide differently wait for each other for ever.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`. Its state is a
-      `SharpnessAwareState`, which `info` reads. Its `update` needs `params` and the
-      keyword argument `value_fn`, params -> scalar, the loss on the current batch; or
-      `grad_fn`, where the loss alone is not enough (micro-batches, loss scaling):
-      params -> gradient tree, or params -> (value, gradient tree) as
-      `jax.value_and_grad` makes it. With both functions, `grad_fn` makes the gradients.
-      Other arguments are ignored. What comes out has the structure of `params` and the
-      dtypes of the gradients handed in.
+      An `optax.GradientTransformationExtraArgs`. Its state is a `SharpnessAwareState`,
+      which `info` reads. Its `update` needs `params` and, by keyword, `value_fn`,
+      params -> scalar, the loss on the current batch; or `grad_fn`, where the loss
+      alone is not enough (micro-batches, loss scaling): params -> gradient tree, or
+      params -> (value, gradient tree). With both, `grad_fn` makes the gradients. Other
+      arguments are ignored. What comes out has the structure of `params` and the dtypes
+      of the gradients handed in.
 
     Raises:
       ValueError: for a negative `rho`, an invalid `mask` or `axis_name`, `per_device`
         without the latter; from `init` and `update`, for parameters that are not real
         floating-point arrays; from `update`, where an argument is missing or does not
-        fit the parameters, outside of the axes that `axis_name` names, and where
-        `shard_map` knows `updates` to be a mean and `per_device` is True, or the other
-        way round.
+        fit the parameters, outside the axes of `axis_name`, and where `updates` are
+        known to be a mean and `per_device` is True, or the other way round.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
@@ -134,19 +127,16 @@ def asam(
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptive SAM: ∇L(w) becomes ∇L(w + ρ·T²g/‖Tg‖) with T = |w| + η, element-wise.
 
-    One gradient more per step. ρ is measured relative to the weights, so it is about
-    ten times that of `sam`. On biases, the leaves of one axis or none, T is 1, as in
-    the authors' code, for which ρ = 0.5 is the published choice. First in the chain, as
-    `sam`.
+    One gradient more per step; first in the chain, as `sam`. ρ is measured relative to
+    the weights, so it is about ten times that of `sam`. On biases, the leaves of one
+    axis or none, T is 1, as in the authors' code, whose published choice is ρ = 0.5.
 
     Args:
       rho: ρ, at least 0; or a schedule of the number of updates so far.
       eta: η, at least 0; with 0, weights that are zero are never perturbed.
       scale_biases: whether T is |w| + η on biases too, as in the paper's formula. A
         larger ρ is then best, such as 2.
-      mask: as in `sam`.
-      axis_name: as in `sam`.
-      per_device: as in `sam`.
+      mask, axis_name, per_device: as in `sam`.
 
     Returns:
       As `sam`.
@@ -199,35 +189,28 @@ def eigen_sam(
     v⊥ = v − ⟨u,v⟩u, which is not renormalised: ‖ε‖ = ρ·√(1 + α²(1 − ⟨u,v⟩²)), a little
     more than ρ. Compare with `sam` at that radius, not at the same ρ.
 
-    Put it first in the chain: `updates` must be the gradient of `value_fn` at `params`.
-    Last in the chain it would hand on the gradient itself, not a step downhill.
+    Put it first in the chain, as `sam`.
 
     The paper's method is `eigen_sam(0.1, 0.2, trackers.power_iteration())`. The
-    defaults here are others, which do what the method promises. At α = 0.2 λ_max was
-    nowhere significantly lower than SAM's of the same radius in our measurements. On a
-    dense network on Fashion-MNIST the default tracker lowers it at α = 0.5, by 0.18 ±
-    0.05 of 1.23 in 40 epochs, at the same test accuracy. Its v is nearer to the top
-    eigenvector than that of the paper's tracker, for no Hessian-vector product.
+    defaults are others, as in our measurements α = 0.2 nowhere lowered λ_max
+    significantly below SAM's of the same radius, and α = 0.5 did.
 
-    Where v is no top eigenvector, as its λ is certainly negative, and until there is a
+    Where λ is certainly negative, so that v is no top eigenvector, and until there is a
     v, the added term is dropped: the steps are those of `sam`. `alpha=0` is `sam`, bit
     for bit, with the eigenvector tracked beside it.
 
     Cost: one gradient more per step, as `sam`; one vector like the parameters, in
-    float32 or wider; and what the tracker costs, by default no Hessian-vector product
-    and ten passes over the parameters, of v, g and ∇L(w + ε).
-
-    The Hessian-vector products of other trackers need several times the memory of a
-    gradient, on a step that refreshes, and the program reserves it for every step. Give
-    them half or a quarter of the batch by `curvature_fn` where that is too much.
+    float32 or wider; and what the tracker costs, by default no Hessian-vector product.
+    The products of other trackers need several times the memory of a gradient on a step
+    that refreshes, and the program reserves it for every step. Where that is too much,
+    give them half or a quarter of the batch by `curvature_fn`.
 
     The Hessian of trackers that make products is that of `curvature_fn`, if given, else
     the Jacobian of `grad_fn`, if given, else that of `value_fn`, at w. What optax adds
     later, such as weight decay, is not in it.
 
-    What the last step did is `eigensam_jax.info(opt_state)`, from any chain: λ, its
-    residual, ‖g‖, ‖ε‖, L(w + ε) and the alignment |⟨ε,v⟩|/‖ε‖ with the tracked v, which
-    may be far from the true one. v is `optax.tree.get(opt_state, "eigenvector")`.
+    `eigensam_jax.info(opt_state)` is what the last step did, and
+    `optax.tree.get(opt_state, "eigenvector")` is v.
 
     Differences from the paper's code: before the first v exists that code perturbs by
     ρ·g, unnormalised. A refresh counts steps over all of training, so that short epochs
@@ -245,14 +228,10 @@ def eigen_sam(
         v zero elsewhere.
       axis_name: as in `sam`; Hessian-vector products are averaged as well.
       per_device: as in `sam`. v stays the same on all devices: the Hessian is that of
-        the whole batch, and trackers that observe see the mean over the devices of
-        s·(∇Lᵢ(w + εᵢ) − ∇Lᵢ(w)) with s = sign⟨v,εᵢ⟩, for a collective as large as a
-        gradient on each step that is observed.
-      hvp_mode: how a Hessian-vector product is made. "forward_over_reverse" is the
-        fastest. A kernel whose custom backward pass is itself a `jax.custom_vjp` fails
-        under it and passes under "reverse_over_reverse". A kernel with no second
-        derivative at all needs "finite_difference", two gradients a product, which is
-        good for smooth networks in float32 and not for ReLU: see `hessian.matvec`.
+        the whole batch, and what trackers observe is averaged, for a collective as
+        large as a gradient on each step that is observed: see `trackers.Tracker`.
+      hvp_mode: how a Hessian-vector product is made, see `hessian.matvec`. The default
+        is the fastest; the others are for kernels that lack its derivatives.
       eigenvector_dtype: the dtype in which v, and the second vector of
         `trackers.ritz`, are kept between steps; None is float32, or that of the
         parameters where it is wider. `jnp.bfloat16` halves their memory: they are
@@ -260,12 +239,11 @@ def eigen_sam(
 
     Returns:
       As `sam`. `update` takes two more keyword arguments: `curvature_fn`, params ->
-      scalar, for trackers that make products, the loss whose Hessian is tracked where
-      it is another one (evaluation mode, part of the batch); and `refresh`, a Python
-      bool that fixes at trace time whether the tracker does on this step what it does
-      every `update_interval` steps, where the caller knows better than that interval or
-      wants no branch in the program. Give `step % update_interval == 0`: always False
-      is never.
+      scalar, the loss whose Hessian is tracked where it is another one (evaluation
+      mode, part of the batch); and `refresh`, a Python bool that fixes at trace time
+      whether the tracker does on this step what it does every `update_interval` steps,
+      so that there is no branch in the program. Give `step % update_interval == 0`:
+      always False is never.
 
     Raises:
       ValueError: for a negative `rho` or `alpha`, an invalid `tracker`, an unknown
@@ -281,9 +259,6 @@ def eigen_sam(
       >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
       >>> print(f"{eigensam_jax.info(state).eigenvalue:.2f}")  # the Hessian's: 2 and 6
       6.00
-      >>> alignment = eigensam_jax.info(state).alignment
-      >>> bool(alignment > 0.6 / jnp.hypot(2.0, 0.6))  # better than the gradient's
-      True
 
     References:
       Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization
@@ -291,11 +266,8 @@ def eigen_sam(
     """
     arguments.check_scalar("rho", rho, schedule=True)
     arguments.check_scalar("alpha", alpha, schedule=True)
-    if not isinstance(tracker, Tracker):
-        raise ValueError(
-            "tracker must be a trackers.Tracker, such as what trackers.secant() "
-            f"returns, got {tracker!r}."
-        )
+    what = "a trackers.Tracker, such as what trackers.secant() returns"
+    arguments.require(isinstance(tracker, Tracker), "tracker", tracker, what)
     for name in ("refresh_interval", "observe_interval"):
         if (interval := getattr(tracker, name)) is not None:
             arguments.check_positive_int(f"tracker.{name}", interval, "steps")
@@ -311,13 +283,7 @@ def eigen_sam(
         )
 
     return sharpness_aware(
-        perturb,
-        tracker,
-        mask,
-        axis_name,
-        per_device,
-        hvp_mode,
-        eigenvector_dtype,
+        perturb, tracker, mask, axis_name, per_device, hvp_mode, eigenvector_dtype
     )
 
 

@@ -27,11 +27,15 @@ def require(valid: bool, name: str, value: Any, what: str, remedy: str = "") -> 
         raise ValueError(f"{name} must be {what}, got {value!r}{remedy}.")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_positive_int(name: str, value: int, meaning: str) -> None:
     """Refuses a count that is not an integer of at least 1."""
-    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    valid = isinstance(value, int | np.integer) and _is_number(value) and value >= 1
     remedy = f": the number of {meaning}"
-    require(is_int and value >= 1, name, value, "an integer of at least 1", remedy)
+    require(valid, name, value, "an integer of at least 1", remedy)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -44,21 +48,18 @@ def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
 
     Traced values, and schedules where they are allowed, pass: they are not known here.
     """
-    if schedule and callable(value):
-        return
-    if isinstance(value, jax.core.Tracer) and value.ndim == 0:
+    is_traced = isinstance(value, jax.core.Tracer) and value.ndim == 0
+    if is_traced or (schedule and callable(value)):
         return
     is_array = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    valid = (is_array or is_number) and 0 <= float(value) < float("inf")
+    valid = (is_array or _is_number(value)) and 0 <= float(value) < float("inf")
     others = ", a scalar array or a schedule" if schedule else " or a scalar array"
     require(valid, name, value, f"a finite number of at least 0{others}")
 
 
 def check_fraction(name: str, value: Any) -> None:
     """Refuses anything but a number of at least 0 and less than 1."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    valid = is_number and 0 <= float(value) < 1
+    valid = _is_number(value) and 0 <= float(value) < 1
     require(valid, name, value, "a number of at least 0 and less than 1")
 
 
@@ -90,7 +91,7 @@ def check_axis_name(axis_name: AxisName, per_device: bool) -> None:
 
 
 def check_varying(updates: PyTree, axes: Axes, per_device: bool) -> None:
-    """Refuses gradients that are known to be a mean or not to be one, as is not meant.
+    """Refuses a mean with `per_device`, and without it gradients that differ.
 
     Only `shard_map` with check_vma=True keeps track of that.
     """
@@ -154,20 +155,20 @@ def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None
     leaves = jax.tree.leaves_with_path(params)
     perturbed = (True,) * len(leaves) if selected is None else selected
     for (path, leaf), chosen in zip(leaves, perturbed, strict=True):
-        is_number = isinstance(leaf, Real) and not isinstance(leaf, bool)
-        dtype = getattr(leaf, "dtype", jnp.result_type(leaf) if is_number else None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        known = jnp.result_type(leaf) if _is_number(leaf) else None
+        dtype = getattr(leaf, "dtype", known)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             remedy = (
                 "keep other leaves out of the parameters, by eqx.partition(model, "
                 "eqx.is_inexact_array) of an equinox module, by wrt=nnx.Param of a "
                 "Flax nnx model"
             )
-            if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
-                remedy = (
-                    "split complex ones into real and imaginary parts, and join them "
-                    "by jax.lax.complex in the loss (optax.contrib."
-                    "split_real_and_imaginary does not hand on value_fn)"
-                )
+        elif not jnp.issubdtype(dtype, jnp.floating):
+            remedy = (
+                "split complex ones into real and imaginary parts, and join them by "
+                "jax.lax.complex in the loss (optax.contrib.split_real_and_imaginary "
+                "does not hand on value_fn)"
+            )
         elif chosen and dtype.itemsize < 2:
             remedy = (
                 "it holds no perturbation. Keep the parameter in bfloat16 or wider and "
@@ -188,30 +189,30 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
     """
 
     def checked(params: PyTree) -> jax.Array:
-        value: jax.Array = _called(name, value_fn, params)
-        if value is None:
-            raise ValueError(
-                f"{name} must return a scalar, got None: let it return the loss."
-            )
+        value: Any = _called(name, value_fn, params)
         shapes = [jnp.shape(x) for x in jax.tree.leaves(value)]
-        if not jax.tree_util.all_leaves([value]):
-            raise ValueError(
-                f"{name} must return a scalar, got a {type(value).__name__} with the "
-                f"shapes {shapes}: return the loss alone. Of a loss with auxiliary "
-                f"output it is the first part, {name}=lambda p: loss(p, batch)[0]."
-            )
-        if shapes != [()]:
-            raise ValueError(
-                f"{name} must return a scalar, got an array of the shape {shapes[0]}: "
-                f"average the losses, {name}=lambda p: loss(p, batch).mean()."
-            )
+        is_array = jax.tree_util.all_leaves([value])
+        if not is_array or shapes != [()]:
+            if value is None:
+                got, remedy = "None", "let it return the loss"
+            elif is_array:
+                got = f"an array of the shape {shapes[0]}"
+                remedy = f"average the losses, {name}=lambda p: loss(p, batch).mean()"
+            else:
+                got = f"a {type(value).__name__} with the shapes {shapes}"
+                remedy = (
+                    "return the loss alone. Of a loss with auxiliary output it is the "
+                    f"first part, {name}=lambda p: loss(p, batch)[0]"
+                )
+            raise ValueError(f"{name} must return a scalar, got {got}: {remedy}.")
         if where := devices.replicated(value, axes):
             raise ValueError(
                 f"{name} is the same on all devices of the axes {where}, so it averages"
                 " over them itself: return the loss of each device's own batch, whose "
                 "gradients are averaged here, or leave axis_name out."
             )
-        return value
+        scalar: jax.Array = value
+        return scalar
 
     return checked
 

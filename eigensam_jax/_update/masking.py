@@ -55,11 +55,7 @@ class Subspace(NamedTuple):
 
 
 def check(mask: Mask) -> None:
-    """Refuses what can't be a mask whatever the parameters are.
-
-    Raises:
-      ValueError: if `mask` is a bare bool or has leaves that are not bools.
-    """
+    """Refuses what can't be a mask whatever the parameters are."""
     if isinstance(mask, type) or mask is ...:
         raise ValueError(f"mask must not be {mask!r}. {_REMEDY} {_FILTERS}")
     if mask is not None and not _is_function(mask):
@@ -72,8 +68,7 @@ def subspace(mask: Mask, params: PyTree) -> Subspace:
     Containers may be of other types than those of `params`, if their keys agree.
 
     Raises:
-      ValueError: if `mask`, or what it returns, is not a prefix of `params` made of
-        bools, or selects no parameter; and for parameters that can't be masked.
+      ValueError: for an unusable mask, and for parameters that can't be masked.
     """
     leaves, treedef = jax.tree.flatten(params)
     selected = (True,) * len(leaves)
@@ -101,10 +96,8 @@ def _check_tree(mask: PyTree) -> None:
     if _is_bool(mask):
         raise ValueError(f"mask must not be a bare bool, got {mask}. {_REMEDY}")
     for path, leaf in jax.tree.leaves_with_path(mask):
-        if not _is_bool(leaf):
-            raise ValueError(
-                f"mask{keystr(path)} must be a bool, got {leaf!r}. {_REMEDY}"
-            )
+        remedy = f". {_REMEDY.removesuffix('.')}"
+        arguments.require(_is_bool(leaf), f"mask{keystr(path)}", leaf, "a bool", remedy)
 
 
 def _called(mask: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
@@ -112,9 +105,8 @@ def _called(mask: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
     try:
         return mask(params)
     except Exception as error:
-        error.add_note(
-            f"mask is a function, called with the parameters alone. {_FILTERS}"
-        )
+        note = "mask is a function, called with the parameters alone."
+        error.add_note(f"{note} {_FILTERS}")
         raise
 
 
@@ -133,13 +125,11 @@ def _broadcast(mask: PyTree, params: PyTree) -> tuple[bool, ...]:
         for path in paths
     ]
     if None in found or not bools.keys() <= {*found}:
-        uncovered = [
-            path for path, on_it in zip(paths, found, strict=True) if not on_it
-        ]
+        uncovered = (x for x, on_it in zip(paths, found, strict=True) if not on_it)
+        unused = (path for path in bools if path not in found)
         raise ValueError(
             "mask is not a prefix of the parameters, as there is no bool for "
-            f"{_joined(uncovered)}, and no parameter for "
-            f"{_joined(path for path in bools if path not in found)}. {_REMEDY}"
+            f"{_joined(uncovered)}, and no parameter for {_joined(unused)}. {_REMEDY}"
         )
     return tuple(bool(bools[on_it]) for on_it in found if on_it is not None)
 

@@ -1,9 +1,8 @@
 """Rounding to narrow dtypes that loses nothing on average, and numbers made of bits.
 
-In bfloat16 a weight has 8 bits, so that ε moves it, rounded to the nearest, only where
-it is larger than half of the last: of a million weights at a radius of 0.05 most stay
-where they are. The same goes for what a step adds to a long average. Rounded up or down
-at random instead, with the chances that make the mean exact, each change arrives on
+In bfloat16 a weight has 8 bits, so that most are not moved by ε, rounded to the
+nearest. The same goes for what a step adds to a long average. Rounded up or down at
+random instead, with the chances that make the mean exact, each change arrives on
 average. What is added is noise without a direction, of which a sum over many weights,
 such as a gradient, sees little.
 """
@@ -28,16 +27,9 @@ def add(weights: PyTree, epsilon: PyTree, count: jax.Array) -> PyTree:
 
     In dtypes narrower than float32 rounded stochastically, x = w + ε to one of its two
     neighbours with the probabilities that make x the mean; a sum that the dtype holds
-    stays as it is. In float32 and wider, to the nearest.
-
-    Args:
-      weights: w, a tree of real arrays.
-      epsilon: ε, a tree of the same structure and shapes, in float32 or wider.
-      count: the number of the step. What seems random is made of it and of x, so that
-        it needs no key, and is the same on all devices.
-
-    Returns:
-      A tree like `weights`.
+    stays as it is. In float32 and wider, to the nearest. What seems random is made of x
+    and of `count`, the number of the step, so that it needs no key, and is the same on
+    all devices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,24 +54,7 @@ def add(weights: PyTree, epsilon: PyTree, count: jax.Array) -> PyTree:
 
 
 def cast(tree: PyTree, dtype: DTypeLike, count: jax.Array) -> PyTree:
-    """`tree` in another dtype, rounded stochastically where that is a narrow one.
-
-    Args:
-      tree: a tree of real arrays.
-      dtype: of the result.
-      count: the number of the step, as in `add`.
-
-    Returns:
-      A tree like `tree`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax._update import rounding
-      >>> x = jnp.linspace(1, 1.002, 10_000)  # after 1, bfloat16 has 1.0078
-      >>> mean = rounding.cast(x, jnp.bfloat16, jnp.int32(0)).astype(x.dtype).mean()
-      >>> bool(abs(mean - 1.001) < 1e-4)
-      True
-    """
+    """`tree` in another dtype, rounded as in `add`."""
     return jax.tree.map(lambda x: _rounded(x, jnp.dtype(dtype), count), tree)
 
 
@@ -88,22 +63,9 @@ def spread_like(tree: PyTree, seed: jax.Array) -> PyTree:
 
     A multiplication each, the same for all leaves of a shape, so that they compile many
     times faster than `jax.random`: enough for a vector to start from, and for nothing
-    that asks for independent numbers.
-
-    Args:
-      tree: a tree of real arrays.
-      seed: seed of the numbers, an int32 scalar; one that is known at compile time
-        would have the compiler work them out, slowly.
-
-    Returns:
-      A tree like `tree`, in its dtypes, sharded as it is.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax._update import rounding
-      >>> x = rounding.spread_like(jnp.zeros(10_000), jnp.int32(0))
-      >>> f"{x.min():.1f} {x.max():.1f}", bool(abs(x.mean()) < 0.02)
-      ('-1.0 1.0', True)
+    that asks for independent numbers. In the dtypes of `tree`, sharded as it is. An
+    int32 `seed` that is known at compile time would have the compiler work them out,
+    slowly.
 
     References:
       Weyl, "Über die Gleichverteilung von Zahlen mod. Eins", 1916.

@@ -93,12 +93,11 @@ def sharpness_aware(
 
     def at_work(tracked: TrackerState, space: Subspace, params: PyTree) -> TrackerState:
         """The state as the tracker sees it: vectors of the subspace, unrounded."""
-        return tracked._replace(
-            **{
-                name: tree_math.cast_like(space.select(getattr(tracked, name)), like)
-                for name, like in vectors(space, params).items()
-            }
-        )
+        own = {
+            name: tree_math.cast_like(space.select(getattr(tracked, name)), like)
+            for name, like in vectors(space, params).items()
+        }
+        return tracked._replace(**own)
 
     def start(params: PyTree, space: Subspace) -> TrackerState:
         assert tracker is not None
@@ -106,8 +105,8 @@ def sharpness_aware(
         return stored(started, space, params, jnp.zeros((), jnp.int32))
 
     def init_fn(params: PyTree) -> SharpnessAwareState:
-        arguments.check_params(params)
         space = masking.subspace(mask, params)
+        arguments.check_params(params, space.selected)
         # A buffer for each scalar: one that stood for two could not be donated.
         zeros = [jnp.zeros((), tree_math.accumulation_dtype(params)) for _ in range(4)]
         info, tracked = Info(*zeros), None
@@ -130,8 +129,8 @@ def sharpness_aware(
     ) -> tuple[PyTree, SharpnessAwareState]:
         del extra_args
         arguments.check_update(params, value_fn, grad_fn, curvature_fn, refresh)
-        arguments.check_params(params)
         space = masking.subspace(mask, params)
+        arguments.check_params(params, space.selected)
         updates = arguments.like_params(
             "updates", updates, params, "Hand in jax.grad(value_fn)(params) as it is."
         )
@@ -208,10 +207,8 @@ def sharpness_aware(
             tracked = stored(tracked, space, params, number)
         dtype = tree_math.accumulation_dtype(params)
         info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)
-        new_updates = tree_math.cast_like(new_updates, updates)
-        return new_updates, SharpnessAwareState(
-            optax.safe_increment(number), tracked, info
-        )
+        after = SharpnessAwareState(optax.safe_increment(number), tracked, info)
+        return tree_math.cast_like(new_updates, updates), after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -241,12 +238,12 @@ def _shapes(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
 
 
 def _check_state(state: Any, has_tracker: bool) -> None:
-    if isinstance(state, SharpnessAwareState):
-        if (state.tracker is not None) == has_tracker:
-            return
+    if not isinstance(state, SharpnessAwareState):
+        got = f"a {type(state).__name__}"
+    elif (state.tracker is None) == has_tracker:
         got = f"one {'without' if has_tracker else 'with'} a tracker"
     else:
-        got = f"a {type(state).__name__}"
+        return
     raise ValueError(
         f"opt_state must be of this transformation, got {got}: make it by "
         "tx.init(params) of the same chain. Of a checkpoint of another one, keep the "
@@ -257,10 +254,9 @@ def _check_state(state: Any, has_tracker: bool) -> None:
 def _mean_matvec(
     grad_fn: GradFn, params: PyTree, space: Subspace, axes: Axes, hvp_mode: HvpMode
 ) -> Matvec:
-    """The Hessian-vector product of the subspace.
+    """The Hessian-vector product of the subspace: the mean of the devices' own.
 
-    Each device makes the product of its own loss, and then comes the mean: a derivative
-    of a mean over devices would not be right in all modes of `shard_map`.
+    A derivative of a mean over devices would not be right in all modes of `shard_map`.
     """
 
     def mean_product(vector: PyTree) -> PyTree:

@@ -44,30 +44,24 @@ def drift(
     eigenvector: PyTree | None = None,
     tol: ArrayLike = TOLERANCE,
 ) -> PyTree:
-    """Drift b of the equation, by `order`, the highest derivative of the loss in it.
+    """Drift b of the equation in `eigensam_jax.sde`, by `order`:
 
-        1: −E[∇f_γ]
-        2: −E[∇f_γ + H_γ ε_γ]
-        3: −E[∇f_γ + H_γ ε_γ + ½∇³f_γ[ε_γ, ε_γ]]
+        1: −E[∇f_γ]    2: −E[∇f_γ + H_γ ε_γ]    3: −E[∇f_γ + H_γ ε_γ + ½∇³f_γ[ε_γ, ε_γ]]
 
-    with ε_γ = ρ·u_γ of SAM or, for α > 0, Eigen-SAM's; the docstring of
-    `eigensam_jax.sde` states it in full. Where ∇f_γ = 0, so is ε_γ. Order 2 is exact
-    for a quadratic loss, order 3 for a cubic one.
-
-    Batches are processed one at a time, each for one gradient's operations at order 1,
-    and for a few gradients' at the others, more for deeper networks.
+    Order 2 is exact for a quadratic loss, order 3 for a cubic one. Batches are
+    processed one at a time, each for the operations of one gradient at order 1 and of a
+    few at the others.
 
     Args:
       value_fn: (params, batch) -> f_γ(w), a real scalar.
       params: w, a tree of real arrays.
       batches: a tree of arrays with a leading axis over the batches.
       rho: ρ, the radius; without effect at order 1.
-      order: 1, 2 or 3.
+      order: 1, 2 or 3, the highest derivative of the loss.
       alpha: α of Eigen-SAM; 0 for SAM.
       eigenvector: v, a tree like `params` of norm 1; its sign does not matter. By
         default the top eigenvector of the Hessian of E[f_γ] at w, by
-        `eigen.top_eigenpairs`, some 20 Hessian-vector products of all batches. Not used
-        for α = 0.
+        `eigen.top_eigenpairs`, some 20 Hessian-vector products of all batches.
       tol: tolerance of that eigenvector's residual, relative to λ₁.
 
     Returns:
@@ -87,8 +81,7 @@ def drift(
       ['-3.00', '-3.60', '-3.63']
 
     References:
-      Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization
-      Improves Sharpness-Aware Minimization", NeurIPS 2024.
+      Luo et al., as in `eigensam_jax.sde`.
     """
     count = check(params, batches, rho, order, alpha)
     v = _eigenvector(value_fn, params, batches, order, alpha, eigenvector, tol)
@@ -118,15 +111,10 @@ def diffusion(
     formed. (B is not Σ^½, but the law of the equation depends on BBᵀ alone.)
 
     Args:
-      value_fn: as in `drift`, as all that follows.
-      params: as in `drift`.
-      batches: as in `drift`.
-      rho: as in `drift`.
+      value_fn, params, batches, rho: as in `drift`.
       increments: ξ, shape (N,).
       order: 1 for SGD's noise; 2 and 3 have the same, SAM's.
-      alpha: as in `drift`.
-      eigenvector: as in `drift`.
-      tol: as in `drift`.
+      alpha, eigenvector, tol: as in `drift`.
 
     Returns:
       A tree like `params`, in float32 or in the leaf's dtype where that is wider.
@@ -138,10 +126,8 @@ def diffusion(
       >>> import jax.numpy as jnp
       >>> from eigensam_jax import sde
       >>> linear, w, x = (lambda w, x: x * w), jnp.array(1.0), jnp.array([0.0, 2.0])
-      >>> root = [
-      ...     float(sde.diffusion(linear, w, x, 0.1, xi)) for xi in jnp.eye(2)
-      ... ]  # of the variance 1 of the gradients 0 and 2
-      >>> f"{root[0] ** 2 + root[1] ** 2:.4f}"
+      >>> root = [float(sde.diffusion(linear, w, x, 0.1, xi)) for xi in jnp.eye(2)]
+      >>> f"{root[0] ** 2 + root[1] ** 2:.4f}"  # the variance of the gradients 0 and 2
       '1.0000'
     """
     count = check(params, batches, rho, order, alpha)
@@ -168,9 +154,9 @@ def coefficients(
     eigenvector: PyTree | None,
     select: Callable[[Coefficients], Any] = lambda both: both,
 ) -> Any:
-    """What `select` takes of both coefficients, in one pass, without any checks.
+    """What `select` takes of the `Coefficients`, in one pass, without any checks.
 
-    Selected batch by batch, so that XLA leaves out the rest.
+    It takes it batch by batch, so that XLA leaves out the rest.
     """
     # Σ ξ_γ (g_γ − E[g]) = Σ (ξ_γ − mean ξ) g_γ: one pass does.
     weights = (increments - increments.mean()) * hessian.num_batches(batches) ** 0.5

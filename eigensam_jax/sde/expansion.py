@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from eigensam_jax import hessian, tree_math
+from eigensam_jax._update import arguments
 from eigensam_jax.hessian import ValueFn
 from eigensam_jax.tree_math import PyTree
 
@@ -26,14 +27,13 @@ def expanded_gradient(
 
         1: ∇f     2: ∇f + Hε     3: ∇f + Hε + ½∇³f[ε, ε]
 
-    Made as the gradient of f + D_ε f + ½D_ε² f with ε held fixed, in one backward pass:
-    the operations of a few gradients, more for deeper networks.
+    It is the gradient of f + D_ε f + ½D_ε² f with ε held fixed, in one backward pass.
 
     Args:
       value_fn: f, a function of the parameters alone that returns a real scalar.
       params: w, a tree of real arrays.
-      epsilon: ε, a tree of the same structure and shapes; it is cast to the dtypes of
-        `params`, in which the derivatives are made.
+      epsilon: ε, a tree of the same structure and shapes, cast to the dtypes of
+        `params`.
       order: 1, 2 or 3.
 
     Returns:
@@ -103,26 +103,17 @@ def directional(value_fn: ValueFn, direction: PyTree) -> ValueFn:
 
 def check_order(order: Order) -> None:
     """Refuses an unknown order."""
-    if order not in (1, 2, 3):
-        raise ValueError(
-            f"order must be 1, 2 or 3, got {order!r}: the highest derivative of the "
-            "loss in the drift, where 1 is SGD."
-        )
+    remedy = ": the highest derivative of the loss in the drift, where 1 is SGD"
+    arguments.require(order in (1, 2, 3), "order", order, "1, 2 or 3", remedy)
 
 
 def batch_mean(function: Callable[[PyTree], Result], batches: PyTree) -> Result:
     """Mean of `function` over the batches, by a scan, in float32 or wider."""
-
-    def wide(batch: PyTree) -> Result:
-        result: Result = tree_math.widen(function(batch))
-        return result
-
-    first = jax.eval_shape(lambda b: wide(jax.tree.map(lambda x: x[0], b)), batches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    first = jax.eval_shape(lambda b: function(jax.tree.map(lambda x: x[0], b)), batches)
 
     def add(total: Result, batch: PyTree) -> tuple[Result, None]:
-        return jax.tree.map(jnp.add, total, wide(batch)), None
+        return tree_math.add_scaled(total, 1, function(batch)), None
 
-    total, _ = jax.lax.scan(add, zeros, batches)
+    total, _ = jax.lax.scan(add, tree_math.zeros_like(first), batches)
     mean: Result = jax.tree.map(lambda x: x / hessian.num_batches(batches), total)
     return mean

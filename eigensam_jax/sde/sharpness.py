@@ -52,8 +52,6 @@ def eigenvalue_gradient(
 ) -> PyTree:
     """Gradient ∇λ = ∇³f[v, v] of a simple eigenvalue of the Hessian of f = E[f_γ].
 
-    By first-order perturbation theory, ⟨∇λ, a⟩ = ⟨v, (D_a H) v⟩.
-
     Args:
       value_fn: (params, batch) -> f_γ(w), a real scalar.
       params: w, a tree of real arrays.
@@ -76,13 +74,12 @@ def eigenvalue_gradient(
       Magnus, "On differentiating eigenvalues and eigenvectors", Econometric Theory
       1985.
     """
-    v = eigenvector
-    return expansion.batch_mean(
-        lambda batch: expansion.third_derivative(
-            lambda p: value_fn(p, batch), params, v, v
-        ),
-        batches,
-    )
+
+    def at(batch: PyTree) -> PyTree:
+        f = lambda p: value_fn(p, batch)
+        return expansion.third_derivative(f, params, eigenvector, eigenvector)
+
+    return expansion.batch_mean(at, batches)
 
 
 def eigenvalue_curvature(
@@ -97,18 +94,13 @@ def eigenvalue_curvature(
 ) -> jax.Array:
     """Second derivative ∇²λ[a, a] of the largest eigenvalue, which has to be simple.
 
-    By second-order perturbation theory, with f = E[f_γ] and z = ∇³f[v, a],
-
-        ∇²λ[a, a] = ∇⁴f[v, v, a, a] + 2 Σ_{i>1} ⟨vᵢ, z⟩²/(λ − λᵢ)
-                  = ∇⁴f[v, v, a, a] + 2 ⟨z, (λ − H)⁺ z⟩,
+        ∇²λ[a, a] = ∇⁴f[v, v, a, a] + 2 ⟨z, (λ − H)⁺ z⟩,    z = ∇³f[v, a], f = E[f_γ]
 
     where (λ − H)⁺z, orthogonal to v, is found by conjugate gradients, in about
     √((λ − λ_min)/(λ − λ₂)) times a few products.
 
     Args:
-      value_fn: as in `eigenvalue_gradient`.
-      params: as in `eigenvalue_gradient`.
-      batches: as in `eigenvalue_gradient`.
+      value_fn, params, batches: as in `eigenvalue_gradient`.
       direction: a, a tree like `params` of any length.
       eigenvector: v, the top one, a tree of norm 1, converged.
       eigenvalue: λ, its eigenvalue.
@@ -126,8 +118,7 @@ def eigenvalue_curvature(
       24.0
 
     References:
-      Magnus, "On differentiating eigenvalues and eigenvectors", Econometric Theory
-      1985.
+      Magnus, as in `eigenvalue_gradient`.
     """
     v, a = eigenvector, direction
 
@@ -142,15 +133,14 @@ def eigenvalue_curvature(
     fourth, third = expansion.batch_mean(derivatives, batches)
     matvec = hessian.mean_matvec(value_fn, params, batches)
 
-    def beside(x: PyTree) -> PyTree:
+    def orthogonal(x: PyTree) -> PyTree:
         return tree_math.add_scaled(x, -tree_math.vdot(x, v), v)
 
     def shifted(x: PyTree) -> PyTree:
-        product = matvec(beside(x))
         scaled = tree_math.scale(eigenvalue, x)
-        return beside(tree_math.add_scaled(scaled, -1, product))
+        return orthogonal(tree_math.add_scaled(scaled, -1, matvec(orthogonal(x))))
 
-    third = beside(third)
+    third = orthogonal(third)
     solve: Callable[..., tuple[PyTree, None]] = cg
     solution, _ = solve(shifted, third, tol=tol, maxiter=_MAX_ITERATIONS)
     return fourth + 2 * tree_math.vdot(third, solution)
@@ -172,20 +162,16 @@ def sharpness_rates(
 
         dE[λ]/dt = ⟨∇λ, b⟩ + (η/2)·tr(Σ∇²λ),    b = −E[∇f_γ + H_γ ε_γ + ½∇³f_γ[ε_γ,ε_γ]]
 
-    with ∇λ = ∇³f[v, v] for the top eigenvector v of the Hessian of f = E[f_γ]. With one
-    batch, the third derivatives' part is −(ρ²/2)⟨∇λ, ∇³f[u, u]⟩, which is
+    With one batch, the third derivatives' part is −(ρ²/2)⟨∇λ, ∇³f[u, u]⟩. It is
     −(ρ²/2)‖∇λ‖², SAM's pull on λ_max, only where u = ±v: that is why alignment matters.
 
     The trace is exact: tr(Σ∇²λ) is the mean over γ of ∇²λ[c_γ, c_γ] with the centred
-    gradients c_γ, a linear system each. (λ's mean change in a step of SAM's has one
+    gradients c_γ, a linear system each. (The mean change of λ in a step of SAM has one
     more term, (η²/2)·∇²λ[b, b], which is not the equation's.) `ito` grows without bound
     where λ₂ comes close to λ_max, which then has no second derivative.
 
     Args:
-      value_fn: (params, batch) -> f_γ(w), a real scalar.
-      params: w, a tree of real arrays.
-      batches: a tree of arrays with a leading axis over the batches.
-      rho: ρ, the radius.
+      value_fn, params, batches, rho: as in `drift`.
       eta: η, the step size, which scales the noise.
       alpha: α of Eigen-SAM; 0 for SAM.
       eigenpair: the top one of the Hessian of E[f_γ] at w, converged; by default it is
@@ -205,15 +191,13 @@ def sharpness_rates(
       >>> quartic = lambda w, x: x * jnp.sum(w**4)  # λ = 12·w₁² where w₁ is the largest
       >>> w, x = jnp.array([1.0, 0.0]), jnp.array([0.5, 1.5])
       >>> top = eigen.Eigenpair(w, jnp.array(12.0), jnp.array(0.0))
-      >>> rates = sde.sharpness_rates(
-      ...     quartic, w, x, rho=0.1, eta=0.01, eigenpair=top
-      ... )  # here u = v, ∇λ = 24, and the gradients are 2 and 6
+      >>> rates = sde.sharpness_rates(quartic, w, x, rho=0.1, eta=0.01, eigenpair=top)
+      >>> # u = v, ∇λ = 24, and the gradients are 2 and 6
       >>> [f"{part:.3f}" for part in (rates.first, rates.second, rates.third)]
       ['-96.000', '-28.800', '-2.880']
 
     References:
-      Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization
-      Improves Sharpness-Aware Minimization", NeurIPS 2024.
+      Luo et al., as in `eigensam_jax.sde`; Itô's term is this project's own.
     """
     equation.check(params, batches, rho, 3, alpha)
     arguments.check_scalar("eta", eta, schedule=False)
@@ -243,17 +227,10 @@ def sharpness_rates(
 
     def curvature(batch: PyTree) -> jax.Array:
         f, _, _, step = equation.at_batch(value_fn, params, batch, rho, alpha, used)
-        centred = tree_math.add_scaled(
-            equation.perturbed_gradient(f, params, step), -1, mean_gradient
-        )
+        gradient = equation.perturbed_gradient(f, params, step)
+        centred, value = tree_math.add_scaled(gradient, -1, mean_gradient), eigenpair[1]
         return eigenvalue_curvature(
-            value_fn,
-            params,
-            batches,
-            centred,
-            v,
-            eigenpair.eigenvalue,
-            tol=curvature_tol,
+            value_fn, params, batches, centred, v, value, tol=curvature_tol
         )
 
     trace = expansion.batch_mean(curvature, batches)

@@ -99,14 +99,9 @@ def make_step(
     gradient a batch for the noise. Pure, and not jitted here.
 
     Args:
-      value_fn: (params, batch) -> f_γ(w), a real scalar.
-      batches: a tree of arrays with a leading axis over the batches.
-      rho: ρ, the radius.
+      value_fn, batches, rho: as in `drift`.
       eta: η, the step size of the discrete method, which scales the noise.
-      order: 1 (SGD), 2 or 3, as in `drift`.
-      alpha: α of Eigen-SAM; 0 for SAM. Each step then searches for v₁(X), by some 20
-        Hessian-vector products of all batches.
-      tol: tolerance of v₁'s residual, relative to λ₁.
+      order, alpha, tol: as in `drift`. Unless `alpha` is 0, each step searches for v.
 
     Returns:
       The function `one_step`, from a typed key, a `State` of `start` and a number dt to
@@ -150,15 +145,9 @@ def make_step(
         moved = tree_math.add_scaled(params, dt, drift)
         scale = jnp.sqrt(jnp.asarray(eta, dtype) * dt)
         moved = tree_math.add_scaled(moved, scale, noise)
-        info = Info(
-            value,
-            tree_math.norm(drift),
-            tree_math.norm(noise),
-            eigenvalue,
-            residual,
-        )
+        norms = tree_math.norm(drift), tree_math.norm(noise)
         after = State(tree_math.cast_like(moved, params), state.time + dt, eigenvector)
-        return after, info
+        return after, Info(value, *norms, eigenvalue, residual)
 
     return one_step
 
@@ -185,14 +174,12 @@ def simulate(
 
     Args:
       key: a typed key; the path is a function of it.
-      value_fn: as in `make_step`, as all that is not said here.
+      value_fn: as in `drift`.
       state: where to start, `start(params, alpha)`.
-      batches: as in `make_step`.
-      rho: as in `make_step`.
+      batches, rho: as in `drift`.
       eta: η; each of the `num_steps` lasts as long.
       num_steps: how many, at least 1.
-      order: as in `make_step`.
-      alpha: as in `make_step`.
+      order, alpha: as in `make_step`.
       substeps: how many of Euler and Maruyama's steps, of η/`substeps`, to each.
       tol: as in `make_step`.
       observe: (state, info) -> what to keep of each of the `num_steps`; the `Info` is

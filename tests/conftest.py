@@ -3,6 +3,7 @@
 The suite compiles far longer than it computes.
 """
 
+import gc
 import os
 
 import jax
@@ -30,3 +31,10 @@ def pytest_configure(config):
         if name.upper() not in os.environ:
             jax.config.update(name, value)
             os.environ[name.upper()] = str(value)  # for the processes that tests start
+    gc.set_threshold(50_000, 20, 20)  # tracing makes much that lives for long
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()

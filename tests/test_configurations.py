@@ -382,7 +382,10 @@ def test_functions_move_nothing_to_or_from_the_host(name, dtype):
 # --- shapes alone ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype",  # "mixed" has leaves of both of the others
+    [pytest.param(x, marks=() if x == "mixed" else pytest.mark.slow) for x in DTYPES],
+)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_of_shapes_alone(name, dtype):
     if name == "hessian.num_batches":

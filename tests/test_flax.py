@@ -162,8 +162,22 @@ def test_linen_without_a_loss_overwrites_what_flax_overwrites():
 
 
 @pytest.mark.filterwarnings("ignore:The Fp8DotGeneralOp is deprecated")
-@pytest.mark.parametrize("given", ["value", "gradient", "value and gradient"])
-@pytest.mark.parametrize("op", [nn.Fp8DotGeneralOp, nn.Fp8DirectDotGeneralOp])
+@pytest.mark.parametrize(
+    ("op", "given"),
+    [
+        (nn.Fp8DirectDotGeneralOp, "value"),
+        (nn.Fp8DirectDotGeneralOp, "gradient"),
+        (nn.Fp8DotGeneralOp, "value and gradient"),
+        *(
+            pytest.param(op, given, marks=pytest.mark.slow)
+            for op, given in [
+                (nn.Fp8DirectDotGeneralOp, "value and gradient"),
+                (nn.Fp8DotGeneralOp, "value"),
+                (nn.Fp8DotGeneralOp, "gradient"),
+            ]
+        ),
+    ],
+)
 def test_linen_perturbs_no_scales_and_histories_of_fp8(op, given):
     """The weights descend along ∇L(w + ε); the rest is what Flax's own makes of it."""
 

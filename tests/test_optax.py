@@ -313,15 +313,13 @@ WORKS = {
 }
 
 
-# What calls the link otherwise than a chain does is tried with all of them, the rest in
-# `pytest -m slow` only.
+# What calls the link otherwise than a chain does is tried with all of them, the rest
+# with the secant's, whose state has vectors; with others in `pytest -m slow` only.
 AROUND = ("first in a chain", "every second step")
 CASES = [
     pytest.param(
         *(wrapping, name),
-        marks=[]
-        if wrapping in AROUND or name in ("sam", "secant")
-        else pytest.mark.slow,
+        marks=[] if wrapping in AROUND or name == "secant" else pytest.mark.slow,
     )
     for wrapping in WORKS
     for name in LINKS

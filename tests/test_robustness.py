@@ -1,6 +1,6 @@
 """What trackers withstand inside `eigen_sam`: batches, scales, dtypes and callers."""
 
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import chex
@@ -48,20 +48,21 @@ def secant_on_random_batches(alpha, factors, key, rho=0.05, decay=0.95):
     return jax.lax.scan(step, tx.init(w), (factors, keys))[1]
 
 
+@jax.jit
+@partial(jax.vmap, in_axes=(None, 0, None))
+@partial(jax.vmap, in_axes=(None, None, 0))
+def steps_off(alpha, strength, key):
+    """How many steps are without the α-term from a strong batch on, and before."""
+    factors = jnp.ones(400).at[200].set(-strength)
+    *_, is_on = secant_on_random_batches(alpha, factors, key)
+    return jnp.sum(~is_on[200:]), jnp.sum(~is_on[1:200])
+
+
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0])
 def test_one_batch_of_any_strength_switches_the_secant_off_for_30_steps_at_most(alpha):
     strengths = jnp.array([1e3, 1e5, 1e8])
     keys = jax.random.split(jax.random.key(0), 5)
-
-    @jax.jit
-    @partial(jax.vmap, in_axes=(0, None))
-    @partial(jax.vmap, in_axes=(None, 0))
-    def steps_off(strength, key):
-        factors = jnp.ones(400).at[200].set(-strength)
-        *_, is_on = secant_on_random_batches(alpha, factors, key)
-        return jnp.sum(~is_on[200:]), jnp.sum(~is_on[1:200])
-
-    after, before = steps_off(strengths, keys)
+    after, before = steps_off(jnp.float32(alpha), strengths, keys)
     assert after.max() <= 30
     assert before.max() <= 10
 
@@ -96,9 +97,9 @@ def test_the_secants_eigenvalue_is_that_of_the_mean_hessian():
 # --- what a scaled loss changes -------------------------------------------------------
 
 
-@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e18, 1e20, 1e30])
-@pytest.mark.parametrize("name", TRACKERS)
-def test_a_scaled_loss_has_the_same_perturbation_and_vector(name, factor):
+@cache
+def on_a_scaled_loss(name):
+    """From a factor of the loss to the state after 12 steps, and the radii."""
     params, loss = network()
     tx = eigen_sam(0.1, 0.5, TRACKERS[name])
 
@@ -112,6 +113,13 @@ def test_a_scaled_loss_has_the_same_perturbation_and_vector(name, factor):
 
         return jax.lax.scan(step, tx.init(params), jnp.arange(12) % 5)
 
+    return run
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e18, 1e20, 1e30])
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_scaled_loss_has_the_same_perturbation_and_vector(name, factor):
+    run = on_a_scaled_loss(name)
     state, radii = run(jnp.float32(factor))
     expected, expected_radii = run(jnp.float32(1))
     np.testing.assert_allclose(radii, expected_radii, rtol=1e-3)
@@ -127,30 +135,33 @@ def test_a_scaled_loss_has_the_same_perturbation_and_vector(name, factor):
 # --- how v is kept --------------------------------------------------------------------
 
 
+@partial(jax.jit, static_argnums=0)
+def cosine_by_a_long_memory(dtype, key, top):
+    """Of v with the top eigenvector after 4,000 steps."""
+    tx = eigen_sam(0.1, 1.0, trackers.secant(0.999), eigenvector_dtype=dtype)
+    w = jnp.zeros_like(top)
+
+    def step(state, key):
+        g = jax.random.normal(key, w.shape)
+        # The identity, and 20 along the top.
+        grad_fn = lambda p: g + p + 19 * top * (top @ p)
+        return tx.update(g, state, w, grad_fn=grad_fn)[1], None
+
+    state, _ = jax.lax.scan(step, tx.init(w), jax.random.split(key, 4_000))
+    v = state.tracker.eigenvector
+    assert v.dtype == dtype
+    return jnp.abs(v.astype(jnp.float32) @ top)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_v_in_bfloat16_keeps_the_increments_of_a_long_memory(seed):
-    size, steps = 2000, 4000
     keys = jax.random.split(jax.random.key(seed), 2)
-    top = jax.random.normal(keys[0], (size,))
+    top = jax.random.normal(keys[0], (2_000,))
     top /= jnp.linalg.norm(top)
-    w = jnp.zeros(size)
-
-    @partial(jax.jit, static_argnums=0)
-    def cosine(dtype):
-        tx = eigen_sam(0.1, 1.0, trackers.secant(0.999), eigenvector_dtype=dtype)
-
-        def step(state, key):
-            g = jax.random.normal(key, w.shape)
-            # The identity, and 20 along the top.
-            grad_fn = lambda p: g + p + 19 * top * (top @ p)
-            return tx.update(g, state, w, grad_fn=grad_fn)[1], None
-
-        state, _ = jax.lax.scan(step, tx.init(w), jax.random.split(keys[1], steps))
-        v = state.tracker.eigenvector
-        assert v.dtype == dtype
-        return jnp.abs(v.astype(jnp.float32) @ top)
-
-    exact, kept = cosine(jnp.float32), cosine(jnp.bfloat16)
+    exact, kept = (
+        cosine_by_a_long_memory(dtype, keys[1], top)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
     assert exact > 0.5
     np.testing.assert_allclose(kept, exact, atol=0.05)
 

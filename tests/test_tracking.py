@@ -1,5 +1,7 @@
 """Every tracker inside `eigen_sam`: what it follows, survives and costs."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -120,9 +122,9 @@ def test_secant_works_where_there_is_no_second_derivative():
 # --- what they survive ----------------------------------------------------------------
 
 
-@each_tracker
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_a_bad_batch_leaves_no_trace_and_the_next_good_one_goes_on(tracker, bad):
+@functools.cache
+def on_a_scaled_batch(tracker):
+    """The first state, and (state, factor of the loss) -> updates and the next one."""
     params, loss = network()
     tx = eigen_sam(0.1, 0.5, tracker)
 
@@ -131,7 +133,13 @@ def test_a_bad_batch_leaves_no_trace_and_the_next_good_one_goes_on(tracker, bad)
         value_fn = lambda p: factor * loss(p)
         return tx.update(jax.grad(value_fn)(params), state, params, value_fn=value_fn)
 
-    state = tx.init(params)
+    return tx.init(params), update
+
+
+@each_tracker
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_bad_batch_leaves_no_trace_and_the_next_good_one_goes_on(tracker, bad):
+    state, update = on_a_scaled_batch(tracker)
     for factor in (1.0, 1.0, bad, bad):
         before = state
         _, state = update(state, factor)

@@ -1,3 +1,4 @@
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -60,6 +61,29 @@ def definition(name, w, matrix, v, rho, alpha, eta):
     return rho * (u + positive * alpha * np.sign(g @ v) * (v - (u @ v) * u))
 
 
+@functools.cache
+def on_a_quadratic(name, tracker_seed, dtype):
+    """The jitted first step from a matrix, which all spectra share, and parameters."""
+    kwargs = {
+        "sam": {"rho": 0.3},
+        "asam": {"rho": 0.3, "eta": 0.1, "scale_biases": True},
+        "eigen_sam": {
+            "rho": 0.3,
+            "alpha": 0.7,
+            "tracker": trackers.power_iteration(50, seed=tracker_seed),
+        },
+    }[name]
+    tx = FACTORIES[name](**kwargs)
+
+    @jax.jit
+    def step(matrix, params):
+        value_fn, _ = quadratic(matrix, dtype)
+        grads = jax.grad(value_fn)(params)
+        return tx.update(grads, tx.init(params), params, value_fn=value_fn)
+
+    return step
+
+
 @pytest.mark.parametrize(
     ("dtype", "rtol"), [("float32", 1e-6), ("float64", 1e-12)], ids=["f32", "f64"]
 )
@@ -73,23 +97,9 @@ def test_on_a_quadratic_the_gradient_is_h_times_w_plus_epsilon(
         matrix, _ = symmetric(spectrum, seed)
         matrix = np.asarray(matrix, dtype).astype(np.float64)
         w = np.random.default_rng(seed).normal(size=5).astype(dtype).astype(np.float64)
-        value_fn, to_tree = quadratic(matrix, dtype)
-        kwargs = {
-            "sam": {"rho": 0.3},
-            "asam": {"rho": 0.3, "eta": 0.1, "scale_biases": True},
-            "eigen_sam": {
-                "rho": 0.3,
-                "alpha": 0.7,
-                "tracker": trackers.power_iteration(50, seed=seed),
-            },
-        }[name]
-        tx = FACTORIES[name](**kwargs)
-        params = to_tree(w)
-        grads = jax.grad(value_fn)(params)
-        state = tx.init(params)
-        updates, state = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=value_fn))(
-            grads, state, params
-        )
+        _, to_tree = quadratic(matrix, dtype)
+        step = on_a_quadratic(name, seed if name == "eigen_sam" else 0, dtype)
+        updates, state = step(jnp.asarray(matrix, dtype), to_tree(w))
         v = None
         if name == "eigen_sam":
             v = flatten(state.tracker.eigenvector).astype(np.float64)
@@ -187,21 +197,29 @@ def test_three_hundred_steps_against_a_flat_rewrite_with_a_dense_hessian():
 # --- against each other and optax -----------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def of_sam():
+    """What SAM trains, from which α = 0.5 is another."""
+    params, loss = network()
+    sgd = optax.sgd(0.1, momentum=0.9)
+    expected, _ = train(optax.chain(sam(0.2), sgd), params, loss, 120)
+    other, _ = train(optax.chain(eigen_sam(0.2, 0.5), sgd), params, loss, 120)
+    assert tree_math.norm(tree_math.add_scaled(other, -1, expected)) > 1e-3
+    return expected
+
+
 @pytest.mark.parametrize("alpha", [0, lambda count: 0.0 * count])
 @pytest.mark.parametrize(
     "tracker",
     [trackers.secant(), trackers.power_iteration()],
     ids=["secant", "power_iteration"],
 )
-def test_alpha_zero_is_sam_bit_for_bit(tracker, alpha):
+def test_alpha_zero_is_sam_bit_for_bit(tracker, alpha, of_sam):
     params, loss = network()
     sgd = optax.sgd(0.1, momentum=0.9)
-    expected, _ = train(optax.chain(sam(0.2), sgd), params, loss, 120)
     tx = optax.chain(eigen_sam(0.2, alpha, tracker), sgd)
     actual, _ = train(tx, params, loss, 120)
-    chex.assert_trees_all_equal(actual, expected)
-    other, _ = train(optax.chain(eigen_sam(0.2, 0.5), sgd), params, loss, 120)
-    assert tree_math.norm(tree_math.add_scaled(other, -1, expected)) > 1e-3
+    chex.assert_trees_all_equal(actual, of_sam)
 
 
 def test_the_sign_of_the_eigenvector_changes_nothing():
@@ -410,18 +428,27 @@ def test_a_mask_of_everything_changes_nothing(factory):
 # --- modes of the Hessian-vector product ----------------------------------------------
 
 
-@pytest.mark.parametrize("mode", hessian.HVP_MODES)
-def test_each_hvp_mode_finds_the_top_eigenvector_and_trains_alike(mode):
-    params, loss = network()
+def with_lanczos(**kwargs):
     mask = {"hidden": True, "out": False}
-    make = lambda **kwargs: optax.chain(
-        eigen_sam(0.1, 0.5, trackers.lanczos(12, 10), mask=mask, **kwargs),
-        optax.sgd(0.1),
-    )
+    link = eigen_sam(0.1, 0.5, trackers.lanczos(12, 10), mask=mask, **kwargs)
+    return optax.chain(link, optax.sgd(0.1))
+
+
+@pytest.fixture(scope="module")
+def by_the_default_product():
+    params, loss = network()
+    return train(with_lanczos(), params, loss, 20)[0]
+
+
+@pytest.mark.parametrize("mode", hessian.HVP_MODES)
+def test_each_hvp_mode_finds_the_top_eigenvector_and_trains_alike(
+    mode, by_the_default_product
+):
+    params, loss = network()
     # A central difference in float32 is wrong by eps^⅔ = 2e-5 or a few times that.
     tolerance = 1e-3 if mode == "finite_difference" else 1e-5
 
-    tx = make(hvp_mode=mode)
+    tx = with_lanczos(hvp_mode=mode)
     grads = jax.grad(loss)(params)
     _, state = tx.update(grads, tx.init(params), params, value_fn=loss)
     block = lambda w: loss(params | {"hidden": w})
@@ -433,7 +460,7 @@ def test_each_hvp_mode_finds_the_top_eigenvector_and_trains_alike(mode):
     np.testing.assert_allclose(eigenvalue, values[-1], rtol=tolerance)
 
     trained, _ = train(tx, params, loss, 20)
-    expected, _ = train(make(), params, loss, 20)
+    expected = by_the_default_product
     distance = tree_math.norm(tree_math.add_scaled(trained, -1, expected))
     moved = tree_math.norm(tree_math.add_scaled(expected, -1, params))
     assert distance < tolerance * moved

@@ -13,6 +13,7 @@ from eigensam_jax.experiments import cli
 from eigensam_jax.experiments.training import loop as training
 
 
+@pytest.mark.usefixtures("quick")
 def test_compare_shows_the_difference(tmp_path, capsys):
     out = tmp_path / "results"
     command = ["compare", "--smoke", "--looks", "2", "--seeds", "2", "--out", str(out)]
@@ -51,6 +52,7 @@ def test_compare_shows_the_difference(tmp_path, capsys):
             assert len(set(losses)) == len(names)
 
 
+@pytest.mark.usefixtures("quick")
 def test_what_takes_the_steps_is_recorded(tmp_path, capsys):
     base = ["--base-optimizer", "adamw", "--weight-decay", "0.1"]
     assert cli.main(["compare", "--smoke", *base, "--out", str(tmp_path)]) == 0
@@ -106,6 +108,7 @@ def test_a_file_that_is_cut_off_ends_with_one_line(tmp_path, capsys):
     assert "train-images-idx3-ubyte" in error
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_interruption_leaves_the_results_so_far(tmp_path, capsys, monkeypatch):
     make_run = training.make_run
 

@@ -61,7 +61,7 @@ def assert_close(got, expected, rtol):
 
 
 # All of them take minutes; two differ in everything that matters here.
-FAST = [("secant", False), ("secant", True), ("power_iteration", True)]
+FAST = [("secant", False), ("power_iteration", True)]
 AGREEMENT = [
     pytest.param(name, x64, marks=() if (name, x64) in FAST else pytest.mark.slow)
     for name in TRACKERS
@@ -73,7 +73,7 @@ AGREEMENT = [
 def test_all_ways_to_run_agree_with_one_device(name, x64):
     with jax.enable_x64(x64):
         dtype, rtol = (jnp.float64, 1e-11) if x64 else (jnp.float32, 1e-5)
-        params, batches = meshes.parameters(dtype), meshes.batches(50, dtype)
+        params, batches = meshes.parameters(dtype), meshes.batches(20, dtype)
         make = partial(chain, TRACKERS[name])
         expected = meshes.one_device(make, params, batches)
         v = optax.tree.get(expected[1], "eigenvector")
@@ -314,18 +314,25 @@ def test_trackers_see_the_mean_change_turned_one_way(mode):
     assert_close(state[0].tracker.given, mean(given), 1e-5)
 
 
-@pytest.mark.parametrize("per_device", [False, True])
-def test_replicas_stay_identical_for_a_thousand_steps(per_device):
+@pytest.mark.parametrize(
+    ("mode", "per_device"),
+    [
+        ("pmap", True),
+        ("shard_map unchecked", False),
+        pytest.param("pmap", False, marks=pytest.mark.slow),
+        pytest.param("shard_map unchecked", True, marks=pytest.mark.slow),
+    ],
+)
+def test_replicas_stay_identical_for_a_thousand_steps(mode, per_device):
     params = meshes.parameters()
     batches = jax.tree.map(
         lambda x: jnp.tile(x, (50, *[1] * (x.ndim - 1))), meshes.batches(20)
     )
     make = partial(chain, trackers.secant(), per_device=per_device)
-    for mode in STACKED:
-        out = MANUAL[mode](make, params, batches, per_device=per_device)
-        _, state = one_of_each(out)
-        assert state[0].num_updates == 1000
-        assert np.isfinite(optax.tree.get(state, "eigenvalue"))
+    out = MANUAL[mode](make, params, batches, per_device=per_device)
+    _, state = one_of_each(out)
+    assert state[0].num_updates == 1000
+    assert np.isfinite(optax.tree.get(state, "eigenvalue"))
 
 
 @pytest.mark.parametrize("per_device", [False, True])
@@ -347,8 +354,20 @@ def test_a_bad_batch_on_one_device_leaves_all_finite_and_alike(per_device):
 # --- placement ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("name", TRACKERS)
+def of_trackers(other, others, *, all_trackers_of):
+    """Every tracker with one of the `others`, the rest in `pytest -m slow` only.
+
+    "secant every 5" has the state and the products of "secant".
+    """
+    in_short = [(name, all_trackers_of) for name in TRACKERS if "every" not in name]
+    in_short += [(name, x) for name in ("secant", "ritz") for x in others]
+    rows = [(name, x) for name in TRACKERS for x in others]
+    marks = {row: () if row in in_short else pytest.mark.slow for row in rows}
+    params = [pytest.param(*row, marks=marks[row]) for row in rows]
+    return pytest.mark.parametrize(("name", other), params, ids=str)
+
+
+@of_trackers("kind", (AxisType.Auto, AxisType.Explicit), all_trackers_of=AxisType.Auto)
 def test_the_state_lies_where_the_parameters_do(name, kind):
     mesh = meshes.mesh(kind)
     # Written as what is computed has it: with another spec for the same, jit compiles
@@ -403,8 +422,7 @@ def test_outside_jit_the_whole_chains_state_lies_where_the_parameters_do(kind):
         assert all(x.sharding.spec[0] == AXIS for x in vectors)
 
 
-@pytest.mark.parametrize("spec", [P(AXIS), P(None, AXIS)], ids=str)
-@pytest.mark.parametrize("name", TRACKERS)
+@of_trackers("spec", (P(AXIS), P(None, AXIS)), all_trackers_of=P(None, AXIS))
 def test_no_parameter_is_gathered(name, spec):
     params = jax.device_put(
         {"a": jnp.ones((64, 512)), "b": jnp.ones((8, 4096))},

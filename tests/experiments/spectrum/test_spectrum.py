@@ -100,7 +100,7 @@ def test_training_is_that_of_compare():
 
 def test_the_product_is_that_of_all_images_at_once():
     dataset = registry.dataset("digits")
-    model = models.CNN(10)
+    model = models.MLP(10)
     params = model.init(jax.random.key(0), dataset.train_images[:1])["params"]
     loss = losses.cross_entropy(model)
     batch = dataset.train_images[:260], dataset.train_labels[:260]

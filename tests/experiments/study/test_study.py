@@ -2,14 +2,13 @@
 
 import json
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from command_line import error_of
 from problems import dense_hessian
 
-from eigensam_jax.experiments import cli, entries, registry
+from eigensam_jax.experiments import cli, registry
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.records import checkpoints
 from eigensam_jax.experiments.study import run as study
@@ -20,30 +19,7 @@ ACCURACY = ["accuracy", "--smoke", "--looks", "2", "--rhos", "0.1", "--asam-rhos
 ABLATE = ["ablate", "--smoke", "--looks", "2", "--tables", "when"]
 
 
-class Tiny(nn.Module):
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, images):
-        x = images.reshape(len(images), -1)[:, ::8]
-        return nn.Dense(self.num_classes)(nn.tanh(nn.Dense(4)(x)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """A small network, whose programs are compiled once for all of the tests."""
-    make_run, made = training.make_run, {}
-
-    def from_cache(model, dataset, measure, settings):
-        key = settings, len(dataset.train_labels)
-        if key not in made:
-            made[key] = make_run(model, dataset, measure, settings)
-        return made[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_run", from_cache)
-        patch.setitem(registry.MODELS, "mlp", entries.Network(Tiny))
-        yield make_run
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def figures(out):
@@ -56,7 +32,7 @@ def figures(out):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(quick, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken")
     assert cli.main([*ACCURACY, "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {"results.json", "accuracy.png"}
@@ -92,7 +68,7 @@ def test_the_figures_are_those_of_the_network(quick, unbroken):
     """The end of SAM's run by a loop of its own, and its Hessian by `eigh`."""
     (run,) = (x for x in figures(unbroken) if (x["table"], x["row"]) == ("main", "sam"))
     digits = registry.dataset("digits")
-    model = Tiny(10)
+    model = registry.model("mlp", 10)
     settings = training.Settings(11, 128, run["learning_rate"], (11,))
     keep = lambda method, state, top: (jax.tree.map(np.array, state.params), None)
     sam = methods.Setup("sam", run["rho"])

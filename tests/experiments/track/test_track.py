@@ -15,6 +15,7 @@ from eigensam_jax.experiments.track.jobs import Job
 from eigensam_jax.experiments.training import loop
 
 SMALL = ["track", "--smoke", "--steps", "6"]
+pytestmark = pytest.mark.usefixtures("quick")
 TIMES = ("wall_time_s", "commands")
 
 
@@ -28,7 +29,7 @@ def without_times(results):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(quick, tmp_path_factory):
     """Two trackers, one of them a ceiling, at two α, from two seeds."""
     out = tmp_path_factory.mktemp("track")
     names = ["power_iteration", "every_product"]

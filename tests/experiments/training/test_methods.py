@@ -1,5 +1,7 @@
 """What comes before SGD, and on which steps it acts."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -80,8 +82,9 @@ def test_parts_of_a_batch_are_perturbed_each_by_its_own_gradient(batch):
     method = Setup("sam", 0.5, parts=4)
     tx, state = started(method, batch)
     loss = losses.training_loss(Tiny())
-    after = training_steps.take_step(tx, loss, state, *batch, False, parts=4)
-    gradient = jax.grad(lambda p, x, y: loss(p, {}, x, y)[0])
+    take_step = partial(training_steps.take_step, tx, loss, refresh=False, parts=4)
+    after = jax.jit(take_step)(state, *batch)
+    gradient = jax.jit(jax.grad(lambda p, x, y: loss(p, {}, x, y)[0]))
     means = []
     for part in range(4):
         own = tuple(x[4 * part : 4 * part + 4] for x in batch)
@@ -106,8 +109,9 @@ def test_the_direction_is_that_of_the_links_own_perturbation(batch):
         named("eigen_sam", 0.1, 0.7),
     ):
         tx, state = started(method, batch)
+        take_step = jax.jit(partial(training_steps.take_step, tx, loss, refresh=True))
         for _ in range(3):  # the secant has no v before the first
-            state = training_steps.take_step(tx, loss, state, *batch, True)
+            state = take_step(state, *batch)
         seen = []
 
         def spied(params, seen=seen):

@@ -41,14 +41,19 @@ def mlp(digits):
     return model, measures.make_measure(model, digits, 64, 2_000)
 
 
+@pytest.fixture(scope="module")
+def train(digits, network):
+    """Runs with the settings above, each method compiled once."""
+    return training.make_run(network[0], digits, network[1], SETTINGS)
+
+
 def run(digits, network, method, *, settings=SETTINGS, seed=0):
     return list(
         training.make_run(network[0], digits, network[1], settings)(method, seed)
     )
 
 
-def test_a_run_learns_and_starts_where_the_others_do(digits, network):
-    train = training.make_run(network[0], digits, network[1], SETTINGS)
+def test_a_run_learns_and_starts_where_the_others_do(train):
     names = ("sgd", "sam", "eigen_sam", "eigen_sam_paper")
     runs = {name: list(train(METHODS[name], 0)) for name in names}
     for points in runs.values():
@@ -125,8 +130,7 @@ def test_the_base_optimizer_is_the_one_that_is_named(name, base, make, digits, m
     np.testing.assert_allclose(points[-1].measurement.train_loss, expected, rtol=1e-4)
 
 
-def test_a_run_is_determined_by_its_seed(digits, mlp):
-    train = training.make_run(mlp[0], digits, mlp[1], SETTINGS)
+def test_a_run_is_determined_by_its_seed(train):
     one, two, other = (list(train(METHODS["eigen_sam"], seed)) for seed in (0, 0, 1))
     assert [p.measurement for p in one] == [p.measurement for p in two]
     assert one[-1].measurement != other[-1].measurement

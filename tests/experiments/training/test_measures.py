@@ -92,7 +92,7 @@ def test_measure_against_a_naive_computation(problem, name, monkeypatch):
     value_fn = lambda p: loss(p, dataset.train_images, dataset.train_labels)
     tx, alpha = optax.identity(), 0.7
     if name == "eigen_sam":
-        tx = eigen_sam(0.1, alpha, trackers.power_iteration(num_iters=3))
+        tx = eigen_sam(0.1, alpha, trackers.power_iteration(num_matvecs=3))
     opt_state = tx.init(params)
     if name == "eigen_sam":
         grads = jax.grad(value_fn)(params)

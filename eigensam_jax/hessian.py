@@ -8,7 +8,6 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from eigensam_jax import tree_math
 from eigensam_jax.tree_math import PyTree
@@ -27,21 +26,16 @@ def hvp(
     *,
     hvp_mode: HvpMode = "forward_over_reverse",
 ) -> PyTree:
-    """Hessian-vector product ∇²f(w)·v.
-
-    By default the directional derivative of the gradient, ∂/∂t ∇f(w + t·v) at t = 0, by
-    `jax.jvp` of `jax.grad`: about the operations and memory of two gradients.
+    """Hessian-vector product ∇²f(w)·v = ∂/∂t ∇f(w + t·v) at t = 0.
 
     Args:
       value_fn: f, a function of the parameters alone that returns a real scalar.
       params: w, a tree of real arrays.
-      vector: v, a tree of the same structure and shapes; it is cast to the dtypes of
-        `params`, in which the product is made.
+      vector: v, a tree like `params`, cast to their dtypes.
       hvp_mode: how the gradient is differentiated, see `matvec`.
 
     Returns:
-      The product, with the structure and shapes of `params`, in float32 or in the
-      leaf's dtype where that is wider.
+      The product, a tree like `params`, in float32 or in the leaf's dtype if wider.
 
     Raises:
       ValueError: for an unknown `hvp_mode`.
@@ -49,11 +43,9 @@ def hvp(
     Example:
       >>> import jax.numpy as jnp
       >>> from eigensam_jax import hessian
-      >>> f = lambda w: w["x"] ** 2 * w["y"]
-      >>> w = {"x": jnp.array(1.0), "y": jnp.array(3.0)}
-      >>> v = {"x": jnp.array(1.0), "y": jnp.array(0.0)}
-      >>> {name: float(x) for name, x in hessian.hvp(f, w, v).items()}
-      {'x': 6.0, 'y': 2.0}
+      >>> f = lambda w: w[0] ** 2 * w[1]
+      >>> hessian.hvp(f, jnp.array([1.0, 3.0]), jnp.array([1.0, 0.0]))
+      Array([6., 2.], dtype=float32)
 
     References:
       Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994.
@@ -68,24 +60,20 @@ def matvec(
 
     What the solvers of `eigensam_jax.eigen` take. Each call differentiates anew: a
     linearisation would hold all activations between products. By `hvp_mode`,
-
-    "forward_over_reverse" is the `jax.jvp` of the gradient.
-
-    "reverse_over_reverse" is its `jax.vjp`, the same since H is symmetric: for a kernel
-    whose custom backward pass is itself a `jax.custom_vjp`, which has no forward
-    derivative. As fast on dense networks, several times slower on convolutional ones.
-
-    "finite_difference" is for a kernel that has no second derivative at all:
+    "forward_over_reverse" is the `jax.jvp` of the gradient, for about the operations
+    and memory of two gradients. "reverse_over_reverse" is its `jax.vjp`, the same since
+    H is symmetric: for a kernel whose custom backward pass is itself a
+    `jax.custom_vjp`, which has no forward derivative. It is as fast on dense networks,
+    several times slower on convolutional ones. "finite_difference", two gradients, is
+    for a kernel with no second derivative:
 
         Hv ≈ ‖v‖·(∇f(w + h·v/‖v‖) − ∇f(w − h·v/‖v‖))/(2h),   h = eps^⅓,
 
-    with eps that of the coarsest dtype in `params`. Rounding errors are about
-    eps·‖∇f‖/h, truncation errors h². Use it for smooth networks in float32 or wider: it
-    is unreliable in bfloat16 and with ReLU, where the gradient jumps.
+    with eps that of the coarsest dtype in `params`: errors of about eps·‖∇f‖/h + h².
+    It is unreliable in bfloat16 and with ReLU, where the gradient jumps.
 
     Args:
-      grad_fn: ∇f, a function of the parameters alone that returns their gradient, for
-        example `jax.grad(value_fn)`.
+      grad_fn: ∇f, a function of the parameters alone, such as `jax.grad(value_fn)`.
       params: w, a tree of real arrays.
       hvp_mode: "forward_over_reverse", "reverse_over_reverse" or "finite_difference".
 
@@ -98,10 +86,9 @@ def matvec(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from eigensam_jax import hessian
-      >>> gradient = jax.grad(lambda w: jnp.sum(w**3))
-      >>> product = hessian.matvec(gradient, jnp.array([1.0, 2.0]))
-      >>> product(jnp.array([1.0, 1.0]))
-      Array([ 6., 12.], dtype=float32)
+      >>> product = hessian.matvec(jax.grad(lambda w: w**3), jnp.array(2.0))
+      >>> float(product(jnp.array(1.0)))
+      12.0
     """
     _check_mode(hvp_mode)
 
@@ -143,101 +130,57 @@ def mean_matvec(
 ) -> Matvec:
     """Builds v ↦ Σ nᵢ ∇²fᵢ(w)·v / Σ nᵢ, the Hessian of a data set, batch by batch.
 
-    fᵢ is the mean loss of batch i and nᵢ the number of its examples. The activations of
-    one batch are alive at a time: arrays are scanned by `jax.lax.scan`, in which XLA's
-    CPU backend runs convolutions many times slower than outside.
-
-    A function leaves `batches` on the host: it is called once per product, and each
-    batch makes one jitted product. That works neither inside `jit` nor inside a
-    solver's compiled loop: use `eigen.top_eigenpairs(..., host_loop=True)`.
+    fᵢ is the mean loss of batch i and nᵢ the number of its examples. One batch has its
+    activations alive at a time. Arrays are scanned, in which XLA's CPU backend runs
+    convolutions many times slower. A function leaves the data on the host, and each
+    batch makes one jitted product: outside `jit`, for a solver with `host_loop=True`.
 
     Args:
       value_fn: from the parameters and a batch to a scalar, the mean over the batch.
       params: w, a tree of real arrays.
       batches: a tree of arrays with a leading axis over the batches, all of one size;
-        or a function without arguments that returns an iterable of batches of any
-        sizes, the same each time: nᵢ is the length of the first leaf of a batch, or 1
-        for a scalar. (For a list of batches give `lambda: batches`.)
+        or a function without arguments, called once per product, that returns an
+        iterable of batches of any sizes, such as `lambda: [a, b]`. Then nᵢ is the
+        length of the first leaf of a batch, or 1 for a scalar.
       hvp_mode: how the gradient is differentiated, see `matvec`.
 
     Returns:
       A function from a tree like `params` to a tree like `params`, as `hvp`.
 
     Raises:
-      ValueError: for an unknown `hvp_mode` and arrays without a common leading axis;
-        from a product, without batches, and on the host under `jit`.
+      ValueError: for an unknown `hvp_mode` and unusable `batches`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from eigensam_jax import hessian
-      >>> f = lambda w, x: jnp.mean(x) * w**2
-      >>> w, x = jnp.array(1.0), jnp.array([1.0, 2.0, 3.0, 6.0])
-      >>> product = hessian.mean_matvec(f, w, x.reshape(2, 2))
-      >>> float(product(jnp.array(1.0)))
-      6.0
-      >>> product = hessian.mean_matvec(f, w, lambda: [x[:3], x[3:]])
+      >>> f, x = (lambda w, x: jnp.mean(x) * w**2), jnp.array([1.0, 2.0, 3.0, 6.0])
+      >>> product = hessian.mean_matvec(f, jnp.array(1.0), lambda: [x[:3], x[3:]])
       >>> float(product(jnp.array(1.0)))
       6.0
     """
     _check_mode(hvp_mode)
 
     def add(
-        total: PyTree, params: PyTree, vector: PyTree, batch: PyTree, weight: ArrayLike
+        total: PyTree, params: PyTree, vector: PyTree, batch: PyTree, weight: int
     ) -> PyTree:
         gradient = jax.grad(lambda p: value_fn(p, batch))
-        batch_product = matvec(gradient, params, hvp_mode=hvp_mode)(vector)
-        return tree_math.add_scaled(total, weight, batch_product)
+        product = matvec(gradient, params, hvp_mode=hvp_mode)(vector)
+        return tree_math.add_scaled(total, weight, product)
 
-    if callable(batches):
-        # One jit for all products: a step jitted by the caller could not hold the loop.
-        return _mean_on_the_host(jax.jit(add), params, batches)
+    if not callable(batches):
+        count = num_batches(batches)
 
-    count = num_batches(batches)
+        def scanned(vector: PyTree) -> PyTree:
+            step = lambda total, batch: (add(total, params, vector, batch, 1), None)
+            total, _ = jax.lax.scan(step, tree_math.zeros_like(params), batches)
+            return tree_math.scale(1 / count, total)
 
-    def product(vector: PyTree) -> PyTree:
-        total, _ = jax.lax.scan(
-            lambda total, batch: (add(total, params, vector, batch, 1), None),
-            tree_math.zeros_like(params),
-            batches,
-        )
-        return tree_math.scale(1 / count, total)
+        return scanned
 
-    return product
+    # One jit for all products: a step jitted by the caller could not hold the loop.
+    jitted = jax.jit(add)
 
-
-def num_batches(batches: PyTree) -> int:
-    """The common length of the leading axes of a tree of arrays.
-
-    Args:
-      batches: the tree.
-
-    Returns:
-      The length.
-
-    Raises:
-      ValueError: where leaves have no leading axis, or none in common.
-    """
-    leaves = jax.tree.leaves(batches, is_leaf=lambda x: isinstance(x, Iterator))
-    axes = {np.shape(x)[:1] for x in leaves}
-    if len(axes) != 1 or not axes.isdisjoint({(), (0,)}):
-        raise ValueError(
-            "batches must be a tree of arrays with one leading axis, over the batches, "
-            f"got leaves with the leading axes {sorted(axes)}: stack batches of one "
-            "size, as in jax.tree.map(lambda *x: jnp.stack(x), *batches). "
-            "(hessian.mean_matvec takes a function that returns an iterable of them.)"
-        )
-    (count,) = axes.pop()
-    return int(count)
-
-
-def _mean_on_the_host(
-    add: Callable[..., PyTree],
-    params: PyTree,
-    batches: Callable[[], Iterable[PyTree]],
-) -> Matvec:
-    """`mean_matvec` by a Python loop over what `batches` returns."""
-
-    def product(vector: PyTree) -> PyTree:
+    def on_the_host(vector: PyTree) -> PyTree:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vector)):
             raise ValueError(
                 "a product with batches from a function can't be traced: call it "
@@ -249,15 +192,33 @@ def _mean_on_the_host(
             jax.block_until_ready(total)  # type: ignore[no-untyped-call]
             first, *_ = (*jax.tree.leaves(batch), 0)
             weight = (*np.shape(first), 1)[0]
-            total, count = add(total, params, vector, batch, weight), count + weight
+            total, count = jitted(total, params, vector, batch, weight), count + weight
         if count == 0:
             raise ValueError(
-                "batches() must return an iterable of at least one batch each time it "
-                "is called, got none: an iterator that is used up gives nothing."
+                "batches() must return at least one batch each time it is called, got "
+                "none: an iterator that is used up gives nothing."
             )
         return tree_math.scale(1 / count, total)
 
-    return product
+    return on_the_host
+
+
+def num_batches(batches: PyTree) -> int:
+    """The common length of the leading axes of a tree of arrays, or a ValueError.
+
+    Args:
+      batches: the tree.
+    """
+    leaves = jax.tree.leaves(batches, is_leaf=lambda x: isinstance(x, Iterator))
+    axes = {np.shape(x)[:1] for x in leaves}
+    if len(axes) != 1 or not axes.isdisjoint({(), (0,)}):
+        raise ValueError(
+            "batches must be a tree of arrays with one leading axis, over the batches, "
+            f"got leaves with the leading axes {sorted(axes)}: stack batches of one "
+            "size, as in jax.tree.map(lambda *x: jnp.stack(x), *batches), or give "
+            "hessian.mean_matvec a function that returns an iterable of them."
+        )
+    return int(axes.pop()[0])
 
 
 def gauss_newton_matvec(
@@ -269,18 +230,14 @@ def gauss_newton_matvec(
 ) -> Matvec:
     """Builds v ↦ Jᵀ ∇²ℓ J v, the generalised Gauss–Newton matrix of ℓ(f(w)).
 
-    J is the Jacobian of the outputs f at w, ∇²ℓ the Hessian of the loss in the outputs.
-    It is the Hessian without the curvature of the model, Σ ∂ℓ/∂fᵢ ∇²fᵢ, and positive
-    semidefinite for a loss that is convex in the outputs. For a cross entropy of logits
-    it is the Fisher information matrix.
+    With J the Jacobian of f at w, it is the Hessian without the curvature of the model,
+    Σ ∂ℓ/∂fᵢ ∇²fᵢ: positive semidefinite for an ℓ that is convex in the outputs, and the
+    Fisher information matrix for a cross entropy of logits.
 
     Args:
-      predict_fn: f, from the parameters to the outputs on the batch, a tree of real
-        arrays.
+      predict_fn: f, from the parameters to the outputs, a tree of real arrays.
       loss_fn: ℓ, from these outputs to a scalar.
-      params: w, a tree of real arrays.
-      hvp_mode: how J v and the product with ∇²ℓ are made, by `jax.jvp`, by `jax.vjp`
-        (J v as that of u ↦ Jᵀu) or by central differences, as in `matvec`.
+      params, hvp_mode: as in `matvec`; also J v is made by that mode.
 
     Returns:
       A function from a tree like `params` to a tree like `params`, as `hvp`.
@@ -329,13 +286,12 @@ def _central_difference(
     step = float(max(eps, default=1)) ** (1 / 3)
     length = tree_math.norm(vector)
     direction = tree_math.scale(tree_math.safe_inverse(length), vector)
-    ahead, behind = (
-        function(
-            tree_math.cast_like(tree_math.add_scaled(params, h, direction), params)
-        )
-        for h in (step, -step)
-    )
-    difference = tree_math.add_scaled(ahead, -1, behind)
+
+    def at(distance: float) -> PyTree:
+        moved = tree_math.add_scaled(params, distance, direction)
+        return function(tree_math.cast_like(moved, params))
+
+    difference = tree_math.add_scaled(at(step), -1, at(-step))
     return tree_math.scale(length / (2 * step), difference)
 
 

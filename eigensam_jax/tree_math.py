@@ -4,15 +4,30 @@ A parameter tree is one long vector here: `vdot` and `norm` run over all leaves 
 Every sum is an element-wise product followed by `jnp.sum` in the leaf's dtype or
 float32, whichever is wider, so that a million bfloat16 ones have the squared norm
 1,000,000 and no matrix unit rounds the factors.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from eigensam_jax import tree_math
+  >>> x = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0, jnp.bfloat16)}
+  >>> float(tree_math.norm(x)), tree_math.accumulation_dtype(x)
+  (5.0, dtype('float32'))
+  >>> y = tree_math.add_scaled(x, -1, tree_math.scale(2, x))  # x − 2x
+  >>> y["b"], tree_math.cast_like(y, x)["b"].dtype
+  (Array(-4., dtype=float32), dtype(bfloat16))
+  >>> tree_math.where(jnp.array(True), tree_math.zeros_like(x), y)["b"]
+  Array(0., dtype=float32)
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+from eigensam_jax._update import scalars
 
 PyTree = Any
 Tree = TypeVar("Tree")
@@ -23,42 +38,19 @@ _LONGEST_ROW = 2**16
 
 
 def accumulation_dtype(tree: PyTree) -> jnp.dtype:
-    """The dtype of sums over `tree`: the widest of its leaves', at least float32.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> tree_math.accumulation_dtype({"w": jnp.ones(3, jnp.bfloat16)})
-      dtype('float32')
-    """
+    """The dtype of sums over `tree`: the widest of its leaves', at least float32."""
     dtypes = {jnp.result_type(x) for x in jax.tree.leaves(tree)}
     wide = [x for x in dtypes if jnp.issubdtype(x, jnp.floating)]
     return max([jnp.dtype(jnp.float32), *wide], key=lambda x: x.itemsize)
 
 
 def widen(tree: PyTree) -> PyTree:
-    """The same tree with every leaf in its own dtype or float32, if that is wider.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> tree_math.widen(jnp.ones(2, jnp.float16)).dtype
-      dtype('float32')
-    """
+    """The same tree with every leaf in its own dtype or float32, if that is wider."""
     return jax.tree.map(lambda x: jnp.asarray(x, accumulation_dtype(x)), tree)
 
 
 def cast_like(tree: PyTree, other: PyTree) -> PyTree:
-    """`tree` with the dtypes of `other`, a tree of the same structure.
-
-    As `optax.tree.cast_like`, of Python numbers too.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> tree_math.cast_like(jnp.array([1.5, 2.5]), jnp.ones(2, jnp.bfloat16)).dtype
-      dtype(bfloat16)
-    """
+    """`tree` with the dtypes of `other`; as `optax.tree.cast_like`, of numbers too."""
     return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, other)
 
 
@@ -67,12 +59,6 @@ def zeros_like(tree: PyTree) -> PyTree:
 
     By a selection that never selects: under `jit`, an array that is not computed from a
     sharded one is not sharded. Of a `jax.ShapeDtypeStruct` too.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> tree_math.zeros_like(jnp.array([jnp.inf, 1.0], jnp.bfloat16))
-      Array([0., 0.], dtype=float32)
     """
 
     def zeros(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
@@ -119,12 +105,6 @@ def vdots(*pairs: tuple[PyTree, PyTree]) -> tuple[jax.Array, ...]:
     Args:
       *pairs: pairs (a, b) of trees; all trees have the same structure and shapes.
 
-    Returns:
-      A scalar for each pair, in the accumulation dtype of all of them.
-
-    Raises:
-      ValueError: if the structures or shapes of a pair differ.
-
     Example:
       >>> import jax.numpy as jnp
       >>> from eigensam_jax import tree_math
@@ -139,17 +119,15 @@ def vdots(*pairs: tuple[PyTree, PyTree]) -> tuple[jax.Array, ...]:
 def _vdots(pairs: tuple[tuple[PyTree, PyTree], ...]) -> tuple[jax.Array, ...]:
     dtype = accumulation_dtype(pairs)
     products = [jax.tree.map(_times, widen(a), widen(b)) for a, b in pairs]
-    zeros = (jnp.zeros((), dtype),) * len(pairs)
     leaves = zip(*map(jax.tree.leaves, products), strict=True)
     sums = [
         [jnp.sum(x).astype(dtype) for x in _row_sums(of_leaf)] for of_leaf in leaves
     ]
     if not sums:
-        return zeros
+        return (jnp.zeros((), dtype),) * len(pairs)
     # A sum for each pair would be a chain of additions as long as there are leaves,
     # and XLA would put it into every loop over a leaf that needs the total.
-    stacked = tuple(jnp.stack(of_pair) for of_pair in zip(*sums, strict=True))
-    return tuple(_reduce(stacked, zeros, [0]))
+    return _reduce([jnp.stack(of_pair) for of_pair in zip(*sums, strict=True)], [0])
 
 
 @_vdots.defjvp
@@ -174,7 +152,7 @@ def _times(x: jax.Array, y: jax.Array) -> jax.Array:
     return x.astype(dtype) * y.astype(dtype)
 
 
-def _row_sums(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _row_sums(leaves: Sequence[jax.Array]) -> Sequence[jax.Array]:
     """Sums over the trailing axes of arrays of one shape, all in one loop.
 
     One reduction with many operands is a plain loop, so its rows are kept short.
@@ -183,15 +161,13 @@ def _row_sums(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     axes = [i for i in range(len(shape)) if math.prod(shape[i:]) <= _LONGEST_ROW]
     if not axes:
         return leaves
-    leaves = tuple(x.astype(dtype) for x in leaves)  # of one dtype they have to be
-    return _reduce(leaves, (jnp.zeros((), dtype),) * len(leaves), axes)
+    return _reduce([x.astype(dtype) for x in leaves], axes)
 
 
-def _reduce(
-    arrays: tuple[jax.Array, ...], zeros: tuple[jax.Array, ...], axes: list[int]
-) -> tuple[jax.Array, ...]:
+def _reduce(arrays: Sequence[jax.Array], axes: list[int]) -> tuple[jax.Array, ...]:
     """The sums over `axes` of arrays of one shape and dtype, by one reduction."""
-    return tuple(jax.lax.reduce(arrays, zeros, _add, axes))
+    zeros = (jnp.zeros((), arrays[0].dtype),) * len(arrays)
+    return tuple(jax.lax.reduce(tuple(arrays), zeros, _add, axes))
 
 
 def _add(x: tuple[jax.Array, ...], y: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -205,12 +181,6 @@ def norm(tree: PyTree) -> jax.Array:
     Right over the whole range of that dtype: where the squares over- or underflow, they
     are summed once more, rescaled. Elsewhere that costs nothing. The derivative is
     ⟨x/‖x‖, dx⟩, and 0 at x = 0.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> float(tree_math.norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))
-      5.0
     """
     return _norm(widen(tree))
 
@@ -237,16 +207,11 @@ def _norm(tree: PyTree) -> jax.Array:
         divisor, squared, _ = first if first[2] else attempt(first)
     else:
         # A loop, so that the sums over all leaves are in the program once.
-        start = jax.tree.map(lambda x, y: _varying_as(y, x), first, (one, one, one > 1))
-        divisor, squared, _ = jax.lax.while_loop(lambda c: ~c[2], attempt, start)
+        start = map(
+            scalars.varying, (one, one, one > 1), map(scalars.varies_over, first)
+        )
+        divisor, squared, _ = jax.lax.while_loop(lambda c: ~c[2], attempt, tuple(start))
     return jnp.multiply(jnp.sqrt(squared), divisor)
-
-
-def _varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x`, varying over the axes of `shard_map` that `like` varies over."""
-    axes = tuple(jax.typeof(like).manual_axis_type.varying)
-    result: jax.Array = jax.lax.pcast(x, axes, to="varying") if axes else x
-    return result
 
 
 @_norm.defjvp
@@ -257,14 +222,7 @@ def _norm_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def safe_inverse(x: jax.Array) -> jax.Array:
-    """1/x where x is positive and finite, else 0.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> [float(tree_math.safe_inverse(jnp.array(x))) for x in (4.0, 0.0, jnp.inf)]
-      [0.25, 0.0, 0.0]
-    """
+    """1/x where x is positive and finite, else 0."""
     return safe_divide(1, x)
 
 
@@ -279,34 +237,20 @@ def safe_divide(x: ArrayLike, y: jax.Array) -> jax.Array:
     Example:
       >>> import jax.numpy as jnp
       >>> from eigensam_jax import tree_math
-      >>> float(tree_math.safe_divide(1.0, jnp.array(4.0)))
-      0.25
+      >>> [float(tree_math.safe_divide(1.0, jnp.array(y))) for y in (4.0, 0.0, jnp.inf)]
+      [0.25, 0.0, 0.0]
     """
     usable = (y > 0) & jnp.isfinite(y)
     return jnp.where(usable, x / jnp.where(usable, y, 1), 0)
 
 
 def scale(factor: ArrayLike, tree: PyTree) -> PyTree:
-    """Scaled tree factor · x, each leaf in its own dtype or float32 if that is wider.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> tree_math.scale(2.0, {"b": jnp.array(1.5)})
-      {'b': Array(3., dtype=float32)}
-    """
+    """Scaled tree factor · x, each leaf in float32 or wider."""
     return jax.tree.map(lambda x: jnp.asarray(factor, x.dtype) * x, widen(tree))
 
 
 def add_scaled(a: PyTree, factor: ArrayLike, b: PyTree) -> PyTree:
-    """Sum a + factor · b, each leaf in float32 or wider.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> tree_math.add_scaled(jnp.array([1.0, 2.0]), 3.0, jnp.array([1.0, 0.0]))
-      Array([4., 2.], dtype=float32)
-    """
+    """Sum a + factor · b, each leaf in float32 or wider."""
     return jax.tree.map(_sum, widen(a), scale(factor, b))
 
 
@@ -320,12 +264,6 @@ def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
     """All of `a` where the scalar `condition` holds, else all of `b`.
 
     A selection, not a weighted sum: an infinity in the tree not taken stays there.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> float(tree_math.where(jnp.array(True), jnp.array(1.0), jnp.array(jnp.nan)))
-      1.0
     """
     selected: Tree = jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
     return selected

@@ -9,7 +9,8 @@ import eigensam_jax
 
 ROOT = Path(eigensam_jax.__file__).parent
 LAYERS = [  # the modules of `_update` have floors of their own
-    {"tree_math", "scalars"},
+    {"scalars"},
+    {"tree_math"},
     {"devices"},
     {"hessian"},
     {"arguments"},

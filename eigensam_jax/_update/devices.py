@@ -9,6 +9,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from eigensam_jax._update.scalars import varies_over, varying
 from eigensam_jax.tree_math import PyTree
 
 AxisName = str | tuple[str, ...] | None
@@ -24,11 +25,7 @@ def as_tuple(axis_name: AxisName) -> Axes:
 
 
 def check_bound(axes: Axes) -> None:
-    """Refuses names that nothing around the call maps over.
-
-    Raises:
-      ValueError: if there is one.
-    """
+    """Refuses names that nothing around the call maps over."""
     for name in axes:
         try:
             jax.lax.axis_size(name)
@@ -56,39 +53,23 @@ def as_own(tree: Tree, axes: Axes) -> Tree:
     mean of it is n times too large. With respect to a value that varies it is each
     device's own, as it is everywhere else.
     """
-    result: Tree = jax.tree.map(lambda x: _cast(x, _missing(x, axes)), tree)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    mapped = tuple(a for a in axes if a in manual)
+    result: Tree = jax.tree.map(lambda x: varying(x, mapped), tree)
     return result
 
 
 def differing(tree: PyTree, axes: Axes) -> Axes:
     """The axes over which some leaf is known to vary; none where that is not kept."""
     leaves = jax.tree.leaves(tree)
-    return tuple(a for a in axes if any(a in _varies_over(x) for x in leaves))
+    return tuple(a for a in axes if any(a in varies_over(x) for x in leaves))
 
 
 def replicated(tree: PyTree, axes: Axes) -> Axes:
     """The axes over which some leaf is known to be the same on all devices."""
     # Where nothing is kept of what varies, a cast does not make it vary.
-    known = _varies_over(as_own(jnp.zeros(()), axes))
+    known = varies_over(as_own(jnp.zeros(()), axes))
     leaves = jax.tree.leaves(tree)
     return tuple(
-        a for a in axes if a in known and any(a not in _varies_over(x) for x in leaves)
+        a for a in axes if a in known and any(a not in varies_over(x) for x in leaves)
     )
-
-
-def _missing(x: jax.Array, axes: Axes) -> Axes:
-    """Axes of `shard_map` or `pmap` over which `x` does not vary yet."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return tuple(a for a in axes if a in manual and a not in _varies_over(x))
-
-
-def _varies_over(x: jax.Array) -> frozenset[str]:
-    names: frozenset[str] = jax.typeof(x).manual_axis_type.varying
-    return names
-
-
-def _cast(x: jax.Array, axes: Axes) -> jax.Array:
-    if not axes:
-        return x
-    result: jax.Array = jax.lax.pcast(x, axes, to="varying")
-    return result

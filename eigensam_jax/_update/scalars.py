@@ -1,6 +1,6 @@
 """Scalars on the way to a step: safe roots, branches, and what is computed once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import jax
@@ -47,3 +47,16 @@ def safe_rsqrt(x: jax.Array) -> jax.Array:
     """1/√x where x is positive and finite, else 0, of which the derivative is 0."""
     usable = (x > 0) & jnp.isfinite(x)
     return jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, x, 1)), 0)
+
+
+def varies_over(x: jax.Array) -> frozenset[str]:
+    """The axes of `shard_map` over which `x` is known to vary."""
+    axes: frozenset[str] = jax.typeof(x).manual_axis_type.varying
+    return axes
+
+
+def varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """`x`, varying over these axes of `shard_map` as well."""
+    missing = tuple(a for a in axes if a not in varies_over(x))
+    result: jax.Array = jax.lax.pcast(x, missing, to="varying") if missing else x
+    return result

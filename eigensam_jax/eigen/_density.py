@@ -19,8 +19,7 @@ class SpectralDensity(NamedTuple):
 
     Attributes:
       nodes: where they are, shape (num_samples, num_matvecs).
-      weights: the share of the eigenvalues that each stands for, of the same shape; the
-        sum of all is 1.
+      weights: the share of the eigenvalues that each stands for; all add up to 1.
     """
 
     nodes: jax.Array
@@ -44,25 +43,20 @@ def spectral_density(
     Lanczos steps give the m nodes and weights of Gauss quadrature, exact for every
     polynomial f of degree at most 2m − 1. The mean over samples has a standard
     deviation of about √(2 · (mean of f² − (mean of f)²) / (n · num_samples)) in n
-    dimensions: little for a large network.
-
-    The outermost nodes are close to the outermost eigenvalues, inner ones stand for
-    many. The weight of a single eigenvalue is 1/n on average and scatters widely.
+    dimensions: little for a large network. The outermost nodes are close to the
+    outermost eigenvalues, inner ones stand for many.
 
     Cost: m · `num_samples` products, m + 1 vectors, 4m² vector operations a sample.
 
     Args:
-      matvec: the product with a symmetric matrix, from a tree to a tree like it.
-      like: as in `top_eigenpairs`.
+      matvec, like: as in `top_eigenpairs`.
       num_matvecs: m, products per random vector, at least 1.
       num_samples: how many random vectors, at least 1.
-      seed: seed of the random vectors.
-      host_loop: as in `top_eigenpairs`.
+      seed, host_loop: as in `top_eigenpairs`.
 
     Returns:
-      A `SpectralDensity`; `smooth_density` makes a curve of it. Where a Krylov space is
-      exhausted, the nodes that are left have weight 0. If a product is not finite, the
-      sample's nodes and weights are NaN.
+      A `SpectralDensity`. Where a Krylov space is exhausted, the nodes that are left
+      have weight 0. A non-finite product makes the sample's nodes and weights NaN.
 
     Raises:
       ValueError: if `num_matvecs` or `num_samples` is less than 1.
@@ -92,41 +86,24 @@ def spectral_density(
     get = _krylov.compiled(host_loop, _krylov.get)
     grow = _krylov.compiled(host_loop, _krylov.grow, donate_argnums=1)
 
-    def product(
-        carry: tuple[jax.Array, _krylov.Tridiagonal],
-    ) -> tuple[jax.Array, _krylov.Tridiagonal]:
-        i, space = carry
-        return i + 1, grow(i, space, matvec(get(space.basis, i)))
+    def product(i: jax.Array, space: _krylov.Tridiagonal) -> _krylov.Tridiagonal:
+        grown: _krylov.Tridiagonal = grow(i, space, matvec(get(space.basis, i)))
+        return grown
 
-    def sample(
-        carry: tuple[jax.Array, SpectralDensity],
-    ) -> tuple[jax.Array, SpectralDensity]:
-        i, (nodes, weights) = carry
+    def sample(i: jax.Array, density: SpectralDensity) -> SpectralDensity:
         space = start(jax.random.fold_in(key, i), like, num_matvecs)
-        _, space = _krylov.while_loop(
-            host_loop,
-            lambda inner: inner[0] < num_matvecs,
-            product,
-            (jnp.zeros((), jnp.int32), space),
-        )
-        values, vectors = _krylov.eigh(
-            _krylov.dense(space.diagonal, space.off_diagonal)
-        )
+        space = _krylov.repeat(host_loop, num_matvecs, product, space)
+        matrix = _krylov.dense(space.diagonal, space.off_diagonal)
+        values, vectors = _krylov.eigh(matrix)
         shares = vectors[0] ** 2
         shares /= shares.sum() * num_samples
-        return i + 1, SpectralDensity(
-            nodes.at[i].set(values), weights.at[i].set(shares)
+        return SpectralDensity(
+            density.nodes.at[i].set(values), density.weights.at[i].set(shares)
         )
 
     dtype = tree_math.accumulation_dtype(like)
     empty = [jnp.zeros((num_samples, num_matvecs), dtype) for _ in range(2)]
-    _, density = _krylov.while_loop(
-        host_loop,
-        lambda carry: carry[0] < num_samples,
-        sample,
-        (jnp.zeros((), jnp.int32), SpectralDensity(*empty)),
-    )
-    return density
+    return _krylov.repeat(host_loop, num_samples, sample, SpectralDensity(*empty))
 
 
 def _random_start(
@@ -169,13 +146,9 @@ def smooth_density(
             "width must be above 0, got 0: the curve would be infinite at every node. "
             "Take about a hundredth of the range of the eigenvalues."
         )
-    nodes, weights = (x.ravel() for x in density)
-    points = jnp.asarray(grid, nodes.dtype)[..., None]
-    width = jnp.asarray(width, nodes.dtype)
-    nodes, weights = (
-        jnp.expand_dims(x, range(points.ndim - 1)) for x in (nodes, weights)
-    )
-    heights = jnp.exp(-(((points - nodes) / width) ** 2) / 2) / (
-        width * math.sqrt(2 * math.pi)
-    )
-    return jnp.sum(weights * heights, -1)
+    dtype = density.nodes.dtype
+    points, width = jnp.asarray(grid, dtype)[..., None], jnp.asarray(width, dtype)
+    row = (1,) * (points.ndim - 1) + (-1,)
+    nodes, weights = (x.reshape(row) for x in density)
+    heights = jnp.exp(-(((points - nodes) / width) ** 2) / 2)
+    return jnp.sum(weights * heights, -1) / (width * math.sqrt(2 * math.pi))

@@ -66,6 +66,18 @@ def is_traced(tree: PyTree) -> bool:
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
+def repeat(
+    host_loop: bool,
+    count: int,
+    body: Callable[[jax.Array, Carry], Carry],
+    carry: Carry,
+) -> Carry:
+    """`carry` after body(i, carry) for each i from 0 on, `count` of them."""
+    first = (jnp.zeros((), jnp.int32), carry)
+    step = lambda c: (c[0] + 1, body(*c))
+    return while_loop(host_loop, lambda c: c[0] < count, step, first)[1]
+
+
 def compiled(
     host_loop: bool, function: Callable[..., Any], **options: Any
 ) -> Callable[..., Any]:
@@ -122,7 +134,7 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
     Classical Gram–Schmidt, twice, which leaves it orthogonal up to rounding. The row at
     `index` is the workspace, so that one matrix product both subtracts and normalises.
     """
-    vector = jax.tree.map(lambda b, x: jnp.asarray(x, b.dtype), basis, vector)
+    vector = tree_math.cast_like(vector, basis)
     norm = tree_math.norm(vector)
     eps = np.finfo(norm.dtype).eps
     scaled = tree_math.scale(tree_math.safe_inverse(norm), vector)
@@ -142,11 +154,8 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
         coefficients = step.coefficients + step.length * along
         return Extension(put(step.basis, index, row), coefficients, length)
 
-    start = Extension(
-        put(basis, index, scaled),
-        jnp.zeros(num_vectors, norm.dtype),
-        jnp.ones((), norm.dtype),
-    )
+    zeros, one = jnp.zeros(num_vectors, norm.dtype), jnp.ones((), norm.dtype)
+    start = Extension(put(basis, index, scaled), zeros, one)
     if is_traced(start):
         basis, coefficients, length = jax.lax.fori_loop(0, 2, orthogonalise, start)
     else:
@@ -171,12 +180,10 @@ def random_vector(key: jax.Array, like: PyTree) -> PyTree:
     Added to these, so that it is sharded as they are.
     """
     leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    normal = [
-        x + jax.random.normal(key, x.shape, x.dtype)
-        for key, x in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, normal)
+    keys = jax.tree.unflatten(treedef, [*jax.random.split(key, len(leaves))])
+    return jax.tree.map(
+        lambda x, key: x + jax.random.normal(key, x.shape, x.dtype), like, keys
+    )
 
 
 def tridiagonal(v0: PyTree, num_matvecs: int) -> Tridiagonal:

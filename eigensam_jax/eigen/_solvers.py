@@ -36,10 +36,9 @@ def power_iteration(
     """Power iteration v ← Hv/‖Hv‖: the eigenvalue of H that is largest in magnitude.
 
     Each iteration makes one product and multiplies the angle to the eigenvector by
-    about |λ₂/λ₁|. A negative eigenvalue is found as such: check `eigenvalue`.
-
-    `eigenvalue` and `residual` belong to v, the input of the last product, and
-    `eigenvector` is Hv/‖Hv‖: one iteration better, for no further product.
+    about |λ₂/λ₁|. `eigenvalue`, which may be negative, and `residual` belong to v, the
+    input of the last product, and `eigenvector` is Hv/‖Hv‖: one iteration better, for
+    no further product.
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.
@@ -72,35 +71,21 @@ def power_iteration(
     v0 = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v0)), v0)
     zero = jnp.zeros((), tree_math.accumulation_dtype(v0))
 
-    def body(_: int, step: _Step) -> _Step:
-        v = step.after
-        product = jax.tree.map(lambda x, p: p.astype(x.dtype), v, matvec(v))
+    def body(_: int, step: tuple[PyTree, PyTree, jax.Array]) -> tuple[PyTree, ...]:
+        v = step[1]
+        product = tree_math.cast_like(matvec(v), v)
         length = tree_math.norm(product)
         inverse = tree_math.safe_inverse(length)
         moved = tree_math.scale(inverse, product)
-        return _Step(v, tree_math.where(inverse > 0, moved, v), length)
+        return v, tree_math.where(inverse > 0, moved, v), length
 
     before, after, length = _repeated(
-        num_matvecs, body, _Step(v0, v0, zero), unroll, matvec, v0
+        num_matvecs, body, (v0, v0, zero), unroll, matvec, v0
     )
     # Hv = length · after, so that λ = length · cosine.
     cosine = tree_math.vdot(before, after)
     sine = tree_math.norm(tree_math.add_scaled(after, -cosine, before))
     return Eigenpair(after, length * cosine, length * sine)
-
-
-class _Step(NamedTuple):
-    """A step of the power iteration.
-
-    Attributes:
-      before: v.
-      after: Hv/‖Hv‖.
-      length: ‖Hv‖.
-    """
-
-    before: PyTree
-    after: PyTree
-    length: jax.Array
 
 
 def lanczos(
@@ -115,19 +100,17 @@ def lanczos(
     a shifted power iteration further, for no further product, as the recurrence knows
     Hy: (H − μ)y, normalised, with μ the smallest Ritz value or 0, whichever is smaller.
 
-    Each vector is orthogonalised twice against all others. That holds m + 3 vectors and
-    costs 4m² vector operations: meant for up to a few dozen products.
+    Full orthogonalisation holds m + 3 vectors and costs 4m² vector operations: meant
+    for up to a few dozen products.
 
     Args:
-      matvec: the product with a symmetric matrix, from a tree to a tree like it.
-      v0: where to start, a tree of real arrays of any norm. Zero stays zero.
+      matvec, v0: as in `power_iteration`.
       num_matvecs: m, the number of products, at least 1. Once the Krylov space is
         exhausted, further products change nothing.
       unroll: as in `power_iteration`.
 
     Returns:
-      An `Eigenpair`: the top Ritz vector, its Ritz value, and ‖Hv − λv‖ from the last
-      coefficient of the recurrence.
+      An `Eigenpair`, the residual from the last coefficient of the recurrence.
 
     Raises:
       ValueError: if `num_matvecs` is less than 1.
@@ -205,20 +188,20 @@ def top_eigenpairs(
     """Thick-restart Lanczos iteration: the k largest eigenvalues of H, to a tolerance.
 
     Products are made until ‖Hvᵢ − λᵢvᵢ‖ ≤ `tol` · |λ₁| for all k pairs, as far as
-    rounding allows, or until the next would exceed `max_matvecs`. The residuals
-    returned are measured, by k products at the end.
+    rounding allows, or until the next would exceed `max_matvecs`. The last k of them
+    measure the residuals that are returned.
 
     Multiple eigenvalues are found with their multiplicity: where the Krylov space is
-    exhausted, and for k > 1 also once after the iteration has converged, it continues
-    from a random vector orthogonal to what was found, until nothing new comes.
+    exhausted, and for k > 1 also after convergence, the search continues from a random
+    vector orthogonal to what was found, until nothing new comes.
 
     Cost: at least min(n, max(20, 2k + 10)) + k products in n dimensions, for k > 1
     about twice as many. The basis holds as many vectors, for a moment twice.
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.
-      like: a tree with the shapes of the vectors, such as the parameters or their
-        `jax.ShapeDtypeStruct`; its values are not used.
+      like: a tree like the vectors, such as the parameters, or its
+        `jax.ShapeDtypeStruct`.
       k: how many eigenpairs, at least 1 and at most the number of parameters.
       which: "algebraic" for the largest eigenvalues, "magnitude" for those of largest
         magnitude, with their signs.
@@ -255,28 +238,36 @@ def top_eigenpairs(
     """
     like = _krylov.zeros_like(like)
     dimension = sum(jnp.size(x) for x in jax.tree.leaves(like))
-    _check_top_eigenpairs(k, which, tol, max_matvecs, dimension)
+    arguments.check_positive_int("k", k, "eigenpairs")
+    what = f"at most {dimension}, the number of parameters in like"
+    remedy = ": ask for fewer eigenpairs"
+    arguments.require(k <= dimension, "k", k, what, remedy)
+    arguments.check_choice("which", which, ("algebraic", "magnitude"))
+    arguments.check_scalar("tol", tol, schedule=False)
+    arguments.check_positive_int("max_matvecs", max_matvecs, "matrix-vector products")
+    what = f"at least 2 · k = {2 * k}"
+    remedy = ": k products to span a space, and k to measure the residuals"
+    arguments.require(max_matvecs >= 2 * k, "max_matvecs", max_matvecs, what, remedy)
     plan = _thick_restart.plan(k, dimension, which == "magnitude")
     key = jax.random.key(seed)
     if v0 is None:
         v0 = like
     v0 = arguments.like_params("v0", v0, like, "Start from a tree like `like`.")
     compiled = partial(_krylov.compiled, host_loop)
-    get = compiled(_krylov.get)
+    get, measured = compiled(_krylov.get), compiled(_measured)
     start = compiled(_thick_restart.start, static_argnums=0)
     advance = compiled(_thick_restart.advance, static_argnums=0, donate_argnums=1)
     eigenvectors = compiled(_thick_restart.eigenvectors, static_argnums=0)
-    measured = compiled(_measured)
 
     def next_product(search: _thick_restart.Search) -> _thick_restart.Search:
         v = get(search.basis, search.known)
         advanced: _thick_restart.Search = advance(plan, search, matvec(v), tol, key)
         return advanced
 
-    def next_check(carry: tuple[jax.Array, Eigenpair]) -> tuple[jax.Array, Eigenpair]:
-        i, pairs = carry
+    def next_check(i: jax.Array, pairs: Eigenpair) -> Eigenpair:
         v = get(pairs.eigenvector, i)
-        return i + 1, measured(i, pairs, v, matvec(v))
+        checked: Eigenpair = measured(i, pairs, v, matvec(v))
+        return checked
 
     search = _krylov.while_loop(
         host_loop,
@@ -286,8 +277,7 @@ def top_eigenpairs(
     )
     zeros = [jnp.zeros(k, tree_math.accumulation_dtype(like)) for _ in range(2)]
     pairs = Eigenpair(eigenvectors(plan, search), *zeros)
-    first = (jnp.zeros((), jnp.int32), pairs)
-    _, pairs = _krylov.while_loop(host_loop, lambda c: c[0] < k, next_check, first)
+    pairs = _krylov.repeat(host_loop, k, next_check, pairs)
     rank = _thick_restart.rank_of(pairs.eigenvalue, plan.by_magnitude)
     order = jnp.argsort(rank, descending=True)
     return Eigenpair(*jax.tree.map(lambda x: x[order], pairs))
@@ -295,29 +285,7 @@ def top_eigenpairs(
 
 def _measured(i: jax.Array, pairs: Eigenpair, v: PyTree, product: PyTree) -> Eigenpair:
     """`pairs` with the Rayleigh quotient and the residual of v, the i-th of them."""
+    vectors, values, residuals = pairs
     value = tree_math.vdot(v, product)
     residual = tree_math.norm(tree_math.add_scaled(product, -value, v))
-    return Eigenpair(
-        pairs.eigenvector,
-        pairs.eigenvalue.at[i].set(value),
-        pairs.residual.at[i].set(residual),
-    )
-
-
-def _check_top_eigenpairs(
-    k: int, which: str, tol: ArrayLike, max_matvecs: int, dimension: int
-) -> None:
-    arguments.check_positive_int("k", k, "eigenpairs")
-    if k > dimension:
-        raise ValueError(
-            f"k must be at most {dimension}, the number of parameters in like, got "
-            f"{k}: ask for fewer eigenpairs."
-        )
-    arguments.check_choice("which", which, ("algebraic", "magnitude"))
-    arguments.check_scalar("tol", tol, schedule=False)
-    arguments.check_positive_int("max_matvecs", max_matvecs, "matrix-vector products")
-    if max_matvecs < 2 * k:
-        raise ValueError(
-            f"max_matvecs must be at least 2 · k = {2 * k}, got {max_matvecs}: k "
-            "products to span a space, and k to measure the residuals."
-        )
+    return Eigenpair(vectors, values.at[i].set(value), residuals.at[i].set(residual))

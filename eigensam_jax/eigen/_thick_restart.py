@@ -57,20 +57,6 @@ class Search(NamedTuple):
     done: jax.Array
 
 
-class _Ritz(NamedTuple):
-    """Ritz pairs, the wanted ones first; zeros at the end for what is not known.
-
-    Attributes:
-      values: shape (size,).
-      rank: what they are ordered by, the lowest number for what is not known.
-      vectors: coefficients in the basis, a column each.
-    """
-
-    values: jax.Array
-    rank: jax.Array
-    vectors: jax.Array
-
-
 def plan(k: int, dimension: int, by_magnitude: bool) -> Plan:
     """The sizes of a search: at least 20 vectors, as in ARPACK."""
     size = min(dimension, max(20, 2 * k + 10))
@@ -99,16 +85,17 @@ def advance(
 ) -> Search:
     """The search after the product with the next vector of its basis."""
     index, known, count = search.known, search.known + 1, search.products + 1
-    full = known == plan.size
+    size = plan.size
+    full = known == size
     step = _krylov.extend(search.basis, known, product)
     finite = jnp.isfinite(step.length)
-    column = jnp.where(finite, step.coefficients[: plan.size], jnp.nan)
+    column = jnp.where(finite, step.coefficients[:size], jnp.nan)
     projection = search.projection.at[index].set(column).at[:, index].set(column)
     length = jnp.where(full & plan.complete, 0, step.length)
-    ritz = _ritz(plan, projection, known)
+    values, rank, vectors = _ritz(plan, projection, known)
     # H y = θ y + length · y[index] · q, where q is the direction outside the basis.
-    residuals = length * jnp.abs(ritz.vectors[index])
-    converged, new, settled = _judge(plan, ritz, residuals, tol, search.least)
+    residuals = length * jnp.abs(vectors[index])
+    converged, new, settled = _judge(plan, values, rank, residuals, tol, search.least)
     converged &= count >= search.judge_from
     done = ~finite | (converged & ~new & settled)
     fresh_start = converged & new
@@ -118,8 +105,8 @@ def advance(
 
     def restarted(basis: PyTree) -> PyTree:
         """The first `kept` Ritz vectors, and q unless there is to be a fresh start."""
-        rows = jnp.arange(plan.size, dtype=jnp.int32)[:, None] < kept
-        rotation = jnp.pad(jnp.where(rows, ritz.vectors.T, 0), (0, 1))
+        rows = jnp.arange(size, dtype=jnp.int32)[:, None] < kept
+        rotation = jnp.pad(jnp.where(rows, vectors.T, 0), (0, 1))
         last = jnp.where(fresh_start, 0, jnp.ones((), rotation.dtype))
         return _krylov.combine(rotation.at[kept, known].set(last), basis)
 
@@ -132,27 +119,23 @@ def advance(
     basis = jax.lax.cond(restart, restarted, keep, step.basis)
     needs_direction = ((length == 0) | fresh_start) & ~done
     basis = jax.lax.cond(needs_direction, refreshed, keep, basis)
-    is_kept = jnp.arange(plan.size, dtype=jnp.int32) < kept
-    diagonal = jnp.diag(jnp.where(is_kept, ritz.values, 0))
+    is_kept = jnp.arange(size, dtype=jnp.int32) < kept
+    diagonal = jnp.diag(jnp.where(is_kept, values, 0))
     return Search(
         basis=basis,
         projection=jnp.where(restart, diagonal, projection),
         known=kept,
         products=count,
-        judge_from=jnp.where(
-            fresh_start, count + plan.size - plan.k, search.judge_from
-        ),
-        least=jnp.where(fresh_start, ritz.rank[plan.k - 1], search.least),
+        judge_from=jnp.where(fresh_start, count + size - plan.k, search.judge_from),
+        least=jnp.where(fresh_start, rank[plan.k - 1], search.least),
         done=done,
     )
 
 
 def eigenvectors(plan: Plan, search: Search) -> PyTree:
     """The `k` wanted Ritz vectors, as a basis."""
-    vectors = _ritz(plan, search.projection, search.known).vectors
-    return _krylov.combine(
-        jnp.pad(vectors[:, : plan.k].T, ((0, 0), (0, 1))), search.basis
-    )
+    wanted = _ritz(plan, search.projection, search.known)[2][:, : plan.k]
+    return _krylov.combine(jnp.pad(wanted.T, ((0, 0), (0, 1))), search.basis)
 
 
 def rank_of(values: jax.Array, by_magnitude: bool) -> jax.Array:
@@ -161,7 +144,12 @@ def rank_of(values: jax.Array, by_magnitude: bool) -> jax.Array:
 
 
 def _judge(
-    plan: Plan, ritz: _Ritz, residuals: jax.Array, tol: ArrayLike, least: jax.Array
+    plan: Plan,
+    values: jax.Array,
+    rank: jax.Array,
+    residuals: jax.Array,
+    tol: ArrayLike,
+    least: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whether the wanted pairs are converged, are new, and leave no better to come.
 
@@ -169,23 +157,27 @@ def _judge(
     k > 1, the search starts afresh orthogonal to what it found, and stops when that has
     brought nothing new and the best of the rest is known to be no better.
     """
-    k, dtype = plan.k, ritz.values.dtype
-    rounding = 10 * np.finfo(dtype).eps * jnp.abs(ritz.values).max()
+    k, dtype = plan.k, values.dtype
+    rounding = 10 * np.finfo(dtype).eps * jnp.abs(values).max()
     tol = jnp.asarray(tol, dtype)
-    target = jnp.maximum(tol * jnp.abs(ritz.values[0]), rounding)
+    target = jnp.maximum(tol * jnp.abs(values[0]), rounding)
     converged = jnp.all(residuals[:k] <= target)
     if k == 1 or plan.complete:
         return converged, jnp.zeros((), bool), jnp.ones((), bool)
-    new = ritz.rank[k - 1] > least + target
-    gap = ritz.rank[k - 1] - ritz.rank[k]
+    new = rank[k - 1] > least + target
+    gap = rank[k - 1] - rank[k]
     return converged, new, residuals[k] <= jnp.maximum(target, gap)
 
 
-def _ritz(plan: Plan, projection: jax.Array, known: jax.Array) -> _Ritz:
+def _ritz(plan: Plan, projection: jax.Array, known: jax.Array) -> tuple[jax.Array, ...]:
+    """Ritz values, what they are ordered by, and vectors (columns), the wanted first.
+
+    What is not known comes last: zeros, and the lowest number.
+    """
     index = jnp.arange(plan.size, dtype=jnp.int32)
     values, vectors = _krylov.eigh_known(projection, index < known)
     missing = index < plan.size - known
     lowest = np.finfo(values.dtype).min
     rank = jnp.where(missing, lowest, rank_of(values, plan.by_magnitude))
     order = jnp.argsort(rank, descending=True)
-    return _Ritz(jnp.where(missing, 0, values)[order], rank[order], vectors[:, order])
+    return jnp.where(missing, 0, values)[order], rank[order], vectors[:, order]

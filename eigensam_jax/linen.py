@@ -23,17 +23,14 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
 
     In a network with batch normalisation, `value_fn` must leave the statistics alone,
     as below: those of the clean pass are kept, those of the perturbed one dropped. In
-    one with dropout, draw the key once a step, outside of the loss, so that both passes
-    have the same mask.
+    one with dropout, draw the key once a step, outside the loss, so that both passes
+    have the same mask. On a mesh, put the whole state there, `jax.device_put(state,
+    replicated)`, or the second step compiles again, as with Flax's own.
 
-    On a mesh, put the whole state there, `jax.device_put(state, replicated)`: as for
-    Flax's own, the scalars that `create` makes are on no device in particular, and the
-    second step would compile again.
-
-    The scales and amax histories of fp8 layers, Flax's collection of parameters that
-    their "gradient" overwrites, are treated as Flax's own treats them: the link and the
-    optimizer see `params["params"]` alone, and the clean gradient overwrites the rest.
-    The functions given here get all of `params`, in both passes with the same scales.
+    Parameters that their "gradient" overwrites, such as the scales of fp8 layers, are
+    treated as by Flax's own: the link and the optimizer see `params["params"]` alone,
+    and the clean gradient overwrites the rest. The functions given here get all of
+    `params`, in both passes with the same scales.
 
     Attributes:
       batch_stats: running statistics of batch normalisation, or whatever else the
@@ -48,12 +45,8 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
       ...         return nn.Dense(1)(nn.BatchNorm(use_running_average=False)(x))
       >>> model, x = Network(), jnp.arange(8.0).reshape(4, 2)
       >>> variables = model.init(jax.random.key(0), x)
-      >>> state = TrainState.create(
-      ...     apply_fn=model.apply,
-      ...     params=variables["params"],
-      ...     tx=optax.chain(eigensam_jax.eigen_sam(), optax.sgd(0.1)),
-      ...     batch_stats=variables["batch_stats"],
-      ... )
+      >>> tx = optax.chain(eigensam_jax.eigen_sam(), optax.sgd(0.1))
+      >>> state = TrainState.create(apply_fn=model.apply, tx=tx, **variables)
       >>> @jax.jit
       ... def train_step(state, x):
       ...     def loss_fn(params):
@@ -89,11 +82,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
 
         Args:
           grads: the gradient of `value_fn` at `self.params`.
-          value_fn: params -> loss on the same batch, for the transformation.
-          grad_fn: params -> gradient, in place of `value_fn` or beside it; both as in
-            `eigensam_jax.sam`.
-          curvature_fn: params -> the loss whose Hessian is tracked, as in
-            `eigensam_jax.eigen_sam`.
+          value_fn, grad_fn, curvature_fn: as in `update`, see `eigensam_jax.eigen_sam`.
           extra_args: further arguments of the transformation by name, for example
             `{"refresh": True}`, or `{"value": loss}` for `reduce_on_plateau`.
           **fields: fields of the state to replace, such as `batch_stats`.
@@ -104,19 +93,17 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
         Raises:
           ValueError: as the transformation does.
         """
-        functions: dict[str, Callable[..., Any] | None] = {
-            "value_fn": value_fn,
-            "grad_fn": grad_fn,
-            "curvature_fn": curvature_fn,
-        }
-        given = {
+        given = {"value_fn": value_fn, "grad_fn": grad_fn, "curvature_fn": curvature_fn}
+        functions = {
             name: _of_perturbed(function, self.params)
-            for name, function in functions.items()
+            for name, function in given.items()
             if function is not None
         }
         # Flax's own takes what is left of a transformation that has its arguments.
         update = partial(
-            optax.with_extra_args_support(self.tx).update, **given, **(extra_args or {})
+            optax.with_extra_args_support(self.tx).update,
+            **functions,
+            **(extra_args or {}),
         )
         with_loss = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         new: TrainState = super(TrainState, with_loss).apply_gradients(  # type: ignore[no-untyped-call]

@@ -24,12 +24,10 @@ def value_fn(
     Give it what `nnx.grad(loss_fn)` is given, and make it before the clean pass: the
     copies then have the batch statistics and the counts of random numbers that this
     pass starts from, so that dropout draws the same masks in both. The live model and
-    the live `nnx.Rngs` are never touched: they move by the clean pass alone. (A closure
-    over them would move them again; inside a gradient Flax refuses that. What the loss
-    reads and moves, it must get as an argument.)
+    `nnx.Rngs` move by the clean pass alone. (What the loss reads and moves must be its
+    argument: inside a gradient Flax refuses to move what a closure holds.)
 
-    Where a `grad_fn` is wanted, it is `jax.grad` of this function, not `nnx.grad`. What
-    the last step did is in `eigensam_jax.info(optimizer.opt_state)`.
+    Where a `grad_fn` is wanted, it is `jax.grad` of this function, not `nnx.grad`.
 
     Args:
       model: the live model.

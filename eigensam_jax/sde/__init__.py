@@ -15,8 +15,8 @@ with Σ the covariance over batches of ∇f_γ(X + ε_γ) and, by `order`, the d
     2          b = −E[∇f_γ + H_γ ε_γ]
     3          b = −E[∇f_γ + H_γ ε_γ + ½ ∇³f_γ[ε_γ, ε_γ]]
 
-so that −b is off SAM's mean gradient by O(ρ), O(ρ²) and O(ρ³). That is within the
-error O(η) of any such equation while ρ is O(η^½) at order 2 and O(η^⅓) at order 3.
+so that −b is off SAM's mean gradient by O(ρ), O(ρ²) and O(ρ³): within the error O(η)
+of any such equation while ρ is O(η^½) at order 2 and O(η^⅓) at order 3.
 Eigen-SAM is the same with
 
     ε_γ = ρ·(u_γ + α·sign⟨∇f_γ, v⟩·v⊥),    v⊥ = v − ⟨u_γ, v⟩u_γ,
@@ -25,7 +25,7 @@ and v = v₁(X) the exact top eigenvector of the Hessian of E[f_γ], all batches
 
 Assumptions: f_γ has three continuous derivatives (tanh, GELU or softplus, not ReLU);
 ∇f_γ ≠ 0 (here u_γ = 0 for a zero gradient); and for Eigen-SAM that λ₁ is simple and
-⟨∇f_γ, v⟩ ≠ 0. Paths are computed all the same where these fail.
+⟨∇f_γ, v⟩ ≠ 0. Where these fail, paths are computed all the same.
 
 Order 2 is the equation of Compagnoni et al., order 3 that of Luo et al. This project's
 own, and unproved, are Eigen-SAM's equation; Σ of the gradients where SAM takes them,

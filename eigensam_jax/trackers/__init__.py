@@ -5,8 +5,6 @@ A `Tracker` is three pure functions around a state, called by `eigen_sam` in thi
     state = tracker.init(params)                                        # once
     state = tracker.refresh(state, matvec)                              # before ε
     state = tracker.observe(state, gradient_change, projection, radius)  # after it
-
-the latter two on every `tracker.refresh_interval` and `tracker.observe_interval` steps.
 """
 
 from eigensam_jax.trackers._refreshing import EigenpairState, lanczos, power_iteration

@@ -39,22 +39,18 @@ def power_iteration(
 
     Every `update_interval` steps, the first of them at step 0, v ← Hv/‖Hv‖ is repeated
     `num_matvecs` times on the current batch, from the v of the last refresh, the first
-    time from a random one; in between v is kept. λ = ⟨v′, Hv′⟩ and the residual
-    r = ‖Hv′ − λv′‖ belong to v′, the input of the last product, so that they cost no
-    product of their own.
+    time from a random one: see `eigen.power_iteration`.
 
     Power iteration finds the eigenvalue that is largest in magnitude. Some eigenvalue
-    lies within r of λ: where λ + r < 0 it is certainly negative, and `eigen_sam` leaves
-    v out until the next refresh. A refresh that is not finite, or of a Hessian that is
-    zero, leaves the state unchanged. Until one has succeeded, v is 0 and the step is
-    that of `sam`.
+    lies within the residual r of λ: where λ + r < 0 it is certainly negative, and
+    `eigen_sam` leaves v out until the next refresh. A refresh that is not finite, or of
+    a Hessian that is zero, leaves the state unchanged. Until one has succeeded, v is 0
+    and the step is that of `sam`.
 
     Cost: `num_matvecs` Hessian-vector products every `update_interval` steps, and one
     vector as large as the parameters.
 
-    Differences from the paper's code: the interval is counted over all of training,
-    from step 0, and not within the epoch; λ is known; and v is in the state, so that a
-    checkpoint keeps it.
+    Differences from the paper's code: see `eigensam_jax.eigen_sam`.
 
     Args:
       num_matvecs: products per refresh, at least 1.
@@ -85,24 +81,19 @@ def lanczos(num_matvecs: int = 5, update_interval: int = 100, seed: int = 0) -> 
 
     As `power_iteration`, with `eigen.lanczos` in its place: for the same number of
     products, the vector of the largest Rayleigh quotient in the whole Krylov space of
-    the last v, and one free step beyond it. It finds the algebraically largest
-    eigenvalue, so that negative curvature, however strong, does not lead it astray.
-    λ and the residual belong to the maximiser before that free step.
+    the last v. It finds the algebraically largest eigenvalue, so that negative
+    curvature, however strong, does not lead it astray.
 
-    Cost: `num_matvecs` Hessian-vector products every `update_interval` steps, one
-    vector as large as the parameters in the state, and `num_matvecs` + 3 of them during
-    a refresh.
+    Cost: as `power_iteration`, and `num_matvecs` + 3 vectors during a refresh.
 
     Args:
-      num_matvecs: products per refresh, at least 1.
-      update_interval: steps from one refresh to the next, at least 1.
-      seed: seed of the random start.
+      num_matvecs, update_interval, seed: as in `power_iteration`.
 
     Returns:
       A `Tracker` whose state is an `EigenpairState`.
 
     Raises:
-      ValueError: if `num_matvecs` or `update_interval` is less than 1.
+      ValueError: as `power_iteration`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -124,10 +115,9 @@ def _refreshing(
     seed: int,
 ) -> Tracker:
     """A tracker that does `solve(matvec, v, num_matvecs)` every `update_interval`."""
+    between = "steps from one refresh to the next"
     arguments.check_positive_int("num_matvecs", num_matvecs, "products per refresh")
-    arguments.check_positive_int(
-        "update_interval", update_interval, "steps from one refresh to the next"
-    )
+    arguments.check_positive_int("update_interval", update_interval, between)
 
     def init(params: PyTree) -> EigenpairState:
         zeros = [jnp.zeros((), tree_math.accumulation_dtype(params)) for _ in range(2)]

@@ -45,29 +45,28 @@ class RitzState(NamedTuple):
 def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> Tracker:
     """Rayleigh–Ritz in a plane that follows the gradients: a product now and then.
 
-    Two vectors are kept. On every step the plane that they span is turned towards the
-    difference d = ∇L(w + ε) − ∇L(w) = Hε + O(ρ²), as in `secant`, but to its two top
-    principal components, averaged with `decay`. These lie among the top eigenvectors,
-    in an order that says as much of how gradients scatter as of the Hessian. So every
-    `update_interval` steps the exact product of the Hessian with one of the two
-    vectors, in turns, shows what the Hessian is within the plane. There it is a matrix
-    of 2 × 2, averaged over batches; its top eigenvector is v.
+    On every step the plane of two vectors is turned towards the difference
+    d = ∇L(w + ε) − ∇L(w) = Hε + O(ρ²), as in `secant`, but to its two top principal
+    components, averaged with `decay`. These lie among the top eigenvectors, in an order
+    that says as much of how gradients scatter as of the Hessian. So every
+    `update_interval` steps the exact product of the Hessian with one of the two, in
+    turns, goes into an averaged matrix of 2 × 2, the Hessian within the plane; its top
+    eigenvector is v.
 
     The first step is plain SAM; before the first product v is the top principal
-    component. λ is an average over batches; the residual is that of the last product
-    with v, on one batch. Non-finite values leave the state unchanged.
+    component. Non-finite values leave the state unchanged.
 
     Two negative eigenvalues, each larger in magnitude than any positive one, can fill
     the plane. Then λ plus the residual is below 0, and `eigen_sam` leaves v out.
 
-    Derivatives go through it, but not through the choice of axes where two eigenvalues
-    of these small matrices agree up to rounding: there none exists.
+    Derivatives do not go through the choice of axes where two eigenvalues of these
+    small matrices agree up to rounding: there none exists.
 
     Cost: one Hessian-vector product every `update_interval` steps, the first of them
     on step 0 and for nothing, as there is no v yet; two vectors as large as the
-    parameters; on every step eleven passes over them more than `secant`, and the
-    eigenvectors of two tiny matrices. Under `jax.vmap` both sides of the branch run, so
-    that every step pays for a product: there, use `secant` or fix `refresh`.
+    parameters; and on every step eleven passes over them more than `secant`. Under
+    `jax.vmap` every step pays for a product, as both sides of the branch run: there,
+    use `secant` or fix `refresh`.
 
     Args:
       update_interval: steps from one product to the next, at least 1.
@@ -101,9 +100,8 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
       This project's own. Rayleigh–Ritz: Golub and Van Loan, "Matrix Computations", 4th
       edition, section 8.1, 2013.
     """
-    arguments.check_positive_int(
-        "update_interval", update_interval, "steps from one product to the next"
-    )
+    between = "steps from one product to the next"
+    arguments.check_positive_int("update_interval", update_interval, between)
     arguments.check_fraction("decay", decay)
     arguments.check_fraction("gain", gain)
     decay, gain = float(decay), float(gain)  # NumPy's would widen the state
@@ -111,10 +109,10 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
     def init(params: PyTree) -> RitzState:
         dtype = tree_math.accumulation_dtype(params)
         v, p = (tree_math.zeros_like(params) for _ in range(2))
-        eigenvalue, residual = (jnp.zeros((), dtype) for _ in range(2))
+        value, residual = (jnp.zeros((), dtype) for _ in range(2))
         scatter, curvature = (jnp.zeros((2, 2), dtype) for _ in range(2))
         count = jnp.zeros((), jnp.int32)
-        return RitzState(v, eigenvalue, residual, p, scatter, curvature, count)
+        return RitzState(v, value, residual, p, scatter, curvature, count)
 
     def refresh(state: RitzState, matvec: Matvec) -> RitzState:
         v, p = state.eigenvector, state.companion
@@ -172,8 +170,8 @@ def _turned(state: RitzState, difference: PyTree, decay: float) -> RitzState:
     # (v, p) times `basis` is orthonormal: else rounding would add up over the steps.
     scale_v, scale_x = scalars.safe_rsqrt(jnp.stack([vv, xx]))
     scale_p = scalars.safe_rsqrt(pp - (scale_v * vp) ** 2)
-    basis = jnp.stack([scale_v, -scale_p * vp * scale_v**2, 0 * vp, scale_p])
-    basis = basis.reshape(2, 2)
+    entries = [scale_v, -scale_p * vp * scale_v**2, 0 * vp, scale_p]
+    basis = jnp.stack(entries).reshape(2, 2)
     inside = scale_x * jnp.stack([vx, px]) @ basis
     outside = 1 - jnp.sum(inside**2)
     rounding = 10 * np.finfo(outside.dtype).eps

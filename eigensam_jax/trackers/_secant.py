@@ -42,31 +42,29 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
         v ← (decay·v + (1 − decay)·sign⟨v,ε⟩·d/‖d‖) / ‖…‖,
 
     one step of a power iteration shifted by about decay/(1 − decay) times the largest
-    eigenvalue, on a fresh batch every time. The shift is what finds the algebraically
-    largest eigenvalue; it comes from the sign, which must be that of ⟨v,ε⟩: by ⟨v,d⟩ a
-    strong negative eigenvalue would be taken for the top. v is zero at `init`, so that
-    the first step is plain SAM.
+    eigenvalue, on a fresh batch every time. The shift finds the algebraically largest
+    eigenvalue. It comes from the sign, which must be that of ⟨v,ε⟩: by ⟨v,d⟩ a strong
+    negative eigenvalue would be taken for the top. The first step, with v = 0, is plain
+    SAM.
 
     λ is the slope of ⟨v,d⟩ over ⟨v,ε⟩ by least squares over the average's memory, each
     step divided by its ‖ε‖. It has no bias where curvature differs from batch to batch,
     so one batch with a thousand times the curvature shows in it for over a hundred
     steps. Whether v is used does not depend on λ but on the agreement, the average of
     ⟨v,ε⟩⟨v,d⟩/(‖ε‖‖d‖), in which each step counts for at most 1: v is left out while it
-    is negative. One step's ratio is no Rayleigh quotient, as the rest of ε has a part
-    in it. For the same reason `residual` is larger than ‖Hv − λv‖: both are equal where
-    ε is along v.
+    is negative. As the rest of ε has a part in ⟨v,d⟩, one step's ratio is no Rayleigh
+    quotient, and `residual` is larger than ‖Hv − λv‖ unless ε is along v.
 
-    What it converges to is the top eigenvector where the perturbations scatter alike
-    along all eigenvectors, or α is large. Gradients scatter more along some than along
-    others, and at a small α these get more than their share of v.
+    It converges to the top eigenvector where the perturbations scatter alike along all
+    eigenvectors, or α is large. Gradients scatter more along some than along others,
+    and at a small α these get more than their share of v.
 
     Works with `grad_fn` alone, and where the loss has no second derivative. A gradient
     that is zero or not finite leaves the state unchanged. In bfloat16 parameters ε is
     rounded where the gradient is taken, and not in ⟨v,ε⟩, so that λ is less exact.
 
     Cost: no product, one vector as large as the parameters, and ten passes over the
-    parameters beyond `sam` on a step that is observed: eight reads of v or a gradient
-    and a write of v here, of which SAM's own perturbation takes three.
+    parameters beyond `sam` on a step that is observed.
 
     Args:
       decay: the memory, at least 0 and less than 1: about 1/(1 − decay) observations.
@@ -98,17 +96,15 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
     References:
       This project's own.
     """
-    arguments.check_positive_int(
-        "update_interval", update_interval, "steps from one observation to the next"
-    )
+    between = "steps from one observation to the next"
+    arguments.check_positive_int("update_interval", update_interval, between)
     arguments.check_fraction("decay", decay)
     decay = float(decay)  # one of NumPy's would widen the state
 
     def init(params: PyTree) -> SecantState:
         dtype = tree_math.accumulation_dtype(params)
-        value, residual = (jnp.zeros((), dtype) for _ in range(2))
-        v, moments = tree_math.zeros_like(params), jnp.zeros(4, dtype)
-        return SecantState(v, value, residual, moments)
+        zeros = (jnp.zeros(shape, dtype) for shape in ((), (), 4))
+        return SecantState(tree_math.zeros_like(params), *zeros)
 
     def observe(
         state: SecantState,

@@ -38,10 +38,10 @@ class Tracker(NamedTuple):
         step 0; None for never.
       observe_interval: the same of `observe`.
 
-    On other steps nothing is computed: the branch is around the two functions. With
-    `per_device`, `gradient_change` and `projection` are means over the devices of s·dᵢ
-    and s·⟨εᵢ, v⟩ with s = sign⟨εᵢ, v⟩. The state must come out the same on all
-    devices, and does if it depends on the arguments alone.
+    On other steps nothing is computed. With `per_device`, `gradient_change` and
+    `projection` are means over the devices of s·dᵢ and s·⟨εᵢ, v⟩ with s = sign⟨εᵢ, v⟩.
+    The state must come out the same on all devices, and does if it depends on the
+    arguments alone.
     """
 
     init: Callable[[PyTree], TrackerState]

@@ -282,6 +282,16 @@ def test_the_tolerance_follows_the_dtype(seed, dtype):
         diagnostics.check_gradient(each[0], params, value_fn=lambda p: loss(p, 1))
 
 
+def test_updates_alone_that_are_narrow_are_held_to_less():
+    params, loss = network()
+    grads = tree_math.scale(1.01, jax.grad(loss)(params))
+    with pytest.raises(ValueError, match="updates are not the gradient"):
+        diagnostics.check_gradient(grads, params, value_fn=loss)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), grads)
+    difference = diagnostics.check_gradient(narrow, params, value_fn=loss)
+    np.testing.assert_allclose(difference, 0.01, rtol=0.3)
+
+
 def test_the_relative_difference_comes_back():
     params, loss = network()
     grads = jax.grad(loss)(params)

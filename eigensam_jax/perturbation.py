@@ -167,16 +167,14 @@ def eigen_sam(
     cosine = jnp.where(cosine > 1, 1, cosine)
     added = alpha * jnp.abs(sign) * (1 - cosine) * (1 + cosine)  # α‖v⊥‖²
     length = jnp.sqrt(1 + alpha * added)
-    # ρ/‖g‖ is the outer factor, as in `sam`, so that α = 0 rounds as `sam` does.
-    on_g, on_v, factor, norm, projection = scalars.once(
-        1 - alpha * cosine,
-        alpha * sign * grad_norm,
-        rho * inverse,
+    # ρ/‖g‖ first, as in `sam`, so that α = 0 rounds as `sam` does.
+    on_g, on_v, norm, projection = scalars.once(
+        (rho * inverse) * (1 - alpha * cosine),
+        rho * alpha * sign,
         rho * length,
         rho * sign * (cosine + added),
     )
-    direction = tree_math.add_scaled(tree_math.scale(on_g, grads), on_v, eigenvector)
-    epsilon = tree_math.scale(factor, direction)
+    epsilon = tree_math.add_scaled(tree_math.scale(on_g, grads), on_v, eigenvector)
     return _where_usable(inverse, Perturbation(epsilon, norm, grad_norm, projection))
 
 

@@ -21,6 +21,7 @@ from eigensam_jax import (
     eigen,
     eigen_sam,
     hessian,
+    info,
     perturbation,
     sde,
     sharpness,
@@ -125,7 +126,7 @@ def trained(name, dtype, jitted=True, guarded=False):
         guard = jax.transfer_guard("disallow" if guarded and i >= 2 else "allow")
         with guard:
             params, state, value = step(params, state, batch)
-    return params, state, value
+    return params, state, value, info(state)
 
 
 # --- the functions --------------------------------------------------------------------
@@ -279,6 +280,7 @@ BY_LINKS = {
     "asam": "asam",
     "eigen_sam": "secant",
     **{f"trackers.{x}": x for x in ("secant", "ritz", "power_iteration", "lanczos")},
+    "info": "sam",
 }
 
 

@@ -59,7 +59,9 @@ def test_operations_are_those_of_the_gradients_and_products_in_a_step(smoke):
     np.testing.assert_allclose(gradient, expected, rtol=0.01)
     operations = {n: x["operations"] for n, x in run["optimizers"].items()}
     assert gradient < operations["sgd"] < 1.02 * gradient
-    assert 1.9 * gradient < operations["sam"] < 2.015 * gradient
+    # Ten operations for each parameter, one of them in a norm right over the range.
+    assert 1.9 * gradient < operations["sam"]
+    assert operations["sam"] < 2 * gradient + 10.5 * run["parameters"]
     assert operations["sam"] < operations["secant"] < 1.03 * operations["sam"]
     whole = operations["sam"] + 5 * hvp / 100
     assert 0.99 * whole < operations["power_iteration"] < 1.01 * whole

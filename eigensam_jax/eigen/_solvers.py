@@ -1,6 +1,8 @@
 """Eigen-solvers that see a matrix only through its products with vectors."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -151,6 +153,19 @@ def lanczos(
     return Eigenpair(_krylov.combine(weights, basis), top, jnp.abs(beyond))
 
 
+_WRITTEN_OUT = ContextVar("written_out", default=False)
+
+
+@contextlib.contextmanager
+def written_out() -> Iterator[None]:
+    """Traces loops of products as written out: of a loop, XLA counts the body once."""
+    token = _WRITTEN_OUT.set(True)
+    try:
+        yield
+    finally:
+        _WRITTEN_OUT.reset(token)
+
+
 def _repeated(
     num: int,
     body: Callable[[Any, Carry], Carry],
@@ -169,6 +184,7 @@ def _repeated(
         return carry
     is_slow = jax.default_backend() == "cpu" and unroll
     write_out = is_slow and "conv_general_dilated" in str(jax.make_jaxpr(matvec)(v))
+    write_out |= _WRITTEN_OUT.get()
     last: Carry = jax.lax.fori_loop(0, num, body, carry, unroll=write_out or None)
     return last
 

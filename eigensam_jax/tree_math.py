@@ -63,7 +63,7 @@ def zeros_like(tree: PyTree) -> PyTree:
 
     def zeros(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         if isinstance(x, jax.ShapeDtypeStruct):
-            return jnp.zeros(x.shape, accumulation_dtype(x), device=x.sharding)
+            x = jnp.zeros(x.shape, x.dtype, device=x.sharding)
         return jnp.where(False, widen(x), 0)
 
     return jax.tree.map(zeros, tree)

@@ -1,6 +1,6 @@
 """The update that SAM, ASAM and Eigen-SAM share, around a rule for the perturbation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -80,29 +80,22 @@ def sharpness_aware(
         }
 
     def stored(
-        tracked: TrackerState, space: Subspace, params: PyTree, number: jax.Array
+        tracked: TrackerState,
+        names: Iterable[str],
+        space: Subspace,
+        params: PyTree,
+        number: jax.Array,
     ) -> TrackerState:
         """The state as it is kept: vectors of the whole space, in their own dtype."""
-        whole = {
-            name: space.embed(getattr(tracked, name), params)
-            for name in vectors(space, params)
-        }
+        whole = {name: space.embed(getattr(tracked, name), params) for name in names}
         if eigenvector_dtype is not None:
             whole = rounding.cast(whole, eigenvector_dtype, number)
         return tracked._replace(**whole)
 
-    def at_work(tracked: TrackerState, space: Subspace, params: PyTree) -> TrackerState:
-        """The state as the tracker sees it: vectors of the subspace, unrounded."""
-        own = {
-            name: tree_math.cast_like(space.select(getattr(tracked, name)), like)
-            for name, like in vectors(space, params).items()
-        }
-        return tracked._replace(**own)
-
     def start(params: PyTree, space: Subspace) -> TrackerState:
         assert tracker is not None
-        started = tracker.init(space.select(params))
-        return stored(started, space, params, jnp.zeros((), jnp.int32))
+        started, number = tracker.init(space.select(params)), jnp.zeros((), jnp.int32)
+        return stored(started, vectors(space, params), space, params, number)
 
     def init_fn(params: PyTree) -> SharpnessAwareState:
         space = masking.subspace(mask, params)
@@ -150,7 +143,13 @@ def sharpness_aware(
                 "It is of another tracker or of other parameters: make it by "
                 "tx.init(params), and keep what the rest of the chain has.",
             )
-            tracked = at_work(tracked, space, params)
+            # As the tracker sees it: vectors of the subspace, unrounded.
+            wide = vectors(space, params)
+            own = {
+                name: tree_math.cast_like(space.select(getattr(tracked, name)), like)
+                for name, like in wide.items()
+            }
+            tracked = tracked._replace(**own)
             curvature_grad = lambda p: own_value_and_grad(p)[1]
             if curvature_fn is not None:
                 curvature_grad = jax.grad(
@@ -204,7 +203,7 @@ def sharpness_aware(
             if refresh is not None and interval not in (None, 1):
                 due = bool(refresh)
             tracked = scalars.branch(due, observed, lambda t: t, tracked)
-            tracked = stored(tracked, space, params, number)
+            tracked = stored(tracked, wide, space, params, number)
         dtype = tree_math.accumulation_dtype(params)
         info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)
         after = SharpnessAwareState(optax.safe_increment(number), tracked, info)

@@ -81,7 +81,7 @@ def spectral_density(
     """
     arguments.check_positive_int("num_matvecs", num_matvecs, "products per sample")
     arguments.check_positive_int("num_samples", num_samples, "random vectors")
-    key, like = jax.random.key(seed), _krylov.zeros_like(like)
+    key, like = jax.random.key(seed), tree_math.zeros_like(like)
     start = _krylov.compiled(host_loop, _random_start, static_argnums=2)
     get = _krylov.compiled(host_loop, _krylov.get)
     grow = _krylov.compiled(host_loop, _krylov.grow, donate_argnums=1)

@@ -5,7 +5,9 @@ row of zeros stands for no vector. Everything is done leaf by leaf, so that leav
 their sharding, and in float32 or wider.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -13,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from eigensam_jax import tree_math
+from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
 Carry = TypeVar("Carry")
+_WRITTEN_OUT = ContextVar("written_out", default=False)
 
 
 class Tridiagonal(NamedTuple):
@@ -78,21 +82,44 @@ def repeat(
     return while_loop(host_loop, lambda c: c[0] < count, step, first)[1]
 
 
+@contextlib.contextmanager
+def written_out() -> Iterator[None]:
+    """Traces loops of products as written out: of a loop, XLA counts the body once."""
+    token = _WRITTEN_OUT.set(True)
+    try:
+        yield
+    finally:
+        _WRITTEN_OUT.reset(token)
+
+
+def repeat_products(
+    num: int,
+    body: Callable[[Any, Carry], Carry],
+    carry: Carry,
+    unroll: bool,
+    matvec: Matvec,
+    v: PyTree,
+) -> Carry:
+    """A loop of `num` products, written out where `unroll` of `power_iteration` says.
+
+    Outside `jit` that is a Python loop: any other would compile anew at each call.
+    """
+    if unroll and not is_traced(v):
+        for i in range(num):
+            carry = body(i, carry)
+        return carry
+    is_slow = jax.default_backend() == "cpu" and unroll
+    write_out = is_slow and "conv_general_dilated" in str(jax.make_jaxpr(matvec)(v))
+    write_out |= _WRITTEN_OUT.get()
+    last: Carry = jax.lax.fori_loop(0, num, body, carry, unroll=write_out or None)
+    return last
+
+
 def compiled(
     host_loop: bool, function: Callable[..., Any], **options: Any
 ) -> Callable[..., Any]:
     """`function`, jitted if a Python loop is around it, which does not compile it."""
     return jax.jit(function, **options) if host_loop else function
-
-
-def zeros_like(like: PyTree) -> PyTree:
-    """A zero vector like `like`, a tree of arrays or of `jax.ShapeDtypeStruct`."""
-
-    def array(x: Any) -> Any:
-        is_struct = isinstance(x, jax.ShapeDtypeStruct)
-        return jnp.zeros(x.shape, x.dtype) if is_struct else x
-
-    return tree_math.zeros_like(jax.tree.map(array, like))
 
 
 def basis_of(vector: PyTree, num_vectors: int) -> PyTree:

@@ -1,10 +1,7 @@
 """Eigen-solvers that see a matrix only through its products with vectors."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +10,6 @@ from jax.typing import ArrayLike
 from eigensam_jax import tree_math
 from eigensam_jax._update import arguments
 from eigensam_jax.eigen import _krylov, _thick_restart
-from eigensam_jax.eigen._krylov import Carry
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
@@ -81,7 +77,7 @@ def power_iteration(
         moved = tree_math.scale(inverse, product)
         return v, tree_math.where(inverse > 0, moved, v), length
 
-    before, after, length = _repeated(
+    before, after, length = _krylov.repeat_products(
         num_matvecs, body, (v0, v0, zero), unroll, matvec, v0
     )
     # Hv = length · after, so that λ = length · cosine.
@@ -132,7 +128,7 @@ def lanczos(
     """
     arguments.check_positive_int("num_matvecs", num_matvecs, "matrix-vector products")
     v0 = tree_math.widen(v0)
-    basis, diagonal, off_diagonal = _repeated(
+    basis, diagonal, off_diagonal = _krylov.repeat_products(
         num_matvecs,
         lambda i, s: _krylov.grow(i, s, matvec(_krylov.get(s.basis, i))),
         _krylov.tridiagonal(v0, num_matvecs),
@@ -151,42 +147,6 @@ def lanczos(
     beyond_shifted = beyond * tree_math.safe_inverse(top - bottom)
     weights = jnp.append(weights, beyond_shifted) / jnp.hypot(1, beyond_shifted)
     return Eigenpair(_krylov.combine(weights, basis), top, jnp.abs(beyond))
-
-
-_WRITTEN_OUT = ContextVar("written_out", default=False)
-
-
-@contextlib.contextmanager
-def written_out() -> Iterator[None]:
-    """Traces loops of products as written out: of a loop, XLA counts the body once."""
-    token = _WRITTEN_OUT.set(True)
-    try:
-        yield
-    finally:
-        _WRITTEN_OUT.reset(token)
-
-
-def _repeated(
-    num: int,
-    body: Callable[[Any, Carry], Carry],
-    carry: Carry,
-    unroll: bool,
-    matvec: Matvec,
-    v: PyTree,
-) -> Carry:
-    """A loop of `num` products, written out where `unroll` of `power_iteration` says.
-
-    Outside `jit` that is a Python loop: any other would compile anew at each call.
-    """
-    if unroll and not _krylov.is_traced(v):
-        for i in range(num):
-            carry = body(i, carry)
-        return carry
-    is_slow = jax.default_backend() == "cpu" and unroll
-    write_out = is_slow and "conv_general_dilated" in str(jax.make_jaxpr(matvec)(v))
-    write_out |= _WRITTEN_OUT.get()
-    last: Carry = jax.lax.fori_loop(0, num, body, carry, unroll=write_out or None)
-    return last
 
 
 def top_eigenpairs(
@@ -252,7 +212,7 @@ def top_eigenpairs(
       Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue
       problems", SIAM Journal on Matrix Analysis and Applications, 2000.
     """
-    like = _krylov.zeros_like(like)
+    like = tree_math.zeros_like(like)
     dimension = sum(jnp.size(x) for x in jax.tree.leaves(like))
     arguments.check_positive_int("k", k, "eigenpairs")
     what = f"at most {dimension}, the number of parameters in like"

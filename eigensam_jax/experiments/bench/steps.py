@@ -6,7 +6,7 @@ import jax
 from jax.typing import DTypeLike
 
 from eigensam_jax import hessian
-from eigensam_jax.eigen._solvers import written_out
+from eigensam_jax.eigen._krylov import written_out
 from eigensam_jax.experiments.bench import contenders, placement, workloads
 from eigensam_jax.experiments.bench.contenders import Contender
 from eigensam_jax.experiments.bench.placement import Placement

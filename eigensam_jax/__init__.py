@@ -18,6 +18,7 @@ from eigensam_jax import (
     tree_math,
 )
 from eigensam_jax._info import info
+from eigensam_jax._periodic import periodic
 from eigensam_jax.diagnostics import sharpness
 from eigensam_jax.transform import asam, eigen_sam, sam
 
@@ -30,6 +31,7 @@ __all__ = [
     "eigen_sam",
     "hessian",
     "info",
+    "periodic",
     "perturbation",
     "sam",
     "sde",

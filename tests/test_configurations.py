@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from links import LINKS
+from links import LINKS as BARE_LINKS
 
 import eigensam_jax
 from eigensam_jax import (
@@ -22,6 +22,7 @@ from eigensam_jax import (
     eigen_sam,
     hessian,
     info,
+    periodic,
     perturbation,
     sde,
     sharpness,
@@ -84,6 +85,7 @@ def loss(params, batch):
 
 # --- the links ------------------------------------------------------------------------
 
+LINKS = BARE_LINKS | {"periodic": lambda: periodic(BARE_LINKS["secant"](), 2)}
 VARIANTS = {
     "grad_fn": ({}, lambda f: {"grad_fn": jax.grad(f)}),
     "value and gradient": ({}, lambda f: {"grad_fn": jax.value_and_grad(f)}),
@@ -282,6 +284,7 @@ BY_LINKS = {
     "eigen_sam": "secant",
     **{f"trackers.{x}": x for x in ("secant", "ritz", "power_iteration", "lanczos")},
     "info": "sam",
+    "periodic": "periodic",
 }
 
 

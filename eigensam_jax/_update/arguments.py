@@ -134,9 +134,14 @@ def check_update(
     for name, function in functions.items():
         valid, what = function is None or callable(function), "a function of params"
         require(valid, name, function, what, f": call {_CALL}")
-    valid = isinstance(refresh, bool | np.bool_ | None)
+    check_static("refresh", refresh)
+
+
+def check_static(name: str, value: bool | None) -> None:
+    """Refuses a choice of the branch that is not known at trace time."""
+    valid = isinstance(value, bool | np.bool_ | None)
     remedy = ": make it a static argument of the jitted step, or leave it out"
-    require(valid, "refresh", refresh, "True, False or None", remedy)
+    require(valid, name, value, "True, False or None", remedy)
 
 
 def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None:

@@ -52,7 +52,7 @@ class SharpnessAwareState(NamedTuple):
 
 
 def sharpness_aware(
-    perturb: Callable[..., Perturbation],
+    rule: Callable[..., Perturbation],
     tracker: Tracker | None,
     mask: Mask,
     axis_name: AxisName = None,
@@ -60,9 +60,9 @@ def sharpness_aware(
     hvp_mode: HvpMode = "forward_over_reverse",
     eigenvector_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """∇L(w) becomes ∇L(w + ε), ε = perturb(num_updates, g, w, the tracker's state).
+    """∇L(w) becomes ∇L(w + ε), ε = rule(num_updates, g, w, the tracker's state).
 
-    `perturb` and `tracker` see the leaves that `mask` selects, as lists.
+    `rule` and `tracker` see the leaves that `mask` selects, as lists.
     """
     masking.check(mask)
     arguments.check_axis_name(axis_name, per_device)
@@ -118,10 +118,12 @@ def sharpness_aware(
         grad_fn: GradFn | None = None,
         curvature_fn: ValueFn | None = None,
         refresh: bool | None = None,
+        perturb: bool | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, SharpnessAwareState]:
         del extra_args
         arguments.check_update(params, value_fn, grad_fn, curvature_fn, refresh)
+        arguments.check_static("perturb", perturb)
         space = masking.subspace(mask, params)
         arguments.check_params(params, space.selected)
         updates = arguments.like_params(
@@ -130,6 +132,8 @@ def sharpness_aware(
         _check_state(state, tracker is not None)
         devices.check_bound(axes)
         arguments.check_varying(space.select(updates), axes, per_device)
+        if perturb is not None and not perturb:
+            return devices.mean(updates, axes if per_device else ()), state
         own_value_and_grad = arguments.gradient_function(value_fn, grad_fn, axes)
         number = state.num_updates
         grads, weights = space.select(updates), space.select(params)
@@ -167,7 +171,7 @@ def sharpness_aware(
                     tracked,
                 )
 
-        step = perturb(number, grads, weights, tracked)
+        step = rule(number, grads, weights, tracked)
         perturbed = rounding.add(weights, step.epsilon, number)
         value, own_updates = own_value_and_grad(
             devices.as_own(space.merge(perturbed, params), axes)

@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from eigensam_jax import tree_math
 from eigensam_jax._update import arguments, scalars
@@ -36,7 +38,7 @@ class PeriodicState(NamedTuple):
 def periodic(
     link: optax.GradientTransformationExtraArgs,
     interval: int = 5,
-    reuse: float = 0.3,
+    reuse: ArrayLike = 0.3,
 ) -> optax.GradientTransformationExtraArgs:
     """A link on every `interval`-th step only: 1 + 1/interval gradients a step.
 
@@ -98,7 +100,7 @@ def periodic(
     arguments.check_positive_int("interval", interval, "steps between perturbations")
     arguments.check_scalar("reuse", reuse, schedule=False)
     is_known = not isinstance(reuse, jax.core.Tracer)
-    reuses = interval > 1 and not (is_known and float(reuse) == 0)
+    reuses = interval > 1 and not (is_known and np.asarray(reuse) == 0)
 
     def init_fn(params: PyTree) -> PeriodicState:
         inner = link.init(params)

@@ -45,6 +45,9 @@ class Method(NamedTuple):
       base: the base optimizer that it always has; "" for that of `--base-optimizer`.
       baseline: the method it is held against, seed by seed, or `PLAIN`.
       radius_of: it is SAM at the mean ‖ε‖ that this method had from the same seed.
+      rho_factor: its usual ρ is so many times SAM's.
+      every: it perturbs on every so many steps.
+      reuse: of `periodic`, on the steps between.
       usual: whether `eigensam compare` trains by it unless told otherwise.
     """
 
@@ -57,6 +60,9 @@ class Method(NamedTuple):
     base: str = ""
     baseline: str = ""
     radius_of: str = ""
+    rho_factor: float = 1.0
+    every: int = 1
+    reuse: float = 0.0
     usual: bool = False
 
 

@@ -172,6 +172,19 @@ def add_number(
     parser.add_argument(f"--{name}", **keywords, help=f"{what} [%(default)s]".strip())
 
 
+def add_grid(
+    parser: argparse.ArgumentParser, name: str, what: str, usual: Sequence[float]
+) -> None:
+    """An option that takes several numbers above 0."""
+    parser.add_argument(
+        f"--{name.replace('_', '-')}",
+        metavar="X",
+        nargs="+",
+        type=number(float, above=0),
+        help=f"{what} [{' '.join(f'{x:g}' for x in usual)}]",
+    )
+
+
 def any_of(names: Sequence[str]) -> str:
     """The help of an option that takes one of these."""
     return f"{' or '.join(names)} [%(default)s]"

@@ -137,6 +137,7 @@ def _eigen_direction(grads: PyTree, params: PyTree, v: PyTree, alpha: Any) -> Py
 
 
 MOMENTUM = 0.9
+REUSE = 0.3  # of `periodic`
 
 BASE_OPTIMIZERS = {
     "sgd": BaseOptimizer(_sgd, (0.05, 0.02, 0.1), {"momentum": MOMENTUM}),
@@ -151,7 +152,20 @@ METHODS = {
     "sgd": Method("SGD", "#7f7f7f", gradients=1, base="sgd", usual=True),
     "adamw": Method("AdamW", "#8c564b", gradients=1, base="adamw"),
     "sam": Method("SAM", "#1f77b4", _link(sam), baseline=PLAIN, usual=True),
-    "asam": Method("ASAM", "#9467bd", _link(asam), _asam_direction, baseline="sam"),
+    "sam_every": Method(
+        *("SAM on every 5th step", "#2ca02c", _link(sam)), every=5, baseline="sam"
+    ),
+    "sam_periodic": Method(
+        *("SAM on every 5th step, reused", "#e377c2", _link(sam)),
+        every=5,
+        reuse=REUSE,
+        baseline="sam",
+    ),
+    "asam": Method(
+        *("ASAM", "#9467bd", _link(asam), _asam_direction),
+        baseline="sam",
+        rho_factor=10,
+    ),
     "eigen_sam_paper": Method(
         *("Eigen-SAM, power iteration", "#ff7f0e", eigen_sam, _eigen_direction),
         tracker="power_iteration",
@@ -166,6 +180,14 @@ METHODS = {
         tracker="secant",
         baseline="sam_matched",
         usual=True,
+    ),
+    "eigen_sam_periodic": Method(
+        *("Eigen-SAM on every 5th step, reused", "#e7969c"),
+        *(eigen_sam, _eigen_direction),
+        tracker="secant",
+        every=5,
+        reuse=REUSE,
+        baseline="sam_periodic",
     ),
     "sam_matched": Method(
         "SAM, secant's ‖ε‖", "#17becf", _link(sam), radius_of="eigen_sam", usual=True

@@ -5,6 +5,7 @@ record of the last one, so that a plan can choose by what it found.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from eigensam_jax.experiments.registry import METHODS, matched
@@ -12,10 +13,7 @@ from eigensam_jax.experiments.training.methods import Setup, named
 
 TUNING_SEED = 1_000  # which no other run has
 
-PARTS = (1, 4, 16)  # of a batch
-
 Record = dict[str, Any]
-Row = tuple[str, Setup]
 
 
 class Job(NamedTuple):
@@ -27,12 +25,14 @@ class Job(NamedTuple):
       seed: of the initialisation and of the order of the examples.
       tuning: on nine tenths of the training set, measured on the last tenth and not on
         the test set.
+      longer: how many times the epochs of the other runs.
     """
 
     method: Setup
     learning_rate: float
     seed: int
     tuning: bool = False
+    longer: float = 1.0
 
     @property
     def record(self) -> Record:
@@ -113,29 +113,17 @@ def accuracy(grids: Grids, seeds: int, plain: str = "sgd") -> Plan:
     """
 
     def plan(done: Done) -> Iterator[Entry]:
-
-        def best(
-            row: str,
-            grid: Sequence[float],
-            make: Callable[[float], tuple[Setup, float]],
-        ) -> Iterator[Entry]:
-            jobs = {value: Job(*make(value), TUNING_SEED, True) for value in grid}
-            chosen[row] = grid[0]
-            if len(grid) > 1:
-                for job in jobs.values():
-                    yield Entry("tuning", row, job)
-                chosen[row] = max(grid, key=lambda x: done[jobs[x]]["test_accuracy"])
-
         chosen: dict[str, float] = {}
         names = (plain, "sam", "asam", "eigen_sam_paper", "eigen_sam")
-        yield from best(plain, grids.learning_rates, lambda x: (Setup(plain), x))
+        tuned = partial(best, done, chosen)
+        yield from tuned(plain, grids.learning_rates, lambda x: (Setup(plain), x))
         rate = chosen[plain]
-        yield from best("sam", grids.rhos, lambda x: (Setup("sam", x), rate))
-        yield from best("asam", grids.asam_rhos, lambda x: (Setup("asam", x), rate))
+        yield from tuned("sam", grids.rhos, lambda x: (Setup("sam", x), rate))
+        yield from tuned("asam", grids.asam_rhos, lambda x: (Setup("asam", x), rate))
         rho = chosen["sam"]
         for name, alphas in zip(names[3:], grids[3:], strict=True):
             make = lambda x, name=name: (named(name, rho, x), rate)
-            yield from best(name, alphas, make)
+            yield from tuned(name, alphas, make)
         setups = {
             name: named(name, chosen["asam"] if name == "asam" else rho, chosen[name])
             for name in names
@@ -147,6 +135,62 @@ def accuracy(grids: Grids, seeds: int, plain: str = "sgd") -> Plan:
     return plan
 
 
+def frontier(
+    names: Sequence[str],
+    learning_rates: Sequence[float],
+    rhos: Sequence[float],
+    alpha: float,
+    seeds: int,
+    plain: str = "sgd",
+) -> Plan:
+    """The plan of what each method reaches for what it costs.
+
+    As `accuracy`, but each method is tuned by as many trials: `plain` over learning
+    rates, of which the best is that of all, the others over ρ. Then each is trained for
+    the same steps, and for as many steps as SAM's gradients pay for.
+    """
+
+    def plan(done: Done) -> Iterator[Entry]:
+        chosen: dict[str, float] = {}
+        tuned = partial(best, done, chosen)
+        yield from tuned(plain, learning_rates, lambda x: (Setup(plain), x))
+        rate, setups = chosen[plain], {plain: Setup(plain)}
+        for name in names:
+            if METHODS[name].link is None or METHODS[name].radius_of:
+                continue
+            grid = [METHODS[name].rho_factor * rho for rho in rhos]
+            make = lambda x, name=name: (named(name, x, alpha), rate)
+            yield from tuned(name, grid, make)
+            setups[name] = named(name, chosen[name], alpha)
+        for seed in range(seeds):
+            for name, setup in setups.items():
+                job = Job(setup, rate, seed)
+                if matched(name) in names:
+                    yield from with_matched("steps", name, job, done)
+                else:
+                    yield Entry("steps", name, job)
+                longer = METHODS["sam"].gradients / setup.gradients(1_000)
+                yield Entry("gradients", name, job._replace(longer=round(longer, 2)))
+
+    return plan
+
+
+def best(
+    done: Done,
+    chosen: dict[str, float],
+    row: str,
+    grid: Sequence[float],
+    make: Callable[[float], tuple[Setup, float]],
+) -> Iterator[Entry]:
+    """The trials of a grid on the validation split; the best goes into `chosen`."""
+    jobs = {value: Job(*make(value), TUNING_SEED, True) for value in grid}
+    chosen[row] = grid[0]
+    if len(grid) > 1:
+        for job in jobs.values():
+            yield Entry("tuning", row, job)
+        chosen[row] = max(grid, key=lambda x: done[jobs[x]]["test_accuracy"])
+
+
 def with_matched(table: str, row: str, job: Job, done: Done) -> Iterator[Entry]:
     """A job; after one of Eigen-SAM, SAM at the mean radius that it had."""
     yield Entry(table, row, job)
@@ -155,111 +199,3 @@ def with_matched(table: str, row: str, job: Job, done: Done) -> Iterator[Entry]:
         own = row.replace(name, str(matched(name)), 1)
         setup = setup._replace(rho=done[job]["radius"])
         yield Entry(table, own, job._replace(method=setup))
-
-
-def ablations(
-    tables: Sequence[str],
-    rho: float,
-    alpha: float,
-    learning_rate: float,
-    seeds: int,
-    plain: str = "sgd",
-) -> Plan:
-    """The plan of the named tables of `ABLATIONS`, seed by seed.
-
-    All but one begin with `plain`, the method that does not perturb.
-    """
-
-    def plan(done: Done) -> Iterator[Entry]:
-        for seed in range(seeds):
-            for table in tables:
-                without = [] if table == "tracker" else [(plain, Setup(plain))]
-                for row, setup in without + ABLATIONS[table](rho, alpha):
-                    job = Job(setup, learning_rate, seed)
-                    if table in MATCHED:
-                        yield from with_matched(table, row, job, done)
-                    else:
-                        yield Entry(table, row, job)
-
-    return plan
-
-
-def _alpha(rho: float, alpha: float) -> list[Row]:
-    del alpha
-    rows = [("sam", Setup("sam", rho))]
-    for value in (0.2, 0.5, 1.0, 2.0, 3.0):
-        for name in ("eigen_sam_paper", "eigen_sam"):
-            rows.append((f"{name}, α {value:g}", named(name, rho, value)))
-    return rows
-
-
-def _rho(rho: float, alpha: float) -> list[Row]:
-    rows = []
-    for factor in (0.25, 0.5, 1.0, 2.0, 4.0):
-        value = factor * rho
-        for name in ("sam", "eigen_sam_paper", "eigen_sam"):
-            rows.append((f"{name}, ρ {value:g}", named(name, value, alpha)))
-    return rows
-
-
-def _tracker(rho: float, alpha: float) -> list[Row]:
-    secant = named("eigen_sam", rho, alpha)
-
-    def products(name: str, num_products: int, interval: int) -> Row:
-        method = Setup("eigen_sam", rho, alpha, name, num_products, interval)
-        return f"{name}, {num_products} products every {interval} steps", method
-
-    return [
-        ("sam", Setup("sam", rho)),
-        ("secant, every step", secant),
-        ("secant, every 5 steps", secant._replace(update_interval=5)),
-        products("ritz", 1, 20),
-        products("lanczos", 5, 100),
-        *(products("power_iteration", 5, interval) for interval in (10, 100, 1000)),
-        *(products("power_iteration", count, 100) for count in (1, 20)),
-    ]
-
-
-def _when(rho: float, alpha: float) -> list[Row]:
-    rows = []
-    for name, method in _pair(rho, alpha):
-        rows.append((f"{name}, every step", method))
-        for every in (2, 5, 10):
-            rows.append((f"{name}, every {every} steps", method._replace(every=every)))
-        for last in (0.25, 0.1):
-            row = f"{name}, the last {last:.0%} of steps"
-            rows.append((row, method._replace(last=last)))
-    return rows
-
-
-def _norms(rho: float, alpha: float) -> list[Row]:
-    rows = []
-    for name, method in _pair(rho, alpha):
-        rows.append((f"{name}, all parameters", method))
-        for factor in (1.0, 2.0, 4.0):
-            only = method._replace(rho=factor * rho, norms_only=True)
-            rows.append((f"{name}, norms only, ρ {factor * rho:g}", only))
-    return rows
-
-
-def _parts(rho: float, alpha: float) -> list[Row]:
-    rows = []
-    for name, method in _pair(rho, alpha):
-        for parts in PARTS:
-            rows.append((f"{name}, {parts} parts", method._replace(parts=parts)))
-    return rows
-
-
-def _pair(rho: float, alpha: float) -> list[Row]:
-    return [("sam", Setup("sam", rho)), ("eigen_sam", named("eigen_sam", rho, alpha))]
-
-
-ABLATIONS: dict[str, Callable[[float, float], list[Row]]] = {
-    "alpha": _alpha,
-    "rho": _rho,
-    "tracker": _tracker,
-    "when": _when,
-    "parts": _parts,
-    "norms": _norms,
-}
-MATCHED = ("alpha",)

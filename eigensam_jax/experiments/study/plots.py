@@ -97,10 +97,41 @@ def ablate(runs: Sequence[Record], title: str, path: Path) -> None:
     images.save(figure, path)
 
 
+def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
+    """Draws accuracy and λ_max of each method against the gradients that it spent.
+
+    Full at the same steps, hollow at SAM's number of gradients. Bars are 95% intervals.
+    """
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure.suptitle(f"{title}: bars are 95% intervals, hollow at SAM's gradients")
+    panels = figure.subplots(1, 2)
+    steps = len(by_row(runs, "steps"))
+    for axes, key in zip(panels, ("test_accuracy", "lambda_max"), strict=True):
+        for table in ("steps", "gradients"):
+            for i, (name, of_row) in enumerate(by_row(runs, table).items()):
+                method = METHODS[name]
+                spent = [run["gradients"] * run["longer"] for run in of_row]
+                if table == "gradients":  # beside each other, not on each other
+                    spent = [x + 0.03 * (i - steps / 2) for x in spent]
+                drawn = [
+                    run | {"spent": x} for run, x in zip(of_row, spent, strict=True)
+                ]
+                label = method.label if table == "steps" else None
+                hollow = {"markerfacecolor": "white"} if table == "gradients" else {}
+                _point(axes, drawn, "spent", method.colour, label, key, **hollow)
+        axes.set(xlabel="gradients for each step of SGD", title=_LABELS[key])
+        axes.grid(alpha=0.3)
+    panels[1].set_yscale("log")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    images.save(figure, path)
+
+
 DRAW: dict[str, Callable[[Sequence[Record], str, Path], None]] = {
     "compare": compare,
     "accuracy": accuracy,
     "ablate": ablate,
+    "frontier": frontier,
 }
 
 
@@ -128,6 +159,7 @@ def _point(
     colour: str,
     label: str | None,
     y: str = "test_accuracy",
+    **style: Any,
 ) -> None:
     """The mean over seeds with 95% intervals."""
     factor = 100 if y == "test_accuracy" else 1
@@ -143,4 +175,5 @@ def _point(
         color=colour,
         label=label,
         capsize=2,
+        **style,
     )

@@ -25,7 +25,8 @@ from eigensam_jax.experiments.records import (
     tables,
 )
 from eigensam_jax.experiments.study import tables as study_tables
-from eigensam_jax.experiments.study.plans import PARTS, Job, Plan, Record
+from eigensam_jax.experiments.study.ablations import PARTS
+from eigensam_jax.experiments.study.plans import Job, Plan, Record
 from eigensam_jax.experiments.study.plots import DRAW
 from eigensam_jax.experiments.training import loop, losses, measures
 from eigensam_jax.experiments.training.measures import Measurement
@@ -36,7 +37,7 @@ from eigensam_jax.tree_math import PyTree
 LOOK_EXAMPLES = 1_000
 TOLERANCE = 1e-2
 CHECKPOINT = "checkpoint.msgpack"
-_JOB = (*Setup._fields, "learning_rate", "seed", "tuning")
+_JOB = Job(Setup(""), 0.0, 0).record  # with defaults, for what older files lack
 
 Curves = dict[str, list[Any]]
 Do = Callable[[Job], Record]
@@ -198,7 +199,7 @@ def _records(
 
 def _place(table: str, row: str, run: Record) -> tuple[Any, ...]:
     """What tells a record from all others: its place, and what was run."""
-    return table, row, *(run[key] for key in _JOB)
+    return table, row, *(run.get(key, usual) for key, usual in _JOB.items())
 
 
 class _Anything(dict[Job, Record]):
@@ -217,10 +218,13 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
     unfinished = checkpoints.read(path) or {}
 
     @cache
-    def run_of(rate: float, tuning: bool) -> tuple[loop.Run[Measurement], int]:
+    def run_of(
+        rate: float, tuning: bool, longer: float
+    ) -> tuple[loop.Run[Measurement], int]:
         """What trains, which jobs of the same rate and data share, and its steps."""
         used = load.for_tuning(dataset) if tuning else dataset
         steps = loop.num_steps(used, config.batch_size, config.epochs)
+        steps = round(longer * steps)
         settings = loop.Settings(
             *(steps, config.batch_size, rate),
             looks=loop.evaluation_steps(steps, 1 if tuning else config.looks)[1:],
@@ -258,7 +262,7 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
         saved = None
         if unfinished.get("job") == job.record:
             curves, saved = unfinished["curves"], unfinished["progress"]
-        run, steps = run_of(job.learning_rate, job.tuning)
+        run, steps = run_of(job.learning_rate, job.tuning, job.longer)
         for point in run(job.method, job.seed, saved):
             looked = {**point._asdict(), **point.measurement._asdict()}
             for key, curve in curves.items():

@@ -12,6 +12,7 @@ from eigensam_jax.experiments.registry import METHODS
 Record = dict[str, Any]
 
 HEADERS = ("gradients", "‖ε‖", "test acc. %", "train loss", "λ_max", "alignment")
+FRONTIER_HEADERS = ("gradients", "time", "test acc. %", "train loss", "λ_max")
 PAIRED_HEADERS = ("test acc. %", "train loss", "λ_max", "alignment")
 TUNING_HEADERS = ("learning rate", "ρ", "α", "validation acc. %")
 _FIGURES = {  # factor, digits
@@ -62,6 +63,24 @@ def paired(runs: Sequence[Record], table: str) -> list[list[str]]:
         there = [x for x in (f"{y}{comma}{rest}" for y in others) if x in found]
         for other in there[:1]:
             rows.append([f"{row} − {other}", *difference(found[row], found[other])])
+    return rows
+
+
+def frontier(runs: Sequence[Record], table: str) -> list[list[str]]:
+    """A row a method by `FRONTIER_HEADERS`; costs are in those of the first."""
+    found = by_row(runs, table)
+    (first, *_), *_ = found.values()
+    rows = []
+    for row, of_row in found.items():
+        gradients = of_row[0]["gradients"] * of_row[0]["longer"]
+        seconds = [run["training_time_s"] / first["training_time_s"] for run in of_row]
+        cells = [
+            tables.mean_and_interval(values, digits, factor, sign=False)
+            for values, factor, digits in _values(of_row)[:3]
+        ]
+        label = METHODS[row].label if row in METHODS else row
+        cost = [f"{gradients:.2f}", f"{sum(seconds) / len(seconds):.2f}"]
+        rows.append([label, *cost, *cells])
     return rows
 
 

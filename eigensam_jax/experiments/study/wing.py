@@ -1,6 +1,7 @@
 """`eigensam compare`, `accuracy` and `ablate`: their options, and what they answer."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from eigensam_jax.experiments.registry import (
     METHODS,
     learning_rate,
 )
-from eigensam_jax.experiments.study import plans
+from eigensam_jax.experiments.study import ablations, plans
 
 Document = dict[str, Any]
 
@@ -26,6 +27,10 @@ _USUAL: dict[str, dict[str, Any]] = {
         "paper_alphas": [0.2, 0.1, 0.05],
         "alphas": [1.0, 0.2, 0.5, 2.0, 3.0],
     },
+    "frontier": {
+        **{"seeds": 5, "epochs": 15, "looks": 3, "rhos": [0.05, 0.1, 0.2, 0.4]},
+        "learning_rates": [0.02, 0.05, 0.1, 0.2],
+    },
     "ablate": {
         "seeds": 5,
         "epochs": 10,
@@ -39,8 +44,16 @@ _SMOKE: dict[str, dict[str, Any]] = {
         **{"seeds": 1, "epochs": 1, "looks": 1, "rhos": [0.1, 0.05]},
         **{"asam_rhos": [0.5], "paper_alphas": [0.2], "alphas": [1.0]},
     },
+    "frontier": {
+        **{"seeds": 1, "epochs": 1, "looks": 1, "rhos": [0.1]},
+        **{"learning_rates": [0.05], "optimizers": ["sgd", "sam_periodic"]},
+    },
     "ablate": {"seeds": 1, "epochs": 1, "looks": 1, "tables": ["when"]},
 }
+_ON_THE_FRONTIER = (
+    *("sam", "sam_every", "sam_periodic"),
+    *("eigen_sam", "eigen_sam_periodic"),
+)
 _GRIDS = {
     "rhos": "ρ of SAM",
     "asam_rhos": "ρ of ASAM",
@@ -50,9 +63,10 @@ _GRIDS = {
 
 
 def add_command(subparsers: Any) -> None:
-    """Adds the three commands."""
+    """Adds the four commands."""
     _add_compare(subparsers)
     _add_accuracy(subparsers)
+    _add_frontier(subparsers)
     _add_ablate(subparsers)
 
 
@@ -64,6 +78,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         plan, described = _comparison(chosen)
     elif kind == "accuracy":
         plan, described = _tuned(chosen)
+    elif kind == "frontier":
+        plan, described = _frontier(chosen)
     else:
         plan, described = _ablations(chosen)
 
@@ -84,6 +100,7 @@ def tables(results: list[Document]) -> dict[str, Any]:
         "summary": lambda table: made.summary(runs, table),
         "paired": lambda table: made.paired(runs, table),
         "against_first": lambda table: made.against_first(runs, table),
+        "frontier": lambda table: made.frontier(runs, table),
         "over_training": lambda figure: made.over_training(runs, figure),
     }
 
@@ -134,14 +151,34 @@ def _add_accuracy(subparsers: Any) -> None:
     grids = {"learning_rates": ("of the base optimizer", rates)}
     grids |= {name: (what, _USUAL["accuracy"][name]) for name, what in _GRIDS.items()}
     for name, (what, usual) in grids.items():
-        accuracy.add_argument(
-            f"--{name.replace('_', '-')}",
-            metavar="X",
-            nargs="+",
-            type=options.number(float, above=0),
-            help=f"{what} [{' '.join(f'{x:g}' for x in usual)}]",
-        )
+        options.add_grid(accuracy, name, what, usual)
     options.add_out(accuracy, "1 seed, 1 epoch, one or two of each: does it run?")
+
+
+def _add_frontier(subparsers: Any) -> None:
+    frontier = subparsers.add_parser(
+        "frontier",
+        usage="%(prog)s [options]",
+        help="what each method reaches at the same steps, and at the same cost",
+        description="Tune each method by as many trials on a tenth of the training "
+        "set, then train it for the same steps, and for as many as SAM's gradients "
+        "pay for. Leaves results.json and frontier.png in --out; the same command goes "
+        "on where it ended.",
+    )
+    names = [x for x in METHODS if METHODS[x].link is not None]
+    frontier.add_argument(
+        "--optimizers",
+        metavar="NAME",
+        nargs="+",
+        choices=names,
+        help=f"some of {', '.join(names)}, beside the base optimizer "
+        f"[{' '.join(_ON_THE_FRONTIER)}]",
+    )
+    options.add_runs(frontier, _USUAL["frontier"])
+    for name, what in (("rhos", "ρ"), ("learning_rates", "of the base optimizer")):
+        options.add_grid(frontier, name, what, _USUAL["frontier"][name])
+    options.add_number(frontier, "alpha", 1.0, "α", 0)
+    options.add_out(frontier, "1 seed, 1 epoch, one trial: does it run at all?")
 
 
 def _add_ablate(subparsers: Any) -> None:
@@ -153,12 +190,13 @@ def _add_ablate(subparsers: Any) -> None:
         "Leaves results.json in --out; the same command goes on where it ended.",
     )
     options.add_runs(ablate, _USUAL["ablate"])
+    tables = tuple(ablations.ABLATIONS)
     ablate.add_argument(
         "--tables",
         metavar="NAME",
         nargs="+",
-        choices=tuple(plans.ABLATIONS),
-        help=f"some of {', '.join(plans.ABLATIONS)} [all but the last two, of which "
+        choices=tables,
+        help=f"some of {', '.join(tables)} [all but the last two, of which "
         "parts wants no batch normalisation, and norms wants some]",
     )
     options.add_method(ablate, alpha=1.0, above=0)
@@ -168,13 +206,7 @@ def _add_ablate(subparsers: Any) -> None:
 def _comparison(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
     base = chosen.base_optimizer
     names = list(dict.fromkeys(chosen.optimizers or options.usual_methods(base)))
-    for name in names:
-        if METHODS[name].radius_of not in ("", *names):
-            raise UserError(
-                f"--optimizers: {name} takes its radius from the run of "
-                f"{METHODS[name].radius_of}; name {METHODS[name].radius_of} too, or "
-                f"leave {name} out"
-            )
+    _check_radii(names)
     rates = {name: learning_rate(name, base, chosen.learning_rate) for name in names}
     named = {"rho": chosen.rho, "alpha": chosen.alpha}
     described = {"learning_rate": learning_rate(base, base, chosen.learning_rate)}
@@ -192,10 +224,36 @@ def _tuned(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
     return plan, grids
 
 
+def _frontier(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
+    names = list(dict.fromkeys(chosen.optimizers or _ON_THE_FRONTIER))
+    trials = {"learning_rates": chosen.learning_rates, "rhos": chosen.rhos}
+    if len(chosen.rhos) != len(chosen.learning_rates):
+        raise UserError(
+            f"--rhos: {len(chosen.rhos)} trials and {len(chosen.learning_rates)} of "
+            "--learning-rates; give as many of each"
+        )
+    _check_radii(names)
+    named = {"alpha": chosen.alpha, **trials}
+    plan = plans.frontier(
+        names, **named, seeds=chosen.seeds, plain=chosen.base_optimizer
+    )
+    return plan, {"optimizers": names, **named}
+
+
+def _check_radii(names: Sequence[str]) -> None:
+    for name in names:
+        if METHODS[name].radius_of not in ("", *names):
+            raise UserError(
+                f"--optimizers: {name} takes its radius from the run of "
+                f"{METHODS[name].radius_of}; name {METHODS[name].radius_of} too, or "
+                f"leave {name} out"
+            )
+
+
 def _ablations(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
     base = chosen.base_optimizer
     named = {"rho": chosen.rho, "alpha": chosen.alpha}
     named["learning_rate"] = learning_rate(base, base, chosen.learning_rate)
     names = list(dict.fromkeys(chosen.tables))
-    plan = plans.ablations(names, **named, seeds=chosen.seeds, plain=base)
+    plan = ablations.ablations(names, **named, seeds=chosen.seeds, plain=base)
     return plan, {"tables": names, **named}

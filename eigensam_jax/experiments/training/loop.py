@@ -166,12 +166,10 @@ def make_run(
     schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
     loss, augment = training_loss(model), settings.augment
 
-    def optimizer(
-        setup: Setup, acts: bool = True
-    ) -> optax.GradientTransformationExtraArgs:
+    def optimizer(setup: Setup) -> optax.GradientTransformationExtraArgs:
         base = METHODS[setup.optimizer].base or settings.base
         descent = BASE_OPTIMIZERS[base].make(schedule, settings.weight_decay)
-        return methods.make_optimizer(setup, descent, acts)
+        return methods.make_optimizer(setup, descent)
 
     def init(setup: Setup, seed: int) -> TrainState:
         tx = optimizer(setup)
@@ -184,26 +182,24 @@ def make_run(
         state: TrainState,
         images: jax.Array,
         labels: jax.Array,
-        rho: jax.Array,
-        alpha: jax.Array,
+        *scalars: jax.Array,
     ) -> TrainState:
-        setup = structure._replace(rho=rho, alpha=alpha)
-        tx = optimizer(setup, acts)
+        tx = optimizer(structure.with_scalars(scalars))
         batch = training_steps.next_batch(state, settings.batch_size)
         examples = images[batch]
         if augment is not None:
             examples = augment(training_steps.step_key(state), examples)
         return training_steps.take_step(
             *(tx, loss, state, examples, labels[batch]),
-            *(refresh, setup.parts, acts),
+            *(refresh, structure.parts, acts),
             cross_entropy(model),
         )
 
     @cache
     def program(structure: Setup, acts: bool, refresh: bool) -> Any:
-        example, scalar = jax.eval_shape(partial(init, structure), 0), jnp.zeros(())
+        example = jax.eval_shape(partial(init, structure), 0)
         function = jax.jit(partial(step, structure, acts, refresh), donate_argnums=0)
-        return function.lower(example, images, labels, scalar, scalar).compile()
+        return function.lower(example, images, labels, *structure.scalars).compile()
 
     @cache
     def shuffle() -> Any:
@@ -222,8 +218,7 @@ def make_run(
         ]
         programs = {kind: program(setup.structure, *kind) for kind in set(kinds)}
         shuffle()  # compiled before anything is timed
-        scalars = jnp.float32(setup.rho), jnp.float32(setup.alpha)
-        stops, done = settings.looks, 0
+        scalars, stops, done = setup.scalars, settings.looks, 0
         if saved is None:
             state, top, seconds = init(setup, seed), None, 0.0
         else:

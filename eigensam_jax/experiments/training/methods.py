@@ -1,12 +1,15 @@
 """What a run trains by: a method, its ρ and α, and the steps on which it perturbs."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from eigensam_jax import periodic
 from eigensam_jax.experiments.registry import METHODS, TRACKERS, matched
 from eigensam_jax.trackers import Tracker
 from eigensam_jax.tree_math import PyTree
@@ -24,7 +27,8 @@ class Setup(NamedTuple):
       tracker: how Eigen-SAM follows v, a key of `registry.TRACKERS`.
       num_products: Hessian-vector products of a refresh, where it has a choice.
       update_interval: steps from one refresh to the next.
-      every: perturbs on every so many steps; the others are the base optimizer's.
+      every: perturbs on every so many steps.
+      reuse: of `periodic` on the steps between; 0 leaves them to the base optimizer.
       last: perturbs in this last share of the steps only.
       norms_only: perturbs the parameters of normalisation layers only.
       parts: each batch is cut into so many parts, each perturbed by its own gradient.
@@ -37,14 +41,27 @@ class Setup(NamedTuple):
     num_products: int = 0
     update_interval: int = 1
     every: int = 1
+    reuse: ArrayLike = 0.0
     last: float = 1.0
     norms_only: bool = False
     parts: int = 1
 
     @property
     def structure(self) -> "Setup":
-        """What compiled steps depend on: ρ and α are their arguments."""
-        return self._replace(rho=0.0, alpha=0.0, every=1, last=1.0)
+        """What compiled steps depend on: ρ, α and the reuse are their arguments."""
+        every, reuse = min(self.every, 2), 1.0 if self.reuse else 0.0
+        return self._replace(rho=0.0, alpha=0.0, every=every, reuse=reuse, last=1.0)
+
+    @property
+    def scalars(self) -> tuple[jax.Array, ...]:
+        """Those arguments, for `with_scalars`."""
+        reuse = (self.reuse,) if self.reuse else ()
+        return tuple(map(jnp.float32, (self.rho, self.alpha, *reuse)))
+
+    def with_scalars(self, scalars: Sequence[jax.Array]) -> "Setup":
+        """The setup with these in their places."""
+        rho, alpha, *reuse = scalars
+        return self._replace(rho=rho, alpha=alpha, reuse=reuse[0] if reuse else 0.0)
 
     def acts(self, step: int, total_steps: int) -> bool:
         """Whether this step perturbs."""
@@ -82,10 +99,16 @@ def named(name: str, rho: float, alpha: float, tracker: str = "") -> Setup:
     if method.link is None:
         return Setup(name)
     tracker = method.tracker and (tracker or method.tracker)
+    setup = Setup(name, rho, every=method.every, reuse=method.reuse)
     if not tracker:
-        return Setup(name, rho)
-    found = TRACKERS[tracker]
-    return Setup(name, rho, alpha, tracker, found.num_matvecs, found.update_interval)
+        return setup
+    products, interval = (
+        TRACKERS[tracker].num_matvecs,
+        TRACKERS[tracker].update_interval,
+    )
+    return setup._replace(
+        alpha=alpha, tracker=tracker, num_products=products, update_interval=interval
+    )
 
 
 def make_tracker(setup: Setup) -> Tracker:
@@ -94,9 +117,9 @@ def make_tracker(setup: Setup) -> Tracker:
 
 
 def make_optimizer(
-    setup: Setup, descent: optax.GradientTransformation, acts: bool = True
+    setup: Setup, descent: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """The method's link before `descent`, passed by on a step that does not act."""
+    """The method's link before `descent`. Its `update` takes `perturb`."""
     method, options = METHODS[setup.optimizer], dict[str, Any]()
     if method.link is None:
         return optax.chain(optax.with_extra_args_support(optax.identity()), descent)
@@ -106,10 +129,8 @@ def make_optimizer(
         options |= {"axis_name": PARTS, "per_device": True}
     tracker = make_tracker(setup) if setup.tracker else None
     link = method.link(setup.rho, setup.alpha, tracker, **options)
-    if not acts:
-        link = optax.GradientTransformationExtraArgs(
-            link.init, lambda updates, state, params=None, **_: (updates, state)
-        )
+    if setup.every > 1:
+        link = periodic(link, setup.every, setup.reuse)
     return optax.chain(link, descent)
 
 

@@ -135,6 +135,7 @@ def take_step(
             value_fn=value_fn,
             curvature_fn=curvature_fn,
             refresh=refresh,
+            perturb=acts,
         )
         return updates, opt_state, batch_stats
 

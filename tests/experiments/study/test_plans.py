@@ -2,7 +2,7 @@
 
 import pytest
 
-from eigensam_jax.experiments.study import plans
+from eigensam_jax.experiments.study import ablations, plans
 from eigensam_jax.experiments.study.plans import Grids
 from eigensam_jax.experiments.training.methods import Setup, named
 
@@ -54,9 +54,9 @@ def test_on_a_tie_the_first_is_chosen():
     assert sam.job == plans.Job(Setup("sam", 0.1), 0.1, 0)
 
 
-@pytest.mark.parametrize("table", plans.ABLATIONS)
+@pytest.mark.parametrize("table", ablations.ABLATIONS)
 def test_an_ablation_changes_one_thing_from_every_seed(table):
-    plan = plans.ablations([table], 0.1, 1.0, 0.05, seeds=2)
+    plan = ablations.ablations([table], 0.1, 1.0, 0.05, seeds=2)
     entries = followed(plan, lambda job: 0.5)
     by_seed = [[e for e in entries if e.job.seed == seed] for seed in (0, 1)]
     rows = [e.row for e in by_seed[0]]
@@ -67,7 +67,7 @@ def test_an_ablation_changes_one_thing_from_every_seed(table):
     assert len(set(methods)) == len(methods)
     matched = [e.job.method for e in by_seed[1] if "matched" in e.row]
     assert all(method == Setup("sam", 1.5) for method in matched)
-    assert bool(matched) == (table in plans.MATCHED)
+    assert bool(matched) == (table in ablations.MATCHED)
 
 
 def test_where_there_is_nothing_to_choose_nothing_is_tried():

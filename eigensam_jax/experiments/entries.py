@@ -1,13 +1,13 @@
 """What the registry says of a method, a base optimizer, a tracker, data or a model."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import optax
 from jax.typing import ArrayLike
 
 from eigensam_jax.experiments.data.augmentation import Augment
-from eigensam_jax.experiments.data.load import Reader
 from eigensam_jax.trackers import Tracker
 from eigensam_jax.tree_math import PyTree
 
@@ -112,11 +112,13 @@ class DataSource(NamedTuple):
       read: from the folder of `--data-dir` to its images and labels.
       files: what that folder holds; "" where it needs none.
       augment: what is usually done to training images; None for nothing.
+      is_series: whether `read` makes a `Dataset` of its own, windows to forecast from.
     """
 
-    read: Reader
+    read: Callable[[Path | None], Any]
     files: str = ""
     augment: Augment | None = None
+    is_series: bool = False
 
 
 class Network(NamedTuple):
@@ -125,7 +127,9 @@ class Network(NamedTuple):
     Attributes:
       make: from a number of classes to a Flax module.
       track_rate: SGD's learning rate in `eigensam track`; None for too large for it.
+      is_series: whether it forecasts, so many hours in place of classes.
     """
 
     make: Callable[[int], Any]
     track_rate: float | None = None
+    is_series: bool = False

@@ -25,12 +25,14 @@ def usual_methods(base: str) -> list[str]:
 
 
 def add_problem(
-    parser: argparse.ArgumentParser, models: Sequence[str] | None = None
+    parser: argparse.ArgumentParser,
+    models: Sequence[str] | None = None,
+    series: bool = False,
 ) -> None:
-    """The options of what is learnt, by what."""
+    """The options of what is learnt, by what; `series` if forecasting may be."""
     add: Any = parser.add_argument
-    add_data(parser)
-    models = models or tuple(MODELS)
+    add_data(parser, series)
+    models = models or tuple(x for x in MODELS if series or not MODELS[x].is_series)
     add("--model", metavar="NAME", choices=models, default="mlp", help=any_of(models))
 
 
@@ -52,10 +54,11 @@ def add_pretrained(parser: argparse.ArgumentParser) -> None:
     add_counts(parser, counts, {"curvature-examples": 5_000})
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: argparse.ArgumentParser, series: bool = False) -> None:
     """The options of what is learnt."""
     add: Any = parser.add_argument
-    names, files = tuple(DATASETS), {x: DATASETS[x].files for x in DATASETS}
+    files = {k: x.files for k, x in DATASETS.items() if series or not x.is_series}
+    names = tuple(files)
     add(
         "--dataset", metavar="NAME", choices=names, default="digits", help=any_of(names)
     )
@@ -107,7 +110,7 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 
 def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
     """The options of many runs of the same network."""
-    add_problem(parser)
+    add_problem(parser, series=True)
     add_pretrained(parser)
     counts = {
         "seeds": f"how many [{usual['seeds']}]",

@@ -43,7 +43,13 @@ def dataset(name: str, data_dir: Path | None = None) -> Dataset:
     Raises:
       UserError: if the folder or a file is missing, cut off or not in its format.
     """
-    return load.load(DATASETS[name].read, data_dir)
+    source = DATASETS[name]
+    found: Dataset
+    if source.is_series:
+        found = source.read(data_dir)
+    else:
+        found = load.load(source.read, data_dir)
+    return found
 
 
 def model(name: str, num_classes: int, resolution: int | None = None) -> Any:
@@ -109,11 +115,11 @@ def every_product(decay: float = 0.95) -> Tracker:
     return power._replace(refresh=refresh)
 
 
-def _later(module: str, name: str) -> Callable[..., Any]:
+def _later(module: str, name: str, *more: Any) -> Callable[..., Any]:
     """The function of a module of the experiments, imported when it is called."""
 
     def call(*args: Any) -> Any:
-        return getattr(import_module(f"{__package__}.{module}"), name)(*args)
+        return getattr(import_module(f"{__package__}.{module}"), name)(*args, *more)
 
     return call
 
@@ -224,6 +230,14 @@ DATASETS = {
     "cifar100": DataSource(_later("data.cifar", "cifar100"), "binary", crop_and_flip),
     # A digit that is turned is none.
     "svhn": DataSource(_later("data.svhn", "svhn"), ".mat", crop),
+    **{
+        f"series_{hours}": DataSource(
+            _later("data.series", "forecasting", hours),
+            "one CSV file, as ETTh1.csv",
+            is_series=True,
+        )
+        for hours in (96, 192, 336, 720)
+    },
 }
 
 MODELS = {
@@ -234,5 +248,6 @@ MODELS = {
     "cnn6": Network(_later("models.small", "CNN6")),
     "resnet18": Network(_later("models.resnet", "ResNet18")),
     "vit": Network(_later("models.vit", "ViT")),
+    "forecaster": Network(_later("models.forecaster", "Forecaster"), is_series=True),
     "efficientnet_lite0": Network(_later("models.efficientnet", "EfficientNetLite0")),
 }

@@ -30,16 +30,25 @@ class Dataset(NamedTuple):
       train_labels: int32, shape (examples,).
       test_images: as `train_images`, standardised by the training set's figures.
       test_labels: as `train_labels`.
+      held_images: held out of both, to choose by; None for a part of the training set.
+      held_labels: as `train_labels`.
+
+    Windows of time series have the shape (examples, length, channels), and what follows
+    them, (examples, horizon, channels), is in place of labels.
     """
 
     train_images: jax.Array
     train_labels: jax.Array
     test_images: jax.Array
     test_labels: jax.Array
+    held_images: jax.Array | None = None
+    held_labels: jax.Array | None = None
 
     @property
     def num_classes(self) -> int:
-        """One more than the largest training label."""
+        """One more than the largest training label; of a series, the horizon."""
+        if jnp.issubdtype(self.train_labels.dtype, jnp.floating):
+            return self.train_labels.shape[1]
         return int(self.train_labels.max()) + 1
 
 
@@ -91,6 +100,8 @@ def first(dataset: Dataset, examples: int, name: str) -> Dataset:
 
 def with_label_noise(dataset: Dataset, share: float) -> Dataset:
     """A `share` of the training labels, drawn anew from all classes alike."""
+    if not share:
+        return dataset
     rng = np.random.default_rng(0)
     labels = np.asarray(dataset.train_labels)
     drawn = rng.integers(0, dataset.num_classes, len(labels), labels.dtype)
@@ -100,11 +111,20 @@ def with_label_noise(dataset: Dataset, share: float) -> Dataset:
 
 def num_for_tuning(dataset: Dataset) -> int:
     """The number of training images that `for_tuning` keeps."""
+    if dataset.held_images is not None:
+        return len(dataset.train_labels)
     return len(dataset.train_labels) * 9 // 10
 
 
 def for_tuning(dataset: Dataset) -> Dataset:
-    """Nine tenths of the training set; the last tenth, drawn at random, is the test."""
+    """What is held out as the test set: a tenth of the training set, drawn at random.
+
+    Or what the data set itself holds out, where it does.
+    """
+    if dataset.held_images is not None and dataset.held_labels is not None:
+        return dataset._replace(
+            test_images=dataset.held_images, test_labels=dataset.held_labels
+        )
     order = np.random.default_rng(0).permutation(len(dataset.train_labels))
     kept, held = np.split(order, [num_for_tuning(dataset)])
     images, labels = dataset.train_images, dataset.train_labels

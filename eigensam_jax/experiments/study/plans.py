@@ -4,6 +4,7 @@ A plan is a generator of jobs. Before it is asked for the next job, `done` holds
 record of the last one, so that a plan can choose by what it found.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -188,7 +189,16 @@ def best(
     if len(grid) > 1:
         for job in jobs.values():
             yield Entry("tuning", row, job)
-        chosen[row] = max(grid, key=lambda x: done[jobs[x]]["test_accuracy"])
+        chosen[row] = max(grid, key=lambda x: score(done[jobs[x]]))
+
+
+def score(record: Record) -> float:
+    """What a trial is chosen by: accuracy, or less loss where there is none."""
+    if "diverged" in record:
+        return -math.inf
+    if record["test_accuracy"] is not None:
+        return float(record["test_accuracy"])
+    return -float(record["test_loss"])
 
 
 def with_matched(table: str, row: str, job: Job, done: Done) -> Iterator[Entry]:

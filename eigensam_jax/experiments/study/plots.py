@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.records.tables import half_interval
 from eigensam_jax.experiments.registry import METHODS
-from eigensam_jax.experiments.study.tables import by_row
+from eigensam_jax.experiments.study.tables import by_row, quality
 
 Record = dict[str, Any]
 
 _LABELS = {
     "train_loss": "training loss",
     "test_accuracy": "test accuracy %",
+    "test_loss": "test error",
     "lambda_max": "λ_max of the training loss",
     "alignment": "alignment |cos(ε, v_top)|",
 }
@@ -30,7 +31,8 @@ def compare(runs: Sequence[Record], title: str, path: Path) -> None:
     """
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     figure.suptitle(title)
-    for axes, key in zip(figure.subplots(2, 2).flat, _LABELS, strict=True):
+    keys = "train_loss", quality(runs)[0], "lambda_max", "alignment"
+    for axes, key in zip(figure.subplots(2, 2).flat, keys, strict=True):
         _over_training(axes, by_row(runs, "main"), key)
         if key in ("train_loss", "lambda_max"):
             axes.set_yscale("log")
@@ -46,7 +48,7 @@ def accuracy(runs: Sequence[Record], title: str, path: Path) -> None:
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 3)
-    found = by_row(runs, "main")
+    found, good = by_row(runs, "main"), quality(runs)[0]
     plain = {name for name in METHODS if METHODS[name].link is None}
     few = plain | {name for name in METHODS if METHODS[name].usual}
     drawn = {
@@ -59,9 +61,10 @@ def accuracy(runs: Sequence[Record], title: str, path: Path) -> None:
     panels[0].legend()
     for name, of_row in found.items():
         _point(
-            panels[2], of_row, "lambda_max", METHODS[name].colour, METHODS[name].label
+            *(panels[2], of_row, "lambda_max"),
+            *(METHODS[name].colour, METHODS[name].label, good),
         )
-    panels[2].set(xlabel=_LABELS["lambda_max"], title=_LABELS["test_accuracy"])
+    panels[2].set(xlabel=_LABELS["lambda_max"], title=_LABELS[good])
     panels[2].set_xscale("log")
     panels[2].grid(alpha=0.3)
     panels[2].legend(fontsize="small")
@@ -82,7 +85,7 @@ def ablate(runs: Sequence[Record], title: str, path: Path) -> None:
         by_radius = name not in ("tracker", "when")
         x = "radius" if by_radius else "gradients"
         label = "mean ‖ε‖" if by_radius else "gradient evaluations a step"
-        for axes, key in zip(panels, ("test_accuracy", "lambda_max"), strict=True):
+        for axes, key in zip(panels, (quality(runs)[0], "lambda_max"), strict=True):
             colours: dict[str, str] = {}
             for row, of_row in by_row(runs, name).items():
                 first = row.partition(",")[0]
@@ -106,7 +109,7 @@ def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
     figure.suptitle(f"{title}: bars are 95% intervals, hollow at SAM's gradients")
     panels = figure.subplots(1, 2)
     steps = len(by_row(runs, "steps"))
-    for axes, key in zip(panels, ("test_accuracy", "lambda_max"), strict=True):
+    for axes, key in zip(panels, (quality(runs)[0], "lambda_max"), strict=True):
         for table in ("steps", "gradients"):
             for i, (name, of_row) in enumerate(by_row(runs, table).items()):
                 method = METHODS[name]
@@ -158,7 +161,7 @@ def _point(
     x: str,
     colour: str,
     label: str | None,
-    y: str = "test_accuracy",
+    y: str,
     **style: Any,
 ) -> None:
     """The mean over seeds with 95% intervals."""

@@ -8,6 +8,7 @@ from rich.table import Table
 from eigensam_jax.experiments.entries import PLAIN
 from eigensam_jax.experiments.records import tables
 from eigensam_jax.experiments.registry import METHODS
+from eigensam_jax.experiments.study.plans import score
 
 Record = dict[str, Any]
 
@@ -15,11 +16,14 @@ HEADERS = ("gradients", "‖ε‖", "test acc. %", "train loss", "λ_max", "alig
 FRONTIER_HEADERS = ("gradients", "time", "test acc. %", "train loss", "λ_max")
 PAIRED_HEADERS = ("test acc. %", "train loss", "λ_max", "alignment")
 TUNING_HEADERS = ("learning rate", "ρ", "α", "validation acc. %")
-_FIGURES = {  # factor, digits
+_FIGURES: dict[str, tuple[float, int]] = {  # factor, digits
     "test_accuracy": (100, 2),
     "train_loss": (1, 4),
     "lambda_max": (1, 3),
     "alignment": (1, 3),
+}
+_OF_FORECASTS = {"test_loss": (1, 4)} | {
+    key: x for key, x in _FIGURES.items() if key != "test_accuracy"
 }
 
 
@@ -32,10 +36,18 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
             result.append(tables.table(heading, ("", *TUNING_HEADERS), tuning(runs)))
             continue
         rows = [[row, *cells] for row, _, _, *cells in summary(runs, name)]
-        result.append(tables.table(heading, ("", *PAIRED_HEADERS), rows))
+        headers = ("", quality(runs)[1], *PAIRED_HEADERS[1:])
+        result.append(tables.table(heading, headers, rows))
         if pairs := paired(runs, name) or against_first(runs, name):
-            result.append(tables.table("differences", ("", *PAIRED_HEADERS), pairs))
+            result.append(tables.table("differences", headers, pairs))
     return result
+
+
+def quality(runs: Sequence[Record]) -> tuple[str, str]:
+    """What the methods are to be good at, as a field of a record and in words."""
+    if all(run["test_accuracy"] is None for run in runs if "diverged" not in run):
+        return "test_loss", "test error"
+    return "test_accuracy", "test acc. %"
 
 
 def summary(runs: Sequence[Record], table: str) -> list[list[str]]:
@@ -99,7 +111,7 @@ def difference(one: Sequence[Record], other: Sequence[Record]) -> list[str]:
     pairs = [(run, by_seed[run["seed"]]) for run in one if run["seed"] in by_seed]
     return [
         tables.mean_and_interval([a[key] - b[key] for a, b in pairs], digits, factor)
-        for key, (factor, digits) in _FIGURES.items()
+        for key, (factor, digits) in _figures(one).items()
     ]
 
 
@@ -107,9 +119,10 @@ def tuning(runs: Sequence[Record]) -> list[list[str]]:
     """A row a candidate by `TUNING_HEADERS`; the best of each method is marked."""
     rows = []
     for row, of_row in by_row(runs, "tuning").items():
-        best = max(of_row, key=lambda run: run["test_accuracy"])
+        best = max(of_row, key=score)
+        key, _ = quality(of_row)
+        factor, digits = _figures(of_row)[key]
         for run in of_row:
-            accuracy = run["test_accuracy"]
             mark = " ←" if run is best else ""
             rows.append(
                 [
@@ -117,7 +130,9 @@ def tuning(runs: Sequence[Record]) -> list[list[str]]:
                     f"{run['learning_rate']:g}",
                     f"{run['rho']:g}" if METHODS[row].link else "–",
                     f"{run['alpha']:g}" if METHODS[row].tracker else "–",
-                    "diverged" if "diverged" in run else f"{100 * accuracy:.2f}{mark}",
+                    "diverged"
+                    if "diverged" in run
+                    else f"{factor * run[key]:.{digits}f}{mark}",
                 ]
             )
     return rows
@@ -125,7 +140,7 @@ def tuning(runs: Sequence[Record]) -> list[list[str]]:
 
 def over_training(runs: Sequence[Record], key: str) -> list[list[str]]:
     """A row a method of `main`: a figure at each look, mean ± standard deviation."""
-    factor, digits = _FIGURES[key]
+    factor, digits = _figures(runs)[key]
     return [
         [
             row,
@@ -150,5 +165,9 @@ def by_row(runs: Sequence[Record], table: str) -> dict[str, list[Record]]:
 def _values(runs: Sequence[Record]) -> list[tuple[list[float], float, int]]:
     return [
         ([run[key] for run in runs], factor, digits)
-        for key, (factor, digits) in _FIGURES.items()
+        for key, (factor, digits) in _figures(runs).items()
     ]
+
+
+def _figures(runs: Sequence[Record]) -> dict[str, tuple[float, int]]:
+    return _FIGURES if quality(runs)[0] in _FIGURES else _OF_FORECASTS

@@ -84,10 +84,11 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         plan, described = _ablations(chosen)
 
     from eigensam_jax.experiments.study import run as study
+    from eigensam_jax.experiments.study.jobs import Config
 
     augment = options.is_augmented(chosen)
     more = {"plan": described, "augment": augment}
-    study.run(options.config(study.Config, chosen, **more), plan, kind, command)
+    study.run(options.config(Config, chosen, **more), plan, kind, command)
 
 
 def tables(results: list[Document]) -> dict[str, Any]:

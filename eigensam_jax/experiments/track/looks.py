@@ -118,7 +118,7 @@ def make_measure(
         setup: Setup, state: TrainState, start: PyTree | None
     ) -> tuple[Look, PyTree]:
         found, top = seen(setup, state, start)
-        look = Look(*found[:4])
+        look = Look(*(getattr(found, name) for name in Look._fields[:4]))
         if int(state.step) == steps or not setup.tracker:
             return look, top
         tracked = tracked_by(setup, state)

@@ -1,4 +1,4 @@
-"""The losses of a classifier, in training and in evaluation."""
+"""The losses of a network, in training and in evaluation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +18,16 @@ TrainingLoss = Callable[
 ]
 
 
+def each(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """The loss of each example: cross-entropy, or of a forecast the squared error."""
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        return jnp.square(outputs - labels).mean(range(1, labels.ndim))
+    found: jax.Array = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    return found
+
+
 def cross_entropy(model: nn.Module) -> Loss:
-    """(params, images, labels, batch_stats) -> the mean cross-entropy of the batch.
+    """(params, images, labels, batch_stats) -> the mean loss of the batch.
 
     In evaluation: batch normalisation, where there is any, is by `batch_stats`.
     """
@@ -27,15 +35,14 @@ def cross_entropy(model: nn.Module) -> Loss:
     def loss(
         params: PyTree, images: jax.Array, labels: jax.Array, batch_stats: PyTree = None
     ) -> jax.Array:
-        logits: Any = model.apply(variables(params, batch_stats), images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(losses)
+        outputs: Any = model.apply(variables(params, batch_stats), images)
+        return jnp.mean(each(outputs, labels))
 
     return loss
 
 
 def training_loss(model: nn.Module) -> TrainingLoss:
-    """(params, batch_stats, images, labels) -> the mean cross-entropy, new statistics.
+    """(params, batch_stats, images, labels) -> the mean loss, new statistics.
 
     In training: batch normalisation is by the batch. Only of a pass at the weights of
     the network, not at perturbed ones, should the new running statistics be kept. A
@@ -45,9 +52,9 @@ def training_loss(model: nn.Module) -> TrainingLoss:
     def loss(
         params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array
     ) -> tuple[jax.Array, PyTree]:
-        logits: Any
+        outputs: Any
         if batch_stats:
-            logits, moved = model.apply(
+            outputs, moved = model.apply(
                 variables(params, batch_stats),
                 images,
                 train=True,
@@ -55,9 +62,8 @@ def training_loss(model: nn.Module) -> TrainingLoss:
             )
             batch_stats = moved["batch_stats"]
         else:
-            logits = model.apply({"params": params}, images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(losses), batch_stats
+            outputs = model.apply({"params": params}, images)
+        return jnp.mean(each(outputs, labels)), batch_stats
 
     return loss
 

@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from eigensam_jax import eigen, hessian, tree_math
 from eigensam_jax.eigen import Eigenpair
@@ -38,7 +37,10 @@ class Measurement(NamedTuple):
 
     Attributes:
       train_loss: mean cross-entropy over the training set.
-      test_accuracy: fraction of the test set that is classified correctly.
+      test_loss: of the test set.
+      test_accuracy: fraction of the test set that is classified correctly; None for
+        forecasts.
+      held_loss: of what the data set holds out to choose by; None where it does not.
       lambda_max: λ_max of the Hessian of the training loss, on the first training
         images.
       lambda_max_residual: ‖Hv − λv‖ of that eigenpair.
@@ -47,7 +49,9 @@ class Measurement(NamedTuple):
     """
 
     train_loss: float
-    test_accuracy: float
+    test_loss: float
+    test_accuracy: float | None
+    held_loss: float | None
     lambda_max: float
     lambda_max_residual: float
     alignment: float
@@ -121,7 +125,10 @@ def top_eigenpair(matvec: Matvec, params: PyTree, start: Any, tol: float) -> Eig
 
 
 def make_means(model: nn.Module) -> Means:
-    """Builds (params, images, labels, batch_stats) -> mean loss and accuracy."""
+    """Builds (params, images, labels, batch_stats) -> mean loss and accuracy.
+
+    Of forecasts there is no accuracy: it is 0.
+    """
 
     @jax.jit
     def totals(
@@ -129,8 +136,8 @@ def make_means(model: nn.Module) -> Means:
     ) -> tuple[jax.Array, jax.Array]:
         """The summed loss and the number of correct answers."""
         logits: Any = model.apply(losses.variables(params, batch_stats), images)
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return each.sum(), (logits.argmax(-1) == labels).sum()
+        is_right = logits.argmax(-1) == labels if labels.ndim == 1 else jnp.zeros(())
+        return losses.each(logits, labels).sum(), is_right.sum()
 
     def means(
         params: PyTree, x: jax.Array, y: jax.Array, batch_stats: PyTree = None
@@ -208,10 +215,19 @@ def make_measure(
             for chosen in first_batches(state.order, batch_size, batches)
             for grads, _ in [gradient(params, stats, images[chosen], labels[chosen])]
         ]
-        _, accuracy = means(params, dataset.test_images, dataset.test_labels, stats)
+        test_loss, accuracy = means(
+            params, dataset.test_images, dataset.test_labels, stats
+        )
+        held_loss = None
+        if dataset.held_images is not None:
+            held_loss, _ = means(
+                params, dataset.held_images, dataset.held_labels, stats
+            )
         return Measurement(
             train_loss,
-            accuracy,
+            test_loss,
+            accuracy if labels.ndim == 1 else None,
+            held_loss,
             float(top.eigenvalue),
             float(top.residual),
             float(np.mean(cosines)) if cosines else math.nan,

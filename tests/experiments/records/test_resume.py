@@ -20,7 +20,7 @@ from eigensam_jax import trackers
 from eigensam_jax.experiments import cli, entries, registry
 from eigensam_jax.experiments.records import checkpoints, results, resumption
 from eigensam_jax.experiments.study import plots as study_plots
-from eigensam_jax.experiments.study.run import CHECKPOINT
+from eigensam_jax.experiments.study.jobs import CHECKPOINT
 from eigensam_jax.experiments.training import loop as training
 from eigensam_jax.experiments.training import measures
 

@@ -94,3 +94,39 @@ def test_a_comparison_is_at_the_same_rho_and_alpha_from_every_seed():
         ("sgd", Setup("sgd")),
     ]
     assert [e.job.seed for e in entries] == 5 * [0] + 5 * [1]
+
+
+def test_on_the_frontier_each_method_has_as_many_trials_and_sams_gradients():
+    names = ("sam", "asam", "sam_periodic", "eigen_sam", "sam_matched")
+    rates, rhos = (0.1, 0.3, 0.5), (0.1, 0.2, 0.4)
+    plan = plans.frontier(names, rates, rhos, 2.0, seeds=2)
+    entries = followed(plan, lambda job: job.learning_rate * (job.method.rho + 1))
+    tuning = [e for e in entries if e.table == "tuning"]
+    tried = ("sgd", "sam", "asam", "sam_periodic", "eigen_sam")
+    assert [e.row for e in tuning] == [name for name in tried for _ in rates]
+    assert {e.job.learning_rate for e in entries if e.row != "sgd"} == {0.5}
+    asam = [e.job.method.rho for e in tuning if e.row == "asam"]
+    assert asam == [1.0, 2.0, 4.0]  # ten times SAM's, as its usual ρ is
+    by_steps = [e for e in entries if e.table == "steps" and e.job.seed == 1]
+    assert [(e.row, e.job.method, e.job.longer) for e in by_steps] == [
+        ("sgd", Setup("sgd"), 1),
+        ("sam", Setup("sam", 0.4), 1),
+        ("asam", Setup("asam", 4.0), 1),
+        ("sam_periodic", Setup("sam_periodic", 0.4, every=5, reuse=0.3), 1),
+        ("eigen_sam", named("eigen_sam", 0.4, 2.0), 1),
+        ("sam_matched", Setup("sam", 1.5), 1),
+    ]
+    at_cost = {
+        e.row: round(e.job.longer * e.job.method.gradients(1_000), 2)
+        for e in entries
+        if e.table == "gradients"
+    }
+    assert at_cost == {**dict.fromkeys(tried, 2), "sam_periodic": 2.0}
+
+
+def test_a_trial_is_judged_by_accuracy_or_by_its_loss():
+    accurate, less = ({"test_accuracy": x, "test_loss": 0.1} for x in (0.9, 0.8))
+    assert plans.score(accurate) > plans.score(less)
+    near, far = ({"test_accuracy": None, "test_loss": x} for x in (0.1, 0.2))
+    assert plans.score(near) > plans.score(far)
+    assert plans.score(far) > plans.score({"test_accuracy": 0.0, "diverged": "it"})

@@ -1,0 +1,82 @@
+"""Windows of time series: where they start and end, and by what they are scaled."""
+
+import datetime
+
+import numpy as np
+import pytest
+
+from eigensam_jax.experiments import registry
+from eigensam_jax.experiments.data import load
+from eigensam_jax.experiments.errors import UserError
+
+HOURS = 20 * 30 * 24
+LENGTH, HORIZON = 512, 96
+
+
+def written(folder, values, name="series.csv"):
+    start = datetime.datetime(2016, 7, 1)
+    times = (start + datetime.timedelta(hours=i) for i in range(len(values)))
+    rows = zip(times, values, strict=True)
+    lines = [f"{time},{','.join(map(str, row))}" for time, row in rows]
+    (folder / name).write_text("\n".join(["date,a,b", *lines]) + "\n")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("series")
+    hours = np.arange(HOURS + 100)
+    values = np.stack([hours, 1 + hours % 24], axis=1).astype(float)
+    written(folder, values)
+    return registry.dataset("series_96", folder), values
+
+
+def test_windows_are_followed_by_what_is_forecast(made):
+    found, values = made
+    train = values[: 12 * 30 * 24]
+    scaled = ((values - train.mean(0)) / train.std(0)).astype(np.float32)
+    assert found.num_classes == HORIZON
+    ends = {
+        "train": (0, 12 * 30 * 24),
+        "held": (12 * 30 * 24 - LENGTH, 16 * 30 * 24),
+        "test": (16 * 30 * 24 - LENGTH, HOURS),
+    }
+    for name, (first, last) in ends.items():
+        images, labels = (getattr(found, f"{name}_{x}") for x in ("images", "labels"))
+        count = last - first - LENGTH - HORIZON + 1
+        assert images.shape == (count, LENGTH, 2)
+        assert images.dtype == np.float32
+        assert labels.shape == (count, HORIZON, 2)
+        for i in (0, 17, count - 1):
+            at = first + i
+            np.testing.assert_array_equal(images[i], scaled[at : at + LENGTH])
+            after = scaled[at + LENGTH : at + LENGTH + HORIZON]
+            np.testing.assert_array_equal(labels[i], after)
+
+
+def test_trials_are_judged_on_what_the_data_hold_out(made):
+    found, _ = made
+    tuning = load.for_tuning(found)
+    np.testing.assert_array_equal(tuning.train_images, found.train_images)
+    np.testing.assert_array_equal(tuning.test_labels, found.held_labels)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.ones((HOURS, 2)), "constant over the first 12 months"),
+        (np.ones((100, 2)), "has 100 hours of 2 series; at least 14400"),
+        (np.full((HOURS, 2), np.nan), "finite numbers"),
+        (np.full((HOURS, 2), "x"), "not a table of numbers after a date"),
+    ],
+)
+def test_what_is_no_series_is_refused(values, message, tmp_path):
+    written(tmp_path, values)
+    with pytest.raises(UserError, match=message):
+        registry.dataset("series_96", tmp_path)
+
+
+def test_a_folder_without_one_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="must hold one CSV file, not 0"):
+        registry.dataset("series_96", tmp_path)
+    with pytest.raises(UserError, match="--data-dir is needed"):
+        registry.dataset("series_96")

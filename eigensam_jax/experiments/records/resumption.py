@@ -1,7 +1,7 @@
 """Results files that a later call of the same command carries on."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def of_runs(
 def add_runs(
     path: Path,
     document: dict[str, Any],
-    runs: Iterator[dict[str, Any]],
+    runs: Iterable[dict[str, Any] | list[dict[str, Any]]],
     console: Console,
     in_order: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
     checkpoint: Path | None = None,
@@ -79,7 +79,7 @@ def add_runs(
     Args:
       path: of `results.json`.
       document: what it holds; brought up to date.
-      runs: those that are missing.
+      runs: those that are missing; a list of such as end together.
       console: where it is said what is kept, if something ends this early.
       in_order: how all of them are sorted.
       checkpoint: the file in which a run in progress is kept, if it is.
@@ -90,7 +90,8 @@ def add_runs(
     before, start = document["wall_time_s"], time.perf_counter()
     try:
         for run in runs:
-            document["runs"] = in_order([*document["runs"], run])
+            ended = run if isinstance(run, list) else [run]
+            document["runs"] = in_order([*document["runs"], *ended])
             document["wall_time_s"] = before + time.perf_counter() - start
             results.write(path, document)
     except (KeyboardInterrupt, UserError):
@@ -107,6 +108,13 @@ def add_runs(
         raise
     document["complete"] = True
     results.write(path, document)
+
+
+def missing(
+    jobs: Iterable[dict[str, Any]], runs: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The jobs that are in none of the records, by what tells them from each other."""
+    return [job for job in jobs if not results.select(runs, **job)]
 
 
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

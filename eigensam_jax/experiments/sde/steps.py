@@ -1,7 +1,6 @@
 """The steps of a path: of discrete SAM and Eigen-SAM, of an equation, of a drift."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -41,16 +40,70 @@ def make_advance(problem: Problem, method: str, eta: float, num_steps: int) -> A
 
     Args:
       problem: what is learnt.
-      method: "sam", "eigen_sam", a key of `ORDERS` or one of `WITHOUT_NOISE`.
+      method: "sam" and "eigen_sam", discrete steps on batches drawn one by one, with
+        replacement; a key of `ORDERS`, the equation over the time of as many steps, a
+        step of Euler's to each; or one of `WITHOUT_NOISE`, steps along the mean of
+        SAM's gradient or along a drift. Eigen-SAM's v is followed on the Hessian of all
+        batches, at every step.
       eta: η, the learning rate.
       num_steps: how many steps.
     """
-    if method in ORDERS:
-        return partial(_simulate, problem, ORDERS[method], eta, num_steps)
+    value_fn, batches = problem.value_fn, problem.batches
+    order = ORDERS.get(method.removeprefix("mean_"))
+
+    def descend(
+        key: jax.Array, state: State, rho: jax.Array, alpha: jax.Array
+    ) -> State:
+        tx = _optimizer(method, rho, alpha, eta)
+
+        def step(state: State, index: jax.Array) -> Any:
+            params, opt_state = state
+            batch = jax.tree.map(lambda x: x[index], batches)
+            of_batch = lambda p: value_fn(p, batch)
+            updates, opt_state = tx.update(
+                jax.grad(of_batch)(params),
+                opt_state,
+                params,
+                value_fn=of_batch,
+                curvature_fn=lambda p: value_fn(p, problem.whole),
+            )
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        drawn = jax.random.randint(key, (num_steps,), 0, NUM_BATCHES)
+        return jax.lax.scan(step, state, drawn)[0]
+
+    def simulate(
+        key: jax.Array, state: State, rho: jax.Array, alpha: jax.Array
+    ) -> State:
+        del alpha
+        end, _ = sde.simulate(
+            *(key, value_fn, sde.start(state[0]), batches),
+            rho=rho,
+            eta=eta,
+            num_steps=num_steps,
+            order=ORDERS[method],
+        )
+        return end.params, ()
+
+    def follow(key: jax.Array, state: State, rho: jax.Array, alpha: jax.Array) -> State:
+        del key, alpha
+
+        def drift(params: PyTree) -> PyTree:
+            if order is not None:
+                return sde.drift(value_fn, params, batches, rho, order)
+            of_batch = lambda batch: sam_gradient(
+                lambda p: value_fn(p, batch), params, rho
+            )
+            return tree_math.scale(-1, expansion.batch_mean(of_batch, batches))
+
+        def step(params: PyTree, _: None) -> tuple[PyTree, None]:
+            return tree_math.add_scaled(params, eta, drift(params)), None
+
+        return jax.lax.scan(step, state[0], length=num_steps)[0], ()
+
     if method in WITHOUT_NOISE:
-        order = ORDERS.get(method.removeprefix("mean_"))
-        return partial(_follow, problem, order, eta, num_steps)
-    return partial(_descend, problem, method, eta, num_steps)
+        return follow
+    return descend if order is None else simulate
 
 
 def _optimizer(
@@ -61,90 +114,3 @@ def _optimizer(
     if method == "eigen_sam":
         ascent = eigen_sam(rho, alpha, trackers.lanczos(3, update_interval=1))
     return optax.chain(ascent, optax.sgd(eta))
-
-
-def _descend(
-    problem: Problem,
-    method: str,
-    eta: float,
-    num_steps: int,
-    key: jax.Array,
-    state: State,
-    rho: jax.Array,
-    alpha: jax.Array,
-) -> State:
-    """Steps of the discrete method, on batches drawn one by one, with replacement.
-
-    Eigen-SAM's v is followed on the Hessian of all batches, at every step.
-    """
-    value_fn, batches = problem.value_fn, problem.batches
-    images, labels = problem.dataset.train_images, problem.dataset.train_labels
-    tx = _optimizer(method, rho, alpha, eta)
-
-    def step(state: State, index: jax.Array) -> Any:
-        params, opt_state = state
-        batch = jax.tree.map(lambda x: x[index], batches)
-        of_batch = lambda p: value_fn(p, batch)
-        updates, opt_state = tx.update(
-            jax.grad(of_batch)(params),
-            opt_state,
-            params,
-            value_fn=of_batch,
-            curvature_fn=lambda p: value_fn(p, (images, labels)),
-        )
-        return (optax.apply_updates(params, updates), opt_state), None
-
-    drawn = jax.random.randint(key, (num_steps,), 0, NUM_BATCHES)
-    end, _ = jax.lax.scan(step, state, drawn)
-    return end
-
-
-def _simulate(
-    problem: Problem,
-    order: sde.Order,
-    eta: float,
-    num_steps: int,
-    key: jax.Array,
-    state: State,
-    rho: jax.Array,
-    alpha: jax.Array,
-) -> State:
-    """The equation over the time of as many steps, a step of Euler's to each."""
-    del alpha
-    params, rest = state
-    end, _ = sde.simulate(
-        *(key, problem.value_fn, sde.start(params), problem.batches),
-        rho=rho,
-        eta=eta,
-        num_steps=num_steps,
-        order=order,
-    )
-    return end.params, rest
-
-
-def _follow(
-    problem: Problem,
-    order: sde.Order | None,
-    eta: float,
-    num_steps: int,
-    key: jax.Array,
-    state: State,
-    rho: jax.Array,
-    alpha: jax.Array,
-) -> State:
-    """Steps along the drift, or without an order along the mean of SAM's gradient."""
-    del key, alpha
-    params, rest = state
-    value_fn, batches = problem.value_fn, problem.batches
-
-    def step(params: PyTree, _: None) -> tuple[PyTree, None]:
-        if order is None:
-            of_batch = lambda batch: sam_gradient(
-                lambda p: value_fn(p, batch), params, rho
-            )
-            mean = expansion.batch_mean(of_batch, batches)
-            return tree_math.add_scaled(params, -eta, mean), None
-        drift = sde.drift(value_fn, params, batches, rho, order)
-        return tree_math.add_scaled(params, eta, drift), None
-
-    return jax.lax.scan(step, params, length=num_steps)[0], rest

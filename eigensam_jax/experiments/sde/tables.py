@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from eigensam_jax.experiments.records import tables
+from eigensam_jax.experiments.records import results, tables
 
 NOTES = (
     "Off: (path − SAM's)/SAM's from the same start, mean over the looks after the "
@@ -49,36 +49,23 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
     """What the command prints."""
     of_paths = ("off: loss %", "λ_max %", "distance: loss %", "λ_max %")
     orders = ("order 1", "order 2", "order 3")
-    of_checks = {
-        "one_step": ("slopes of errors in ρ", ("check", *orders), slopes),
-        "moments": (
-            "moments over paths: off SAM's, in standard errors",
-            ("moment", "SAM", *orders),
-            moments,
-        ),
-        "costs": (
-            "a drift, in gradients",
-            ("order", "operations", "time", "ms"),
-            costs,
-        ),
-    }
-    found = {run.get("check") for run in runs}
-    return [
-        tables.table(title, ("path", "ρ", *of_paths), distances(runs)),
-        tables.table(
+    found: tuple[tuple[str, tuple[str, ...], list[list[str]]], ...] = (
+        (title, ("path", "ρ", *of_paths), distances(runs)),
+        (
             "distance to SAM, order 3 less order 2",
             ("ρ", "loss %", "λ_max %", "no noise: loss %", "λ_max %"),
             differences(runs),
         ),
-        tables.table(
-            "parts of (dλ_max/dt)/λ_max", ("", "SAM", "Eigen-SAM"), rates(runs)
+        ("parts of (dλ_max/dt)/λ_max", ("", "SAM", "Eigen-SAM"), rates(runs)),
+        ("slopes of errors in ρ", ("check", *orders), slopes(runs)),
+        (
+            "moments over paths: off SAM's, in standard errors",
+            ("moment", "SAM", *orders),
+            moments(runs),
         ),
-        *(
-            tables.table(title, headers, rows(runs))
-            for name, (title, headers, rows) in of_checks.items()
-            if name in found
-        ),
-    ]
+        ("a drift, in gradients", ("order", "operations", "time", "ms"), costs(runs)),
+    )
+    return [tables.table(*each) for each in found if each[-1]]
 
 
 def distances(runs: Sequence[Record]) -> list[list[str]]:
@@ -122,15 +109,9 @@ def rates(runs: Sequence[Record]) -> list[list[str]]:
 
     The alignment |cos(ε, v)|, the parts of (dλ/dt)/λ, and the share.
     """
-    columns = [
-        [run for run in paths(runs, method) if "rates" in run]
-        for method in ("sam", "eigen_sam")
-    ]
+    columns = [measured(runs, method) for method in ("sam", "eigen_sam")]
     found: dict[str, tuple[Callable[[Record], Any], int]] = {
-        "alignment of ε with v": (
-            lambda run: run["rates"]["perturbation_alignment"],
-            2,
-        ),
+        "alignment of ε with v": (alignment, 2),
         **{
             label: (partial(relative_rate, part=part), 3)
             for part, label in PARTS.items()
@@ -151,65 +132,70 @@ def rates(runs: Sequence[Record]) -> list[list[str]]:
     ]
 
 
+def measured(runs: Sequence[Record], method: str) -> list[Record]:
+    """The paths of a method along which the rates of λ_max are measured."""
+    return [run for run in paths(runs, method) if "rate_first" in run["curves"]]
+
+
+def relative_rate(run: Record, part: str, to: str = "lambda_max") -> np.ndarray:
+    """A part of dλ/dt at each look, over λ or over another part."""
+    curves = run["curves"]
+    rate: np.ndarray = np.divide(curves[f"rate_{part}"], curves[to])
+    return rate
+
+
+def alignment(run: Record) -> np.ndarray:
+    """At each look, |cos| between the perturbation and the top eigenvector."""
+    return np.array(run["curves"]["rate_perturbation_alignment"])
+
+
 def share(run: Record) -> np.ndarray:
     """At each look, what part of the aligned pull the third derivatives have."""
-    ratio: np.ndarray = np.divide(run["rates"]["third"], run["rates"]["aligned"])
-    return ratio
-
-
-def relative_rate(run: Record, part: str) -> np.ndarray:
-    """A part of (dλ/dt)/λ at each look."""
-    found = run["rates"]
-    rate: np.ndarray = np.divide(found[part], found["eigenvalue"])
-    return rate
+    return relative_rate(run, "third", "rate_aligned")
 
 
 def slopes(runs: Sequence[Record]) -> list[list[str]]:
     """A row a check: the slopes of log error over log ρ, by order."""
-    found = {}
+    of_row: dict[str, dict[int, list[Record]]] = {}
     for run in runs:
-        if run.get("check") == "one_step":
-            found["SAM, one step"] = run["sam"]
-            found["Eigen-SAM, one step"] = run["eigen_sam"]
-        if run.get("check") == "many_steps":
-            found[f"SAM, {run['steps']} steps"] = run["sam"]
+        if run.get("check") in ("one_step", "many_steps"):
+            steps = "one step" if run["steps"] == 1 else f"{run['steps']} steps"
+            row = of_row.setdefault(f"{LABELS[run['optimizer']]}, {steps}", {})
+            row.setdefault(run["order"], []).append(run)
     return [
-        [name, *(f"{slope:.2f}" for slope in x["slopes"])] for name, x in found.items()
+        [name, *(f"{_slope(of_order):.2f}" for _, of_order in sorted(row.items()))]
+        for name, row in of_row.items()
     ]
 
 
 def moments(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a moment: SAM's with its Monte Carlo error, and how far the others are."""
-    found = check(runs, "moments")
-    names = [f"E({x})" for x in found["observables"]]
-    names += [f"E(({x})²)" for x in found["observables"]]
+    """A row a moment: SAM's with its Monte Carlo error, and how far the others are.
+
+    By how many standard errors of the difference they are off.
+    """
     rows = []
-    for i, name in enumerate(names):
-        sam = f"{found['sam']['mean'][i]:.4g} ± {found['sam']['error'][i]:.1g}"
-        off = [f"{found[f'order_{k}']['off'][i]:+.1f}" for k in (1, 2, 3)]
-        rows.append([name, sam, *off])
+    for sam in results.select(runs, check="moments", optimizer="sam"):
+        row = [sam["moment"], f"{sam['mean']:.4g} ± {sam['error']:.1g}"]
+        for run in results.select(runs, check="moments", moment=sam["moment"]):
+            if run is not sam:
+                error = np.hypot(run["error"], sam["error"])
+                row.append(f"{(run['mean'] - sam['mean']) / error:+.1f}")
+        rows.append(row)
     return rows
 
 
 def costs(runs: Sequence[Record]) -> list[list[str]]:
     """A row an order: a drift's operations and time in gradients, and milliseconds."""
-    found = check(runs, "costs")
     return [
         [
-            str(k),
-            f"{cost['operations']:.2f}",
-            f"{cost['time']:.2f}",
-            f"{cost['time_ms']:.1f}",
+            run["optimizer"].removeprefix("order_"),
+            f"{run['operations']:.2f}",
+            f"{run['time']:.2f}",
+            f"{run['time_ms']:.1f}",
         ]
-        for k in (1, 2, 3)
-        for cost in [found[f"order_{k}"]]
+        for run in results.select(runs, check="costs")
+        if run["optimizer"] != "gradient"
     ]
-
-
-def check(runs: Sequence[Record], name: str) -> Record:
-    """The record of a check."""
-    (found,) = (run for run in runs if run.get("check") == name)
-    return found
 
 
 def paths(
@@ -243,3 +229,8 @@ def relative(
         )
         rows.append((ours - sam) / sam)
     return np.array(rows)
+
+
+def _slope(errors: Sequence[Record]) -> float:
+    x, y = np.log([(run["rho"], run["error"]) for run in errors]).T
+    return float(np.polyfit(x, y, 1)[0])

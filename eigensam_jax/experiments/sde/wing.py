@@ -60,8 +60,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     from eigensam_jax.experiments.sde import run as sde
 
     chosen = options.filled(chosen, _USUAL, _SMOKE)
-    rhos = {"rhos": tuple(sorted({*chosen.rho}))}
-    sde.run(options.config(sde.Config, chosen, **rhos), command)
+    chosen.rhos = tuple(sorted({*chosen.rho}))
+    sde.run(chosen, command)
 
 
 def tables(results: list[Document]) -> dict[str, Any]:

@@ -30,11 +30,11 @@ def save(figure: Figure, path: Path) -> None:
 def band(
     axes: Axes, x: Sequence[float], values: np.ndarray, style: str, **line: Any
 ) -> None:
-    """Draws the mean of the rows ± their standard deviation."""
+    """Draws the mean of the rows ± their standard deviation, of one row 0."""
     mean = values.mean(0)
     spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
-    axes.plot(x, mean, style, **line)
     low = mean - spread
-    if (values > 0).all():  # a logarithmic axis has no place for what is below zero
+    if axes.get_yscale() == "log":  # which has no place for what is below zero
         low = np.maximum(low, values.min(0))
+    axes.plot(x, mean, style, **line)
     axes.fill_between(x, low, mean + spread, color=line["color"], alpha=0.15)

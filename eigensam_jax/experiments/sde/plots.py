@@ -54,6 +54,7 @@ def paths(runs: Sequence[Run], rho: float, title: str, path: Path) -> None:
     for axes, (key, (label, scale)) in zip(
         figure.subplots(2, 3).flat, _PANELS.items(), strict=True
     ):
+        axes.set(xlabel="time t/η, in steps", title=label, yscale=scale)
         first = int(key == "test_accuracy")  # the untrained one would squeeze the rest
         for method, (colour, style) in _STYLES.items():
             at = 0.0 if method == "order_1" else rho
@@ -62,7 +63,6 @@ def paths(runs: Sequence[Run], rho: float, title: str, path: Path) -> None:
             steps = chosen[0]["curves"]["step"][first:]
             named = {"color": colour, "label": sde_tables.LABELS[method]}
             images.band(axes, steps, values, style, **named)
-        axes.set(xlabel="time t/η, in steps", title=label, yscale=scale)
         axes.grid(alpha=0.3, which="both" if scale == "log" else "major")
     figure.axes[0].legend()
     images.save(figure, path)

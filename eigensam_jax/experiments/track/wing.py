@@ -66,12 +66,13 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     from eigensam_jax.experiments.track import run as track
 
     chosen = options.filled(chosen, _USUAL, _SMOKE)
-    base, rate = chosen.base_optimizer, chosen.learning_rate
-    if base == "sgd":
+    rate = chosen.learning_rate
+    if chosen.base_optimizer == "sgd":
         rate = rate or MODELS[chosen.model].track_rate
-    lists = {x: tuple(dict.fromkeys(getattr(chosen, x))) for x in ("alpha", "trackers")}
-    rates = {"learning_rate": learning_rate("eigen_sam", base, rate)}
-    track.run(options.config(track.Config, chosen, **lists, **rates), command)
+    chosen.learning_rate = learning_rate("eigen_sam", chosen.base_optimizer, rate)
+    for name in ("alpha", "trackers"):
+        setattr(chosen, name, tuple(dict.fromkeys(getattr(chosen, name))))
+    track.run(chosen, command)
 
 
 def tables(results: list[Document]) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from rich.console import Console
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.records import results
 
+# What was so before a configuration said it.
+_ONCE = {"base_optimizer": "sgd", "weight_decay": 0.0}
+
 
 def of_runs(
     path: Path,
@@ -129,7 +132,7 @@ def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
       UserError: by the name of the first difference.
     """
     for key in {**before, **now}:
-        one, other = before.get(key), now.get(key)
+        one, other = before.get(key, _ONCE.get(key)), now.get(key, _ONCE.get(key))
         if isinstance(one, dict) and isinstance(other, dict):
             check_same(out, one, other)
         # Folders may have been moved, or be named in another way.

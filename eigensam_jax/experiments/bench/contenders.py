@@ -26,12 +26,12 @@ class Contender(NamedTuple):
     Attributes:
       tx: the whole chain.
       extra_args: from the loss of a batch to what `tx.update` takes by keyword.
-      interval: every so many steps it does more than on others; None for never.
+      interval: every so many steps it does more than on others, if above 1.
     """
 
     tx: optax.GradientTransformationExtraArgs
     extra_args: Callable[[ValueFn], dict[str, Any]]
-    interval: int | None = None
+    interval: int = 1
 
 
 Step = Callable[[PyTree, PyTree, PyTree, Batch], tuple[PyTree, PyTree, jax.Array]]
@@ -44,8 +44,8 @@ def make_contenders() -> dict[str, Contender]:
     contenders = {
         name: Contender(
             make_optimizer(setup, _sgd()),
-            _value_fn,
-            setup.update_interval if setup.update_interval > 1 else None,
+            lambda value_fn: {"value_fn": value_fn},
+            setup.update_interval,
         )
         for name, setup in setups.items()
     }
@@ -84,10 +84,6 @@ def _optax_sam() -> optax.GradientTransformationExtraArgs:
     """The same mathematics as `sam`, by optax's own implementation."""
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
     return optax.contrib.sam(_sgd(), ascent, reset_state=True, opaque_mode=True)
-
-
-def _value_fn(value_fn: ValueFn) -> dict[str, Any]:
-    return {"value_fn": value_fn}
 
 
 def _two_argument_grad_fn(value_fn: ValueFn) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eigensam_jax.experiments.bench import tables
-from eigensam_jax.experiments.records import images
+from eigensam_jax.experiments.records import images, results
 
 Record = Mapping[str, Any]
 
@@ -69,11 +69,7 @@ def growth(runs: Sequence[Record], path: Path) -> None:
         for i, name in enumerate(names):
             if (key, name) == ("passes_over_sam", "sgd"):
                 continue  # a gradient less, which is many passes
-            chosen = [
-                run
-                for run in runs
-                if (run["scaled"], run["optimizer"]) == (scaled, name)
-            ]
+            chosen = results.select(runs, scaled=scaled, optimizer=name)
             x = [run[scaled] for run in chosen]
             y = [factor * run[key] for run in chosen]
             axes.plot(x, y, ".-", color=colours(i), label=name)

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from eigensam_jax.experiments.records import tables
+from eigensam_jax.experiments.records import results, tables
 
 Record = Mapping[str, Any]
 
@@ -129,8 +129,7 @@ def growth_summary(runs: Sequence[Record]) -> list[list[str]]:
             f"{run['temp_bytes'] / 2**20:.4g}",
             f"{run['passes_over_sam']:+.2f}",
         ]
-        for run in runs
-        if run["scaled"] == "parameters"
+        for run in results.select(runs, scaled="parameters")
     ]
 
 
@@ -144,6 +143,5 @@ def devices_summary(runs: Sequence[Record]) -> list[list[str]]:
             f"{run['collectives']:.4g}",
             f"{run['collective_bytes'] / 1e6:.4g}",
         ]
-        for run in runs
-        if run["scaled"] == "devices"
+        for run in results.select(runs, scaled="devices")
     ]

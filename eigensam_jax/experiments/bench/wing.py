@@ -6,7 +6,6 @@ from typing import Any
 
 from eigensam_jax.experiments import options
 from eigensam_jax.experiments.bench import contenders, torch_reference, workloads
-from eigensam_jax.experiments.errors import UserError
 
 Document = dict[str, Any]
 
@@ -22,6 +21,7 @@ _USUAL: dict[str, Any] = {
     "models": _MODELS,
     "optimizers": None,
     "batch_size": None,
+    "devices": 1,
     "steps": 50,
 }
 _DTYPES = ("float32", "bfloat16")
@@ -79,22 +79,13 @@ def add_command(subparsers: Any) -> None:
 def run(chosen: argparse.Namespace, command: str) -> None:
     """Measures what was chosen; leaves `results.json` and a plot in `--out`."""
     if chosen.growth:
-        _growth(chosen, command)
-        return
-    from eigensam_jax.experiments.bench import run as bench
+        from eigensam_jax.experiments.bench import growth
 
-    chosen = options.filled(chosen, _USUAL, _SMOKE)
-    names = chosen.optimizers and tuple(dict.fromkeys(chosen.optimizers))
-    config = bench.Config(
-        models=tuple(dict.fromkeys(chosen.models)),
-        optimizers=names,
-        batch_size=chosen.batch_size,
-        dtype=chosen.dtype,
-        devices=chosen.devices or 1,
-        rounds=chosen.steps,
-        out=chosen.out,
-    )
-    bench.run(config, command)
+        growth.run(chosen, command)
+    else:
+        from eigensam_jax.experiments.bench import run as bench
+
+        bench.run(options.filled(chosen, _USUAL, _SMOKE), command)
 
 
 def tables(results: list[Document]) -> dict[str, Any]:
@@ -119,20 +110,3 @@ def plots(results: Document, folder: Path) -> None:
     grown = "scaled" in results["runs"][0]
     draw, name = (drawn.growth, "growth") if grown else (drawn.bench, "bench")
     draw(results["runs"], folder / f"{name}.png")
-
-
-def _growth(chosen: argparse.Namespace, command: str) -> None:
-    for name in ("models", "optimizers", "devices", "steps"):
-        if getattr(chosen, name):
-            raise UserError(f"--growth has its own --{name}; leave --{name} out")
-    from eigensam_jax.experiments.bench import growth
-
-    few = 2 if chosen.smoke else None
-    config = growth.Config(
-        batch_size=chosen.batch_size or 256,
-        dtype=chosen.dtype,
-        widths=growth.WIDTHS[:few],
-        devices=growth.DEVICES[:few],
-        out=chosen.out,
-    )
-    growth.run(config, command)

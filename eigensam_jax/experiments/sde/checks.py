@@ -118,7 +118,7 @@ def moments(
         )
         return found
 
-    names = [f"E({x})" for x in OBSERVABLES] + [f"E(({x})²)" for x in OBSERVABLES]
+    names = [(name, power) for power in (1, 2) for name in OBSERVABLES]
     methods, records = ("sam", *ORDERS), list[Record]()
     keys = jax.random.split(jax.random.key(0), (len(methods), num_paths))
     for method, of_method in zip(methods, keys, strict=True):
@@ -126,11 +126,11 @@ def moments(
         powers = np.concatenate([seen, seen**2], axis=1)
         errors = powers.std(0, ddof=1) / np.sqrt(num_paths)
         shared = {"optimizer": method, "rho": rho, "steps": MOMENT_STEPS}
+        shared["paths"] = num_paths
+        figures = zip(names, powers.mean(0).tolist(), errors.tolist(), strict=True)
         records += [
-            {**shared, "paths": num_paths, "moment": name, "mean": mean, "error": error}
-            for name, mean, error in zip(
-                names, powers.mean(0).tolist(), errors.tolist(), strict=True
-            )
+            {**shared, "observable": x, "power": n, "mean": mean, "error": error}
+            for (x, n), mean, error in figures
         ]
     return records
 

@@ -175,8 +175,10 @@ def moments(runs: Sequence[Record]) -> list[list[str]]:
     """
     rows = []
     for sam in results.select(runs, check="moments", optimizer="sam"):
-        row = [sam["moment"], f"{sam['mean']:.4g} ± {sam['error']:.1g}"]
-        for run in results.select(runs, check="moments", moment=sam["moment"]):
+        moment = {key: sam[key] for key in ("observable", "power")}
+        name = sam["observable"] if sam["power"] == 1 else f"({sam['observable']})²"
+        row = [f"E({name})", f"{sam['mean']:.4g} ± {sam['error']:.1g}"]
+        for run in results.select(runs, check="moments", **moment):
             if run is not sam:
                 error = np.hypot(run["error"], sam["error"])
                 row.append(f"{(run['mean'] - sam['mean']) / error:+.1f}")

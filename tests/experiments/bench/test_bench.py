@@ -68,10 +68,10 @@ def test_operations_are_those_of_the_gradients_and_products_in_a_step(smoke):
 
     power = run["optimizers"]["power_iteration"]
     for key in ("operations", "bytes_accessed"):
-        plain, due = power["plain"][key], power["due"][key]
+        plain, due = power[f"plain_{key}"], power[f"due_{key}"]
         np.testing.assert_allclose(power[key], 0.99 * plain + 0.01 * due)
     # Five products, which may share what does not depend on the vector.
-    products = power["due"]["operations"] - power["plain"]["operations"]
+    products = power["due_operations"] - power["plain_operations"]
     assert 4 * hvp < products < 5.05 * hvp
 
 
@@ -120,8 +120,8 @@ def test_figures_of_other_networks_are_kept(smoke, tmp_path, monkeypatch, capsys
     out, results = smoke
     (tmp_path / "results.json").write_text((out / "results.json").read_text())
 
-    def measured(config, model, names, placed, console):
-        other = {"model": model, "rounds": config.rounds}
+    def measured(chosen, model, names, placed, console):
+        other = {"model": model, "rounds": chosen.steps}
         return [{**run, **other} for run in results["runs"]]
 
     monkeypatch.setattr(bench, "measure", measured)
@@ -280,10 +280,12 @@ def test_a_due_step_weighs_its_share():
     plain, due = programs.Costs(10, 20, 1, 4), programs.Costs(110, 420, 6, 24)
     expected = programs.Costs(11, 24, 1.05, 4.2)
     np.testing.assert_allclose(programs.weigh(plain, due, 100), expected)
-    compiled = [programs.Program(None, costs, 0, 0.0) for costs in (due, plain)]
-    assert steps.Steps(compiled[0]).costs == due
-    weighed = steps.Steps(*compiled[:1], compiled[1], compiled[0], 2).costs
-    np.testing.assert_allclose(weighed.operations, 60)
+    one, other = (programs.Program(None, costs, 0, 0.0) for costs in (due, plain))
+    same = steps.figures(steps.Steps(one, one, one, 1))
+    assert {key: same[key] for key in due._fields} == due._asdict()
+    weighed = steps.figures(steps.Steps(one, other, one, 2))
+    np.testing.assert_allclose(weighed["operations"], 60)
+    assert (weighed["plain_operations"], weighed["due_operations"]) == (10, 110)
 
 
 def test_turns_are_weighed_and_warm_up_is_left_out(monkeypatch):
@@ -338,12 +340,29 @@ def test_optax_sam_is_the_same_mathematics():
 
 
 def test_growth_counts_passes_and_exchanges(tmp_path, monkeypatch, capsys):
+    """Also when it is interrupted, and goes on."""
     monkeypatch.setattr(growth, "OPTIMIZERS", ("sam", "secant"))
     monkeypatch.setattr(growth, "WIDTHS", (64,))
     monkeypatch.setattr(growth, "DEVICES", (4,))
     monkeypatch.setattr(growth, "DEVICES_WIDTH", 16)
     asked = ["bench", "--growth", "--batch-size", "64", "--out", str(tmp_path)]
+    compile_steps, compiled = steps.compile_steps, []
+
+    def interrupted(task, contender):
+        compiled.append(task.parameters)
+        if len(compiled) in (1, 5):
+            raise KeyboardInterrupt
+        return compile_steps(task, contender)
+
+    monkeypatch.setattr(steps, "compile_steps", interrupted)
+    assert cli.main(asked) == 130
+    assert "No run was finished." in capsys.readouterr().out
+    assert cli.main(asked) == 130
+    said = "".join(capsys.readouterr().out.split())
+    assert "2finishedrunsarein" in said
+    assert "thesamecommandgoesonfromthere." in said
     assert cli.main(asked) == 0
+    assert len(compiled) == 1 + 2 + 2 + 2
     printed = [" ".join(x.split()) for x in capsys.readouterr().out.splitlines()]
     results = json.loads((tmp_path / "results.json").read_text())
     runs = results["runs"]
@@ -518,7 +537,7 @@ def test_pytorch_takes_the_same_steps(network):
         state = params, every[ours].tx.init(params)
         for refresh in (True, False):
             theirs = method.due if refresh and method.due else method.step
-            fixed = None if every[ours].interval is None else refresh
+            fixed = None if every[ours].interval == 1 else refresh
             step = jax.jit(contenders.make_step(every[ours], loss, fixed))
             *state, _ = step(*state, others, batch)
             theirs()

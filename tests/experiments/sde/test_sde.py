@@ -352,13 +352,13 @@ def test_tables_of_checks_are_computed_from_their_records():
     figures = {"sam": (4.0, 0.03), "order_1": (4.5, 0.04), "order_2": (3.9, 0.04)}
     runs = [
         {
-            **{"check": "moments", "optimizer": name, "moment": "E(loss)"},
-            **{"mean": mean, "error": error},
+            **{"check": "moments", "optimizer": name, "observable": "loss"},
+            **{"power": 2, "mean": mean, "error": error},
         }
         for name, (mean, error) in figures.items()
     ]
     # The error of a difference is 0.05.
-    assert sde_tables.moments(runs) == [["E(loss)", "4 ± 0.03", "+10.0", "-2.0"]]
+    assert sde_tables.moments(runs) == [["E((loss)²)", "4 ± 0.03", "+10.0", "-2.0"]]
 
 
 def test_help_fits_a_screen(capsys, monkeypatch):

@@ -28,16 +28,13 @@ def add_problem(
     parser: argparse.ArgumentParser, models: Sequence[str] | None = None
 ) -> None:
     """The options of what is learnt, by what."""
-    add: Any = parser.add_argument
     add_data(parser)
-    models = models or tuple(MODELS)
-    add("--model", metavar="NAME", choices=models, default="mlp", help=any_of(models))
+    add_choice(parser, "model", models or tuple(MODELS), "mlp")
 
 
 def add_pretrained(parser: argparse.ArgumentParser) -> None:
     """The options of what training begins from, and on how much."""
-    add: Any = parser.add_argument
-    add(
+    parser.add_argument(
         "--pretrained",
         metavar="FILE",
         type=Path,
@@ -54,13 +51,11 @@ def add_pretrained(parser: argparse.ArgumentParser) -> None:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The options of what is learnt."""
-    add: Any = parser.add_argument
-    names, files = tuple(DATASETS), {x: DATASETS[x].files for x in DATASETS}
-    add(
-        "--dataset", metavar="NAME", choices=names, default="digits", help=any_of(names)
+    add_choice(parser, "dataset", tuple(DATASETS), "digits")
+    held = "; ".join(f"{name}: {x.files}" for name, x in DATASETS.items() if x.files)
+    parser.add_argument(
+        "--data-dir", metavar="DIR", type=Path, help=f"folder of its files. {held}"
     )
-    held = "; ".join(f"{name}: {what}" for name, what in files.items() if what)
-    add("--data-dir", metavar="DIR", type=Path, help=f"folder of its files. {held}")
 
 
 def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
@@ -94,14 +89,8 @@ def add_learning_rate(parser: argparse.ArgumentParser, usual: str) -> None:
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """The options of what takes the steps."""
-    add: Any = parser.add_argument
-    add(
-        "--base-optimizer",
-        metavar="NAME",
-        choices=tuple(BASE_OPTIMIZERS),
-        default="sgd",
-        help=f"what takes the steps, {any_of(tuple(BASE_OPTIMIZERS))}",
-    )
+    what, names = "what takes the steps, ", tuple(BASE_OPTIMIZERS)
+    add_choice(parser, "base-optimizer", names, "sgd", what)
     add_number(parser, "weight-decay", 0.0)
 
 
@@ -172,9 +161,29 @@ def add_number(
     parser.add_argument(f"--{name}", **keywords, help=f"{what} [%(default)s]".strip())
 
 
-def any_of(names: Sequence[str]) -> str:
-    """The help of an option that takes one of these."""
-    return f"{' or '.join(names)} [%(default)s]"
+def add_choice(
+    parser: argparse.ArgumentParser,
+    name: str,
+    names: Sequence[str],
+    usual: str,
+    what: str = "",
+) -> None:
+    """An option that takes one of these names."""
+    keywords: Any = {"metavar": "NAME", "choices": names, "default": usual}
+    text = f"{what}{' or '.join(names)} [%(default)s]"
+    parser.add_argument(f"--{name}", **keywords, help=text)
+
+
+def add_choices(
+    parser: argparse.ArgumentParser,
+    name: str,
+    names: Sequence[str],
+    what: str = " [all]",
+) -> None:
+    """An option that takes some of these names."""
+    keywords: Any = {"metavar": "NAME", "nargs": "+", "choices": names}
+    text = f"some of {', '.join(names)}{what}"
+    parser.add_argument(f"--{name}", **keywords, help=text)
 
 
 def filled(

@@ -12,7 +12,6 @@ from eigensam_jax.experiments.bench import (
     steps,
     timing,
     torch_reference,
-    turns,
     wing,
     workloads,
 )
@@ -145,7 +144,7 @@ def measure(
         torch_version = None
         if len(ours) < len(names):
             torch_version = torch_reference.start(placement.usable_cores())
-        timed = turns.make_turns(task, names, ours, compiled)
+        timed = timing.make_turns(task, names, ours, compiled)
         times = timing.in_turns(timed, chosen.steps, lambda: bar.advance(task_id))
     shared = {
         "model": model,

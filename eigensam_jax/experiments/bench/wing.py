@@ -24,7 +24,6 @@ _USUAL: dict[str, Any] = {
     "devices": 1,
     "steps": 50,
 }
-_DTYPES = ("float32", "bfloat16")
 
 
 def add_command(subparsers: Any) -> None:
@@ -38,36 +37,21 @@ def add_command(subparsers: Any) -> None:
         "results.json and bench.png in --out. Figures of other networks that are there "
         "already are kept.",
     )
-    add = bench.add_argument
-    add(
-        "--models",
-        metavar="NAME",
-        nargs="+",
-        choices=_MODELS,
-        help=f"some of {', '.join(_MODELS)} [all]",
-    )
-    add(
-        "--optimizers",
-        metavar="NAME",
-        nargs="+",
-        choices=_OPTIMIZERS,
-        help=f"some of {', '.join(_OPTIMIZERS)}, beside sgd and sam; what is a "
-        "tracker's name is eigen_sam by it, and torch_… is PyTorch [all that can be]",
+    options.add_choices(bench, "models", _MODELS)
+    options.add_choices(
+        *(bench, "optimizers", _OPTIMIZERS),
+        ", beside sgd and sam; what is a tracker's name is eigen_sam by it, and "
+        "torch_… is PyTorch [all that can be]",
     )
     options.add_counts(bench, {"batch-size": "[256; 32 for resnet18 and vit]"})
-    add(
-        "--dtype",
-        metavar="NAME",
-        choices=_DTYPES,
-        default="float32",
-        help=f"of the computation; parameters are float32. {options.any_of(_DTYPES)}",
-    )
+    what = "of the computation; parameters are float32. "
+    options.add_choice(bench, "dtype", ("float32", "bfloat16"), "float32", what)
     counts = {
         "devices": "how many, each with a part of the batch; a CPU is divided [1]",
         "steps": f"rounds timed [{_USUAL['steps']}]",
     }
     options.add_counts(bench, counts)
-    add(
+    bench.add_argument(
         "--growth",
         action="store_true",
         help="instead: cost against the number of parameters, to 10⁸, and of devices, "

@@ -14,7 +14,7 @@ from eigensam_jax.experiments.errors import UserError
 
 PACKAGES = ("eigensam_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scipy")
 FILE = "results.json"
-SCHEMA = 1  # of the files that are written and read; see the package's docstring
+SCHEMA = 1  # of the files that are written and read
 DIGITS = 9  # of a number, which is all that float32 holds
 CURVES = ("curves", "nodes", "weights")  # of which no table has more than
 CURVE_DIGITS = 6

@@ -38,9 +38,8 @@ def add_command(subparsers: Any) -> None:
         "rates.png in --out. Paths that are there already are kept: the same command "
         "goes on where it was interrupted.",
     )
-    add = sde.add_argument
     options.add_data(sde)
-    add(
+    sde.add_argument(
         "--rho",
         metavar="X",
         nargs="+",

@@ -1,7 +1,7 @@
 """The network whose Hessian `eigensam spectrum` looks at, trained."""
 
+import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -17,29 +17,6 @@ from eigensam_jax.experiments.training.steps import TrainState
 from eigensam_jax.tree_math import PyTree
 
 CHECKPOINTS = 10  # of a training, beside the one at its end
-
-
-class Config(NamedTuple):
-    """The options of the command; see `eigensam spectrum --help`."""
-
-    dataset: str
-    data_dir: Path | None
-    model: str
-    optimizer: str
-    seed: int
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    rho: float
-    alpha: float
-    augment: bool
-    k: int
-    num_matvecs: int
-    num_samples: int
-    examples: int | None
-    base_optimizer: str
-    weight_decay: float
-    out: Path
 
 
 class Trained(NamedTuple):
@@ -59,7 +36,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    config: Config,
+    chosen: argparse.Namespace,
     dataset: Dataset,
     saved: dict[str, Any] | None = None,
     keep: Callable[[int, dict[str, Any]], None] = lambda step, what: None,
@@ -67,7 +44,7 @@ def train(
     """The network at the end of training.
 
     Args:
-      config: how it is trained.
+      chosen: the options, see `eigensam spectrum --help`.
       dataset: what it is trained on.
       saved: what was kept of an interrupted training, to go on with.
       keep: called on the way and at the end, with the steps so far and what there is
@@ -81,15 +58,15 @@ def train(
         trained = Trained(**saved["trained"])
         arrays = jax.tree.map(jnp.asarray, (trained.params, trained.batch_stats))
         return trained._replace(params=arrays[0], batch_stats=arrays[1])
-    steps = loop.num_steps(dataset, config.batch_size, config.epochs)
+    steps = loop.num_steps(dataset, chosen.batch_size, chosen.epochs)
     settings = loop.Settings(
-        *(steps, config.batch_size, config.learning_rate),
+        *(steps, chosen.batch_size, chosen.learning_rate),
         looks=loop.evaluation_steps(steps, CHECKPOINTS + 1)[1:],
-        augment=registry.augmentation(config.dataset, config.augment),
-        base=config.base_optimizer,
-        weight_decay=config.weight_decay,
+        augment=registry.augmentation(chosen.dataset, chosen.augment),
+        base=chosen.base_optimizer,
+        weight_decay=chosen.weight_decay,
     )
-    model = registry.model(config.model, dataset.num_classes)
+    model = registry.model(chosen.model, dataset.num_classes)
     means = measures.make_means(model)
 
     def measure(
@@ -105,9 +82,9 @@ def train(
         _, accuracy = means(params, dataset.test_images, dataset.test_labels, stats)
         return Trained(params, train_loss, accuracy, stats), None
 
-    method = methods.named(config.optimizer, config.rho, config.alpha)
+    method = methods.named(chosen.optimizer, chosen.rho, chosen.alpha)
     run = loop.make_run(model, dataset, measure, settings)
-    for point in run(method, config.seed, saved.get("progress")):
+    for point in run(method, chosen.seed, saved.get("progress")):
         if point.step < steps:
             progress = serialization.to_state_dict(point.progress)
             keep(point.step, {"progress": progress})

@@ -35,17 +35,10 @@ def add_command(subparsers: Any) -> None:
         "--out. Runs that are there already are kept: the same command goes on where "
         "it was interrupted, and a tracker, an α or a seed can be added.",
     )
-    add = track.add_argument
     small = {name: x.track_rate for name, x in MODELS.items() if x.track_rate}
     options.add_problem(track, tuple(small))
-    add(
-        "--trackers",
-        metavar="NAME",
-        nargs="+",
-        choices=tuple(TRACKERS),
-        help=f"some of {', '.join(TRACKERS)} [all]",
-    )
-    add(
+    options.add_choices(track, "trackers", tuple(TRACKERS))
+    track.add_argument(
         "--alpha",
         metavar="X",
         nargs="+",

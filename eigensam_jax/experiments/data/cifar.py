@@ -40,17 +40,7 @@ def cifar10(data_dir: Path | None, facts: Facts = FACTS["cifar10"]) -> Arrays:
     folder = integrity.folder_of("cifar10", data_dir, _CONTENT["cifar10"])
     if (folder / f"{_TRAIN[0]}.png").is_file():
         return _sheets(folder, facts)
-    paths = [folder / f"{name}.bin" for name in (*_TRAIN, _TEST)]
-    integrity.check_there(paths, _CONTENT["cifar10"])
-    each = sum(facts.train_counts) // len(_TRAIN)
-    batches = [_binary(path, each, 1, facts) for path in paths[:-1]]
-    images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-    test_images, test_labels = _binary(paths[-1], sum(facts.test_counts), 1, facts)
-    integrity.check_counts(test_labels, facts.test_counts, str(paths[-1]))
-    source = f"{paths[0]} to {paths[-2].name}"
-    integrity.check_counts(labels, facts.train_counts, source)
-    integrity.check_means(images, facts.train_means, source)
-    return images, labels, test_images, test_labels
+    return _binary_version(folder, (*_TRAIN, _TEST), "cifar10", 1, facts)
 
 
 def cifar100(data_dir: Path | None, facts: Facts = FACTS["cifar100"]) -> Arrays:
@@ -64,14 +54,24 @@ def cifar100(data_dir: Path | None, facts: Facts = FACTS["cifar100"]) -> Arrays:
       UserError: if a file is missing, cut off or not what it should be.
     """
     folder = integrity.folder_of("cifar100", data_dir, _CONTENT["cifar100"])
-    path, test_path = folder / "train.bin", folder / "test.bin"
-    integrity.check_there([path, test_path], _CONTENT["cifar100"])
-    images, labels = _binary(path, sum(facts.train_counts), 2, facts)
-    test_images, test_labels = _binary(test_path, sum(facts.test_counts), 2, facts)
-    integrity.check_counts(labels, facts.train_counts, str(path))
-    integrity.check_counts(test_labels, facts.test_counts, str(test_path))
-    integrity.check_means(images, facts.train_means, str(path))
-    return images, labels, test_images, test_labels
+    return _binary_version(folder, ("train", "test"), "cifar100", 2, facts)
+
+
+def _binary_version(
+    folder: Path, names: tuple[str, ...], name: str, num_labels: int, facts: Facts
+) -> Arrays:
+    """What is in files of these names, of which the last is the test set."""
+    *paths, test_path = (folder / f"{file}.bin" for file in names)
+    integrity.check_there([*paths, test_path], _CONTENT[name])
+    each = sum(facts.train_counts) // len(paths)
+    batches = [_binary(path, each, num_labels, facts) for path in paths]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    test = _binary(test_path, sum(facts.test_counts), num_labels, facts)
+    source = f"{paths[0]}{f' to {paths[-1].name}' if paths[1:] else ''}"
+    integrity.check_counts(labels, facts.train_counts, source)
+    integrity.check_counts(test[1], facts.test_counts, str(test_path))
+    integrity.check_means(images, facts.train_means, source)
+    return images, labels, *test
 
 
 def _binary(

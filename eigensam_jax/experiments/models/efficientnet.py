@@ -101,13 +101,13 @@ class EfficientNetLite0(nn.Module):
         he = nn.initializers.he_normal()
         stem = nn.Conv(_STEM, (3, 3), 2, use_bias=False, kernel_init=he, name="stem")
         x = nn.relu6(norm(name="stem_norm")(stem(x)))
-        i = 0
-        for blocks, size, first_stride, expansion, channels in _STAGES:
-            for block in range(blocks):
-                stride = first_stride if block == 0 else 1
-                name = f"block_{i}"
-                x = Block(channels, size, stride, expansion, norm, name=name)(x)
-                i += 1
+        shapes = (
+            (channels, size, stride if block == 0 else 1, expansion)
+            for blocks, size, stride, expansion, channels in _STAGES
+            for block in range(blocks)
+        )
+        for i, shape in enumerate(shapes):
+            x = Block(*shape, norm, name=f"block_{i}")(x)
         x = _pointwise(_HEAD, "head")(x)
         x = nn.relu6(norm(name="head_norm")(x))
         x = jnp.mean(x, axis=(1, 2))
@@ -233,9 +233,7 @@ def _name(_: str, first: str, *rest: str) -> str:
 
 def _turned(array: np.ndarray) -> np.ndarray:
     """An array in the order of Flax; a 1×1 convolution becomes a matrix."""
-    if array.ndim != 4:
+    if array.ndim < 4:
         return array.transpose()
-    if array.shape[2:] == (1, 1):
-        array = array[:, :, 0, 0]
-        return array.transpose()
-    return array.transpose(2, 3, 1, 0)
+    turned = array.transpose(2, 3, 1, 0)
+    return turned[0, 0] if turned.shape[:2] == (1, 1) else turned

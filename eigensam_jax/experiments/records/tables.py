@@ -35,7 +35,11 @@ def mean_and_deviation(values: Sequence[float], digits: int, factor: float = 1) 
 
 
 def mean_and_interval(
-    values: Sequence[float], digits: int, factor: float = 1, *, sign: bool = True
+    values: Sequence[float] | np.ndarray,
+    digits: int,
+    factor: float = 1,
+    *,
+    sign: bool = True,
 ) -> str:
     """`mean ± half the 95% interval` by Student's t; of one value, itself.
 

@@ -71,16 +71,14 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
 def distances(runs: Sequence[Record]) -> list[list[str]]:
     """A row a ρ and kind of path: how far off SAM it is, in % of SAM's."""
     methods = ("sam_again", "order_2", "order_3", "mean_order_2", "mean_order_3")
+    interval = tables.mean_and_interval
     rows = []
     for rho in rhos(runs):
         for method in methods:
-            off, distance = [], []
-            for quantity in QUANTITIES:
-                found = relative(runs, method, rho, quantity)
-                off.append(tables.mean_and_interval(found.mean(1).tolist(), 1, 100))
-                mean = abs(found).mean(1).tolist()
-                distance.append(tables.mean_and_interval(mean, 1, 100).lstrip("+"))
-            rows.append([LABELS[method], f"{rho:g}", *off, *distance])
+            found = [relative(runs, method, rho, x) for x in QUANTITIES]
+            off = [interval(x.mean(1), 1, 100) for x in found]
+            far = [interval(abs(x).mean(1), 1, 100, sign=False) for x in found]
+            rows.append([LABELS[method], f"{rho:g}", *off, *far])
     return rows
 
 
@@ -99,7 +97,7 @@ def differences(runs: Sequence[Record]) -> list[list[str]]:
                     abs(relative(runs, kind + method, rho, quantity)).mean(1)
                     for method in ("order_3", "order_2")
                 )
-                row.append(tables.mean_and_interval((third - second).tolist(), 1, 100))
+                row.append(tables.mean_and_interval(third - second, 1, 100))
         rows.append(row)
     return rows
 
@@ -156,16 +154,19 @@ def share(run: Record) -> np.ndarray:
 
 def slopes(runs: Sequence[Record]) -> list[list[str]]:
     """A row a check: the slopes of log error over log ρ, by order."""
-    of_row: dict[str, dict[int, list[Record]]] = {}
+    of_row: dict[tuple[str, int], list[Record]] = {}
     for run in runs:
-        if run.get("check") in ("one_step", "many_steps"):
-            steps = "one step" if run["steps"] == 1 else f"{run['steps']} steps"
-            row = of_row.setdefault(f"{LABELS[run['optimizer']]}, {steps}", {})
-            row.setdefault(run["order"], []).append(run)
-    return [
-        [name, *(f"{_slope(of_order):.2f}" for _, of_order in sorted(row.items()))]
-        for name, row in of_row.items()
-    ]
+        if "error" in run and "order" in run:
+            of_row.setdefault((run["optimizer"], run["steps"]), []).append(run)
+    rows = []
+    for (optimizer, steps), found in of_row.items():
+        row = [f"{LABELS[optimizer]}, {'one step' if steps == 1 else f'{steps} steps'}"]
+        for order in (1, 2, 3):
+            errors = results.select(found, order=order)
+            x, y = np.log([(run["rho"], run["error"]) for run in errors]).T
+            row.append(f"{np.polyfit(x, y, 1)[0]:.2f}")
+        rows.append(row)
+    return rows
 
 
 def moments(runs: Sequence[Record]) -> list[list[str]]:
@@ -231,8 +232,3 @@ def relative(
         )
         rows.append((ours - sam) / sam)
     return np.array(rows)
-
-
-def _slope(errors: Sequence[Record]) -> float:
-    x, y = np.log([(run["rho"], run["error"]) for run in errors]).T
-    return float(np.polyfit(x, y, 1)[0])

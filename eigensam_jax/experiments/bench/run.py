@@ -52,7 +52,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         try:
             measured = measure(chosen, model, names[model], placed, console)
         except KeyboardInterrupt:
-            done = ", ".join(dict.fromkeys(run["model"] for run in document["runs"]))
+            done = ", ".join(bench_tables.networks(document["runs"]))
             console.print(
                 f"{path} holds {done}." if done else "No network was finished."
             )
@@ -61,11 +61,11 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         measured = [results.rounded(run | seconds) for run in measured]
         others = [run for run in document["runs"] if run["model"] != model]
         document["runs"] = in_order([*others, *measured])
-        networks = bench_tables.networks(document["runs"])
-        document["wall_time_s"] = sum(x["wall_time_s"] for x in networks)
+        networks = bench_tables.networks(document["runs"]).values()
+        document["wall_time_s"] = sum(runs[0]["wall_time_s"] for runs in networks)
         document["complete"] = model == list(names)[-1]
         results.write(path, document)
-        for table in bench_tables.network_tables(*bench_tables.networks(measured)):
+        for table in bench_tables.network_tables(measured):
             console.print(table)
     wing.plots(document, chosen.out)
     console.print(bench_tables.EXPLANATION)
@@ -159,21 +159,13 @@ def measure(
         own: Record = {"torch": torch_version}
         if name in compiled:
             own = steps.figures(compiled[name])
-        by_name[name] = {**own, **times_of(times, name)}
+        rounds, due = times[name]
+        own |= {"time_s": timing.quartiles(rounds), "due_time_s": due}
+        for base in BASELINES:
+            ratios = rounds / times[base].rounds
+            own[f"time_to_{base}"] = timing.quartiles(ratios)
+        by_name[name] = own
     return [{**shared, "optimizer": name, **x} for name, x in by_name.items()]
-
-
-def times_of(times: dict[str, timing.Times], name: str) -> Record:
-    """Quartiles of an optimizer's time and of its ratios, for the results file."""
-    rounds = times[name].rounds
-    return {
-        "time_s": timing.quartiles(rounds),
-        "due_time_s": times[name].due,
-        **{
-            f"time_to_{base}": timing.quartiles(rounds / times[base].rounds)
-            for base in BASELINES
-        },
-    }
 
 
 def _without_torch(chosen: argparse.Namespace, model: str) -> str | None:

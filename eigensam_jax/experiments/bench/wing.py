@@ -78,10 +78,8 @@ def tables(results: list[Document]) -> dict[str, Any]:
 
     runs = results[0]["runs"]
     return {
-        "bench": lambda model: made.summary(
-            next(x for x in made.networks(runs) if x["model"] == model)
-        ),
-        "bench_across": lambda _: made.across(made.networks(runs)),
+        "bench": lambda model: made.summary(made.networks(runs)[model]),
+        "bench_across": lambda _: made.across(runs),
         "growth": lambda _: made.growth_summary(runs),
         "devices": lambda _: made.devices_summary(runs),
     }

@@ -109,9 +109,7 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
         chosen = sde_tables.measured(runs, method)
         steps = chosen[0]["curves"]["step"][1:]
         for part, (colour, style) in _PARTS.items():
-            values = np.array(
-                [sde_tables.relative_rate(run, part)[1:] for run in chosen]
-            )
+            values = np.array([sde_tables.rate(run, part)[1:] for run in chosen])
             low, median, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
             label = sde_tables.PARTS[part]
             axes.plot(steps, median, style, color=colour, label=label)
@@ -125,8 +123,10 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
         axes.set_yscale("symlog", linthresh=0.01)
         axes.grid(alpha=0.3)
         right.plot(
-            np.ravel([sde_tables.alignment(run)[1:] for run in chosen]),
-            np.ravel([sde_tables.share(run)[1:] for run in chosen]),
+            *(
+                np.ravel([sde_tables.rate(run, *x)[1:] for run in chosen])
+                for x in (("perturbation_alignment", ""), ("third", "rate_aligned"))
+            ),
             ".",
             color=METHODS[method].colour,
             label=sde_tables.LABELS[method],

@@ -1,7 +1,6 @@
 """The tables of `eigensam sde`, out of its results file."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,25 +107,20 @@ def rates(runs: Sequence[Record]) -> list[list[str]]:
     The alignment |cos(ε, v)|, the parts of (dλ/dt)/λ, and the share.
     """
     columns = [measured(runs, method) for method in ("sam", "eigen_sam")]
-    found: dict[str, tuple[Callable[[Record], Any], int]] = {
-        "alignment of ε with v": (alignment, 2),
-        **{
-            label: (partial(relative_rate, part=part), 3)
-            for part, label in PARTS.items()
-        },
-        "third / if along v": (share, 2),
-    }
+    rows = [("alignment of ε with v", "perturbation_alignment", "", 2)]
+    rows += [(label, part, "lambda_max", 3) for part, label in PARTS.items()]
+    rows += [("third / if along v", "third", "rate_aligned", 2)]
     return [
         [
             name,
             *(
                 tables.mean_and_deviation(
-                    [float(np.mean(values(run)[1:])) for run in column], digits
+                    [float(rate(run, part, over)[1:].mean()) for run in column], digits
                 )
                 for column in columns
             ),
         ]
-        for name, (values, digits) in found.items()
+        for name, part, over, digits in rows
     ]
 
 
@@ -135,21 +129,11 @@ def measured(runs: Sequence[Record], method: str) -> list[Record]:
     return [run for run in paths(runs, method) if "rate_first" in run["curves"]]
 
 
-def relative_rate(run: Record, part: str, to: str = "lambda_max") -> np.ndarray:
-    """A part of dλ/dt at each look, over λ or over another part."""
+def rate(run: Record, part: str, over: str = "lambda_max") -> np.ndarray:
+    """A part of dλ/dt at each look, over another curve, or nothing."""
     curves = run["curves"]
-    rate: np.ndarray = np.divide(curves[f"rate_{part}"], curves[to])
-    return rate
-
-
-def alignment(run: Record) -> np.ndarray:
-    """At each look, |cos| between the perturbation and the top eigenvector."""
-    return np.array(run["curves"]["rate_perturbation_alignment"])
-
-
-def share(run: Record) -> np.ndarray:
-    """At each look, what part of the aligned pull the third derivatives have."""
-    return relative_rate(run, "third", "rate_aligned")
+    found: np.ndarray = np.divide(curves[f"rate_{part}"], curves[over] if over else 1)
+    return found
 
 
 def slopes(runs: Sequence[Record]) -> list[list[str]]:
@@ -205,13 +189,8 @@ def paths(
     runs: Sequence[Record], method: str, rho: float | None = None
 ) -> list[Record]:
     """The paths of a method, at a ρ if one is named, by seed."""
-    return [
-        run
-        for run in runs
-        if "check" not in run
-        and run["optimizer"] == method
-        and rho in (None, run["rho"])
-    ]
+    found = results.select(runs, optimizer=method)
+    return [x for x in found if "check" not in x and rho in (None, x["rho"])]
 
 
 def rhos(runs: Sequence[Record]) -> list[float]:
@@ -224,11 +203,8 @@ def relative(
 ) -> np.ndarray:
     """(path − SAM's)/SAM's, a row a seed, a column a look after the start."""
     reference = "mean_sam" if method.startswith("mean_") else "sam"
-    by_seed = {run["seed"]: run for run in paths(runs, reference, rho)}
-    rows = []
-    for run in paths(runs, method, rho):
-        ours, sam = (
-            np.asarray(x["curves"][quantity][1:]) for x in (run, by_seed[run["seed"]])
-        )
-        rows.append((ours - sam) / sam)
-    return np.array(rows)
+    ours, sams = (
+        {run["seed"]: np.array(run["curves"][quantity][1:]) for run in found}
+        for found in (paths(runs, method, rho), paths(runs, reference, rho))
+    )
+    return np.array([(ours[seed] - sams[seed]) / sams[seed] for seed in ours])

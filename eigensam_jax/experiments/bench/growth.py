@@ -25,17 +25,9 @@ Record = dict[str, Any]
 def run(chosen: argparse.Namespace, command: str) -> None:
     """Compiles all; leaves `results.json` and `growth.png` in `--out`.
 
-    Nothing is run and no array is made: 10⁸ parameters take no memory. Figures of the
-    same configuration that are there already are kept.
-
-    Args:
-      chosen: the options, see `eigensam bench --help`. Numbers of devices that there
-        are not are left out.
-      command: the command line, for the results file.
-
-    Raises:
-      UserError: for what can't be compiled, before any work is done.
-      KeyboardInterrupt: passed on, with what is finished on disk.
+    Nothing is run and no array is made: 10⁸ parameters take no memory. Numbers of
+    devices that there are not are left out. Figures of the same configuration that are
+    there already are kept.
     """
     for name in ("models", "optimizers", "devices", "steps"):
         if getattr(chosen, name):

@@ -31,14 +31,6 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
     Figures of other networks that are there already are kept, those of the same network
     are replaced.
-
-    Args:
-      chosen: the options, see `eigensam bench --help`.
-      command: the command line, for the results file.
-
-    Raises:
-      UserError: for what can't be run, before any work is done.
-      KeyboardInterrupt: passed on, with the finished networks on disk.
     """
     console = Console()
     names = {model: optimizers(chosen, model) for model in chosen.models}

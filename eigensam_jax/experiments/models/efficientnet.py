@@ -29,28 +29,15 @@ _HEAD = 1280
 _IMAGENET_CLASSES = 1000
 _COUNTED = "num_batches_tracked"  # batches in training, which nothing here depends on
 
-# Names in PyTorch, as in the package efficientnet_lite_pytorch, of layers here.
-_OUTER = {
-    "stem": "_conv_stem",
-    "stem_norm": "_bn0",
-    "head": "_conv_head",
-    "head_norm": "_bn1",
-    "classifier": "_fc",
-}
-_INNER = {
-    "expand": "_expand_conv",
-    "expand_norm": "_bn0",
-    "depthwise": "_depthwise_conv",
-    "depthwise_norm": "_bn1",
-    "project": "_project_conv",
-    "project_norm": "_bn2",
-}
-_ARRAYS = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
+# Names in PyTorch, as in the package efficientnet_lite_pytorch, of what is here.
+_NAMES = {
+    **{"stem": "_conv_stem", "head": "_conv_head", "classifier": "_fc"},
+    **{"stem_norm": "_bn0", "head_norm": "_bn1"},
+    **{"expand": "_expand_conv", "expand_norm": "_bn0"},
+    **{"depthwise": "_depthwise_conv", "depthwise_norm": "_bn1"},
+    **{"project": "_project_conv", "project_norm": "_bn2"},
+    **{"kernel": "weight", "scale": "weight", "bias": "bias"},
+    **{"mean": "running_mean", "var": "running_var"},
 }
 
 
@@ -222,13 +209,9 @@ def fine_tuned(variables: PyTree, pretrained: PyTree) -> PyTree:
     )
 
 
-def _name(_: str, first: str, *rest: str) -> str:
+def _name(_: str, *place: str) -> str:
     """PyTorch's name of what is here at, say, params, block_3, expand, kernel."""
-    if len(rest) == 1:
-        return f"{_OUTER[first]}.{_ARRAYS[rest[0]]}"
-    layer, array = rest
-    number = first.removeprefix("block_")
-    return f"_blocks.{number}.{_INNER[layer]}.{_ARRAYS[array]}"
+    return ".".join(_NAMES.get(x, x.replace("block_", "_blocks.")) for x in place)
 
 
 def _turned(array: np.ndarray) -> np.ndarray:

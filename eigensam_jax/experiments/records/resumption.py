@@ -49,15 +49,10 @@ def of_runs(
                 raise TypeError(key)
     except FileNotFoundError:
         return new
-    except UserError as error:
-        raise UserError(
-            f"--out {path.parent}: its {path.name} cannot be read: {error}; or name "
-            "another folder"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--out {path.parent}: its {path.name} cannot be read as one of this "
-            f"command ({error!r}); name another folder"
+            f"command ({error}); name another folder"
         ) from error
     for key in ("config", "versions", "device"):
         check_same(path.parent, old[key], new[key])

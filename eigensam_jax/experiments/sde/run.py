@@ -28,14 +28,6 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
     The results are brought up to date after every path. Those of the same configuration
     that are there already are kept, and not run again.
-
-    Args:
-      chosen: the options, see `eigensam sde --help`.
-      command: the command line, for the results file.
-
-    Raises:
-      UserError: for what can't be run, before any path; or when a path diverges.
-      KeyboardInterrupt: passed on, with the finished paths on disk.
     """
     console = Console()
     dataset = registry.dataset(chosen.dataset, chosen.data_dir)
@@ -72,18 +64,6 @@ def in_order(runs: list[Record]) -> list[Record]:
         return (run["seed"], run["rho"], run["alpha"], order.index(run["optimizer"]))
 
     return sorted(runs, key=place)
-
-
-def _checks(chosen: argparse.Namespace, problem: Problem) -> dict[str, Any]:
-    """What is measured beside the paths, by name."""
-    rho, eta = chosen.rhos[0], chosen.learning_rate
-    found: dict[str, Callable[[], list[Record]]] = {
-        "one_step": lambda: sde_checks.one_step(problem, chosen.alpha),
-        "many_steps": lambda: sde_checks.many_steps(problem, eta),
-        "moments": lambda: sde_checks.moments(problem, rho, eta, chosen.moment_paths),
-        "costs": lambda: sde_checks.costs(problem, rho),
-    }
-    return {name: found[name] for name in chosen.checks}
 
 
 def _protocol(chosen: argparse.Namespace, problem: Problem) -> Record:
@@ -131,6 +111,14 @@ def _records(
         curves = {key: [look[key] for look in looks] for key in looks[0]}
         return [job | {"curves": curves}]
 
+    rho, eta = chosen.rhos[0], chosen.learning_rate
+    checks: dict[str, Callable[[], list[Record]]] = {
+        "one_step": lambda: sde_checks.one_step(problem, chosen.alpha),
+        "many_steps": lambda: sde_checks.many_steps(problem, eta),
+        "moments": lambda: sde_checks.moments(problem, rho, eta, chosen.moment_paths),
+        "costs": lambda: sde_checks.costs(problem, rho),
+    }
+
     def measure(name: str, advance: progress.Advance) -> list[Record]:
         shared = {"check": name, "seed": 0}
         found = [shared | record for record in checks[name]()]
@@ -138,11 +126,11 @@ def _records(
         return found
 
     jobs = sde_paths.jobs(chosen.rhos, chosen.alpha, chosen.seeds)
-    checks, work = _checks(chosen, problem), list[progress.Piece]()
+    work: list[progress.Piece] = []
     for job in resumption.missing(jobs, runs):
         name = f"{job['optimizer']}, ρ {job['rho']:g}, seed {job['seed']}"
         work.append((name, partial(follow, job, name)))
-    for name in checks:
+    for name in chosen.checks:
         if not results.select(runs, check=name):
             work.append((name, partial(measure, name)))
     return progress.done(work, len(stops) * len(work), console)

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +14,8 @@ from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.training import loop, measures, methods
 from eigensam_jax.experiments.training.methods import Setup
 from eigensam_jax.experiments.training.steps import TrainState
-from eigensam_jax.tree_math import PyTree
 
 CHECKPOINTS = 10  # of a training, beside the one at its end
-
-
-class Trained(NamedTuple):
-    """A network after training.
-
-    Attributes:
-      params: its parameters.
-      train_loss: mean cross-entropy over the training set.
-      test_accuracy: fraction of the test set that is classified correctly.
-      batch_stats: running statistics of batch normalisation; empty where there is none.
-    """
-
-    params: PyTree
-    train_loss: float
-    test_accuracy: float
-    batch_stats: PyTree
 
 
 def train(
@@ -40,8 +23,11 @@ def train(
     dataset: Dataset,
     saved: dict[str, Any] | None = None,
     keep: Callable[[int, dict[str, Any]], None] = lambda step, what: None,
-) -> Trained:
+) -> dict[str, Any]:
     """The network at the end of training.
+
+    Its `params` and `batch_stats`, the `train_loss`, which is the mean cross-entropy
+    over the training set, and the `test_accuracy`.
 
     Args:
       chosen: the options, see `eigensam spectrum --help`.
@@ -55,9 +41,8 @@ def train(
     """
     saved = saved or {}
     if "trained" in saved:
-        trained = Trained(**saved["trained"])
-        arrays = jax.tree.map(jnp.asarray, (trained.params, trained.batch_stats))
-        return trained._replace(params=arrays[0], batch_stats=arrays[1])
+        arrays = {key: saved["trained"][key] for key in ("params", "batch_stats")}
+        return {**saved["trained"], **jax.tree.map(jnp.asarray, arrays)}
     steps = loop.num_steps(dataset, chosen.batch_size, chosen.epochs)
     settings = loop.Settings(
         *(steps, chosen.batch_size, chosen.learning_rate),
@@ -69,9 +54,7 @@ def train(
     model = registry.model(chosen.model, dataset.num_classes)
     means = measures.make_means(model)
 
-    def measure(
-        setup: Setup, state: TrainState, top: Any
-    ) -> tuple[Trained | None, None]:
+    def measure(setup: Setup, state: TrainState, top: Any) -> tuple[Any, None]:
         del setup, top
         if int(state.step) < steps:
             return None, None
@@ -80,7 +63,8 @@ def train(
         if not np.isfinite(train_loss):
             raise FloatingPointError(f"the training loss is {train_loss}")
         _, accuracy = means(params, dataset.test_images, dataset.test_labels, stats)
-        return Trained(params, train_loss, accuracy, stats), None
+        end = {"train_loss": train_loss, "test_accuracy": accuracy}
+        return {"params": params, "batch_stats": stats, **end}, None
 
     method = methods.named(chosen.optimizer, chosen.rho, chosen.alpha)
     run = loop.make_run(model, dataset, measure, settings)
@@ -88,6 +72,6 @@ def train(
         if point.step < steps:
             progress = serialization.to_state_dict(point.progress)
             keep(point.step, {"progress": progress})
-    trained = cast(Trained, point.measurement)
-    keep(steps, {"trained": trained._asdict()})
+    trained: dict[str, Any] = point.measurement
+    keep(steps, {"trained": trained})
     return trained

@@ -39,13 +39,6 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     Whatever ends the command, the same one goes on from the last checkpoint of the
     training, or from its end. Where the network or its Hessian is not finite, the next
     one begins again.
-
-    Args:
-      chosen: the options, see `eigensam spectrum --help`.
-      command: the command line, for the results file.
-
-    Raises:
-      UserError: for what can't be run, before any training; or when training diverges.
     """
     console = Console()
     dataset = registry.dataset(chosen.dataset, chosen.data_dir)
@@ -83,15 +76,15 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
         try:
             trained = network.train(chosen, dataset, saved, keep)
-            few = slice(chosen.examples)
+            params, few = trained["params"], slice(chosen.examples)
             matvec = measures.make_matvec(losses.cross_entropy(model))(
-                *(trained.params, dataset.train_images[few]),
-                *(dataset.train_labels[few], trained.batch_stats),
+                *(params, dataset.train_images[few]),
+                *(dataset.train_labels[few], trained["batch_stats"]),
             )
             task = bar.add_task("top eigenvalues", total=None)
             began = time.perf_counter()
             top = eigen.top_eigenpairs(
-                *(counted(task), trained.params, chosen.k),
+                *(counted(task), params, chosen.k),
                 tol=TOLERANCE,
                 host_loop=True,
             )
@@ -100,7 +93,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
             count = chosen.num_matvecs * chosen.num_samples
             density = eigen.spectral_density(
                 counted(bar.add_task("spectral density", total=count)),
-                trained.params,
+                params,
                 num_matvecs=chosen.num_matvecs,
                 num_samples=chosen.num_samples,
                 host_loop=True,
@@ -126,8 +119,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         "top_wall_time_s": seconds,
         "top_matvecs": int(products),
         "parameters": dimension,
-        "train_loss": trained.train_loss,
-        "test_accuracy": trained.test_accuracy,
+        **{key: trained[key] for key in ("train_loss", "test_accuracy")},
         "eigenvalues": top.eigenvalue.tolist(),
         "residuals": top.residual.tolist(),
         **spectrum_tables.summarise(density, dimension, float(top.eigenvalue[0])),

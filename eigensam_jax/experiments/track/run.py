@@ -28,14 +28,6 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
     The results are brought up to date after every run. Runs of the same configuration
     that are there already are kept, and not run again.
-
-    Args:
-      chosen: the options, see `eigensam track --help`.
-      command: the command line, for the results file.
-
-    Raises:
-      UserError: for what can't be run, before any training; or when a run diverges.
-      KeyboardInterrupt: passed on, with the finished runs on disk.
     """
     console, dataset = Console(), _load(chosen)
     results.make_folder(chosen.out)

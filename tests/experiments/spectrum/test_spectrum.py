@@ -65,12 +65,12 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     dataset = registry.dataset("digits")
     trained = network.train(SMOKE, dataset)
     for key in ("train_loss", "test_accuracy"):
-        assert run[key] == pytest.approx(getattr(trained, key), rel=1e-8)
+        assert run[key] == pytest.approx(trained[key], rel=1e-8)
     model = models.MLP(10)
     loss = losses.cross_entropy(model)
     batch = dataset.train_images[:300], dataset.train_labels[:300]
-    matvec = measures.make_matvec(loss)(trained.params, *batch)
-    top = measures.top_eigenpair(matvec, trained.params, None, 1e-3)
+    matvec = measures.make_matvec(loss)(trained["params"], *batch)
+    top = measures.top_eigenpair(matvec, trained["params"], None, 1e-3)
     values = run["eigenvalues"]
     np.testing.assert_allclose(values[0], top.eigenvalue, rtol=1e-4)
     assert values == sorted(values, reverse=True)
@@ -79,9 +79,9 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     assert np.shape(run["nodes"]) == np.shape(run["weights"]) == (2, 8)
     np.testing.assert_allclose(np.sum(run["weights"]), 1, rtol=1e-5)
     np.testing.assert_allclose(np.max(run["nodes"]), values[0], rtol=0.05)
-    logits = model.apply({"params": trained.params}, dataset.test_images)
+    logits = model.apply({"params": trained["params"]}, dataset.test_images)
     accuracy = np.mean(np.argmax(logits, -1) == np.asarray(dataset.test_labels))
-    np.testing.assert_allclose(trained.test_accuracy, accuracy, rtol=1e-6)
+    np.testing.assert_allclose(trained["test_accuracy"], accuracy, rtol=1e-6)
 
 
 def test_training_is_that_of_compare():
@@ -96,8 +96,8 @@ def test_training_is_that_of_compare():
         training.Settings(22, 128, 0.05, (22,)),
     )
     *_, end = run(methods.named("eigen_sam", 0.1, 0.2), 3)
-    assert end.measurement.train_loss == trained.train_loss
-    assert end.measurement.test_accuracy == trained.test_accuracy
+    assert end.measurement.train_loss == trained["train_loss"]
+    assert end.measurement.test_accuracy == trained["test_accuracy"]
 
 
 def test_the_product_is_that_of_all_images_at_once():

@@ -41,15 +41,6 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
-    """The options of how it is learnt by one method."""
-    counts = {"epochs": f"how many [{epochs}]", "batch-size": "[%(default)s]"}
-    add_counts(parser, counts, {"batch-size": 128})
-    add_method(parser)
-    add_base(parser)
-    add_no_augment(parser)
-
-
 def add_method(
     parser: argparse.ArgumentParser, alpha: float = 0.2, above: float | None = None
 ) -> None:

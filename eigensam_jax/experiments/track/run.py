@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from eigensam_jax.experiments import registry
+from eigensam_jax.experiments.data import load
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.records import progress, results, resumption, tables
 from eigensam_jax.experiments.registry import TRACKERS
@@ -29,7 +30,11 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     The results are brought up to date after every run. Runs of the same configuration
     that are there already are kept, and not run again.
     """
-    console, dataset = Console(), _load(chosen)
+    console = Console()
+    dataset = registry.dataset(chosen.dataset, chosen.data_dir)
+    available = len(dataset.train_labels)
+    loop.check_batch_size(BATCH_SIZE, chosen.dataset, available)
+    dataset = load.first(dataset, min(TRAIN_EXAMPLES, available), chosen.dataset)
     results.make_folder(chosen.out)
     path = chosen.out / results.FILE
     calls = {name: TRACKERS[name].call for name in chosen.trackers}
@@ -76,16 +81,6 @@ def jobs(chosen: argparse.Namespace) -> list[Record]:
 def in_order(runs: list[Record]) -> list[Record]:
     """By seed and α, whenever they were run."""
     return sorted(runs, key=lambda run: (run["seed"], run["alpha"] or 0.0))
-
-
-def _load(chosen: argparse.Namespace) -> Dataset:
-    """The data, of whose training images the first `TRAIN_EXAMPLES` are used."""
-    dataset = registry.dataset(chosen.dataset, chosen.data_dir)
-    images, labels = dataset.train_images, dataset.train_labels
-    loop.check_batch_size(BATCH_SIZE, chosen.dataset, len(labels))
-    return dataset._replace(
-        train_images=images[:TRAIN_EXAMPLES], train_labels=labels[:TRAIN_EXAMPLES]
-    )
 
 
 def _protocol(chosen: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:

@@ -12,11 +12,10 @@ from eigensam_jax.experiments import cli, registry
 from eigensam_jax.experiments.sde import checks as sde_checks
 from eigensam_jax.experiments.sde import paths as sde_paths
 from eigensam_jax.experiments.sde import problem as sde_problem
-from eigensam_jax.experiments.sde import steps as sde_steps
 from eigensam_jax.experiments.sde import tables as sde_tables
 
 SMALL = "sde --smoke --rho 0.02 0.05"
-METHODS = ("sam", "sam_again", "order_2", "order_3", *sde_steps.WITHOUT_NOISE)
+METHODS = ("sam", "sam_again", "order_2", "order_3", *sde_paths.WITHOUT_NOISE)
 
 
 LOOK = ("train_loss", "test_loss", "test_accuracy", "parameter_norm", "gradient_norm")
@@ -221,8 +220,8 @@ def test_the_same_path_is_another_on_other_batches_and_eigen_sam_follows_v():
     images, labels = problem.batches
     assert images.shape == (16, 64, 8, 8, 1)
     assert labels.shape == (16, 64)
-    state = sde_steps.start("eigen_sam", problem.init(0))
-    advance = jax.jit(sde_steps.make_advance(problem, "eigen_sam", 0.1, 20))
+    state = sde_paths.start("eigen_sam", problem.init(0))
+    advance = jax.jit(sde_paths.make_advance(problem, "eigen_sam", 0.1, 20))
     program = lambda key: advance(key, state, jnp.float32(0.1), jnp.float32(1))
     (params, opt_state), other = (program(jax.random.key(i)) for i in (0, 1))
     assert not np.allclose(*(x["Dense_0"]["kernel"] for x in (params, other[0])))

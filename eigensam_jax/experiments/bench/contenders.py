@@ -41,17 +41,13 @@ def make_contenders() -> dict[str, Contender]:
     """SGD, SAM, optax's SAM, and Eigen-SAM by each tracker that one would train by."""
     setups = {"sgd": Setup("sgd"), "sam": named("sam", RHO, ALPHA)}
     setups |= {name: named("eigen_sam", RHO, ALPHA, name) for name in _TRACKERS}
+    by_value = lambda value_fn: {"value_fn": value_fn}
+    by_gradient = lambda f: {"grad_fn": lambda params, _: jax.grad(f)(params)}
     contenders = {
-        name: Contender(
-            make_optimizer(setup, _sgd()),
-            lambda value_fn: {"value_fn": value_fn},
-            setup.update_interval,
-        )
-        for name, setup in setups.items()
+        name: Contender(make_optimizer(x, _sgd()), by_value, x.update_interval)
+        for name, x in setups.items()
     }
-    contenders["optax_sam"] = Contender(
-        _optax_sam(), lambda f: {"grad_fn": lambda params, _: jax.grad(f)(params)}
-    )
+    contenders["optax_sam"] = Contender(_optax_sam(), by_gradient)
     return {name: contenders[name] for name in NAMES}
 
 

@@ -38,7 +38,19 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     results.make_folder(chosen.out)
     path = chosen.out / results.FILE
     calls = {name: spec.call for name, spec in TRACKERS.items() if not spec.is_ceiling}
-    document = resumption.of_runs(path, command, protocol(chosen), calls)
+    config = {
+        "dtype": chosen.dtype,
+        "devices": chosen.devices,
+        "cores": placement.usable_cores(),
+        "rho": contenders.RHO,
+        "alpha": contenders.ALPHA,
+        "learning_rate": contenders.LEARNING_RATE,
+        "momentum": contenders.MOMENTUM,
+        "seed": workloads.SEED,
+        "data": "random images and labels",
+    }
+    document = resumption.of_runs(path, command, config, calls)
+    order = list(workloads.WORKLOADS)
     for model in names:
         start = time.perf_counter()
         try:
@@ -52,7 +64,9 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         seconds = {"wall_time_s": time.perf_counter() - start}
         measured = [results.rounded(run | seconds) for run in measured]
         others = [run for run in document["runs"] if run["model"] != model]
-        document["runs"] = in_order([*others, *measured])
+        document["runs"] = sorted(
+            [*others, *measured], key=lambda run: order.index(run["model"])
+        )
         networks = bench_tables.networks(document["runs"]).values()
         document["wall_time_s"] = sum(runs[0]["wall_time_s"] for runs in networks)
         document["complete"] = model == list(names)[-1]
@@ -67,12 +81,6 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     )
 
 
-def in_order(runs: list[Record]) -> list[Record]:
-    """As `workloads.WORKLOADS` has the networks, whenever they were measured."""
-    order = list(workloads.WORKLOADS)
-    return sorted(runs, key=lambda run: order.index(run["model"]))
-
-
 def optimizers(chosen: argparse.Namespace, model: str) -> list[str]:
     """What to measure on this network: the baselines, and what is asked for or all.
 
@@ -85,30 +93,12 @@ def optimizers(chosen: argparse.Namespace, model: str) -> list[str]:
             f"--batch-size {batch_size} of {model} cannot be divided by --devices "
             f"{chosen.devices}; use a multiple"
         )
-    ours = list(contenders.make_contenders())
-    torch = [] if _without_torch(chosen, model) else list(torch_reference.METHODS)
-    if chosen.optimizers is None:
-        return ours + torch
-    for name in chosen.optimizers:
-        if name not in ours + torch:
-            raise UserError(f"--optimizers {name}: {_without_torch(chosen, model)}")
-    wanted = {*BASELINES, *chosen.optimizers}
-    return [name for name in ours + torch if name in wanted]
-
-
-def protocol(chosen: argparse.Namespace) -> dict[str, Any]:
-    """All that the figures of every network depend on."""
-    return {
-        "dtype": chosen.dtype,
-        "devices": chosen.devices,
-        "cores": placement.usable_cores(),
-        "rho": contenders.RHO,
-        "alpha": contenders.ALPHA,
-        "learning_rate": contenders.LEARNING_RATE,
-        "momentum": contenders.MOMENTUM,
-        "seed": workloads.SEED,
-        "data": "random images and labels",
-    }
+    missing = _without_torch(chosen, model)
+    known = [*contenders.NAMES, *(() if missing else torch_reference.METHODS)]
+    wanted = {*BASELINES, *(chosen.optimizers or known)}
+    for name in wanted.difference(known):
+        raise UserError(f"--optimizers {name}: {missing}")
+    return [name for name in known if name in wanted]
 
 
 def measure(

@@ -56,7 +56,6 @@ def make_turns(
     batch_size = task.batch.labels.shape[0]
     params, others = jax.jit(lambda: workloads.init(workload))()
     batch = jax.jit(lambda: workloads.make_batch(workload, batch_size))()
-    start = trackers.power_iteration().init(params).eigenvector
     others = jax.device_put(others, placed.replicated)
     split = jax.device_put(batch, placed.split)
 
@@ -76,6 +75,7 @@ def make_turns(
         return Turn(stepping(plain), stepping(due) if interval > 1 else None, interval)
 
     def torch_turn(name: str) -> Turn:
+        start = trackers.power_iteration().init(params).eigenvector
         method = torch_reference.make_method(name, task.name, params, batch, start)
         return Turn(method.step, method.due, torch_reference.UPDATE_INTERVAL)
 

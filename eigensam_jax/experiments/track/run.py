@@ -40,6 +40,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     calls = {name: TRACKERS[name].call for name in chosen.trackers}
     document = resumption.of_runs(path, command, _protocol(chosen, dataset), calls)
     missing = _records(chosen, dataset, document, console)
+    in_order = lambda runs: sorted(runs, key=lambda x: (x["seed"], x["alpha"] or 0.0))
     resumption.add_runs(path, document, missing, console, in_order)
     wing.plots(document, chosen.out)
     runs, title = document["runs"], f"{chosen.dataset}, {chosen.model}"
@@ -76,11 +77,6 @@ def jobs(chosen: argparse.Namespace) -> list[Record]:
         keys = ("optimizer", "tracker", "alpha")
         result += [dict(zip(keys, x, strict=True)) | {"seed": seed} for x in kinds]
     return result
-
-
-def in_order(runs: list[Record]) -> list[Record]:
-    """By seed and α, whenever they were run."""
-    return sorted(runs, key=lambda run: (run["seed"], run["alpha"] or 0.0))
 
 
 def _protocol(chosen: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:

@@ -95,9 +95,10 @@ def optimizers(chosen: argparse.Namespace, model: str) -> list[str]:
         )
     missing = _without_torch(chosen, model)
     known = [*contenders.NAMES, *(() if missing else torch_reference.METHODS)]
-    wanted = {*BASELINES, *(chosen.optimizers or known)}
-    for name in wanted.difference(known):
-        raise UserError(f"--optimizers {name}: {missing}")
+    wanted = [*BASELINES, *(chosen.optimizers or known)]
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"--optimizers {name}: {missing}")
     return [name for name in known if name in wanted]
 
 

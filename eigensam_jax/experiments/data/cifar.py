@@ -44,15 +44,7 @@ def cifar10(data_dir: Path | None, facts: Facts = FACTS["cifar10"]) -> Arrays:
 
 
 def cifar100(data_dir: Path | None, facts: Facts = FACTS["cifar100"]) -> Arrays:
-    """50,000 and 10,000 images of shape (32, 32, 3) in a hundred (fine) classes.
-
-    Args:
-      data_dir: the folder of the binary version.
-      facts: what is expected of the images and labels.
-
-    Raises:
-      UserError: if a file is missing, cut off or not what it should be.
-    """
+    """As `cifar10`, in a hundred (fine) classes, of the binary version alone."""
     folder = integrity.folder_of("cifar100", data_dir, _CONTENT["cifar100"])
     return _binary_version(folder, ("train", "test"), "cifar100", 2, facts)
 

@@ -1,7 +1,6 @@
 """How far the equation is from SAM, where that can be told: errors, moments, costs."""
 
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -148,12 +147,11 @@ def costs(problem: Problem, rho: float) -> list[Record]:
         of_batch = lambda batch: jax.grad(lambda p: problem.value_fn(p, batch))(params)
         return expansion.batch_mean(of_batch, batches)
 
-    def drift(order: sde.Order) -> Callable[[PyTree, PyTree], PyTree]:
-        return lambda params, batches: sde.drift(
-            problem.value_fn, params, batches, rho, order
-        )
+    def drift(order: sde.Order, params: PyTree, batches: PyTree) -> PyTree:
+        return sde.drift(problem.value_fn, params, batches, rho, order)
 
-    functions = {"gradient": gradient, **{k: drift(x) for k, x in ORDERS.items()}}
+    functions: dict[str, Any] = {"gradient": gradient}
+    functions |= {name: partial(drift, order) for name, order in ORDERS.items()}
     counted = {
         name: programs.compile_program(function, params, one).costs.operations
         for name, function in functions.items()

@@ -39,35 +39,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     results.make_folder(chosen.out)
     problem = sde_problem.make_problem(dataset)
     path = chosen.out / results.FILE
-    document = resumption.of_runs(path, command, _protocol(chosen, problem))
-    missing = _records(chosen, problem, document["runs"], console)
-    resumption.add_runs(path, document, missing, console, in_order)
-    runs = document["runs"]
-    sde_plots.draw(document, chosen.out)
-    for table in sde_tables.all_tables(runs, sde_tables.title(document)):
-        console.print(table)
-    console.print(f"{sde_tables.NOTES} {tables.of_seeds(runs)}")
-    console.print(
-        f"Results: {path}   Plots: paths.png, off.png, rates.png\n"
-        f"Wall time: {document['wall_time_s']:.0f} s"
-    )
-
-
-def in_order(runs: list[Record]) -> list[Record]:
-    """Paths by seed and ρ, whenever they were run, and checks after them."""
-    order = list(sde_tables.LABELS)
-
-    def place(run: Record) -> tuple[float, ...]:
-        if "check" in run:
-            return (np.inf,)
-        return (run["seed"], run["rho"], run["alpha"], order.index(run["optimizer"]))
-
-    return sorted(runs, key=place)
-
-
-def _protocol(chosen: argparse.Namespace, problem: Problem) -> Record:
-    """All that the figures of one path or check depend on, apart from its job."""
-    return {
+    config = {  # all that the figures of one path or check depend on, but its job
         "dataset": chosen.dataset,
         "data_dir": chosen.data_dir and str(chosen.data_dir),
         "rhos": list(chosen.rhos),
@@ -85,6 +57,27 @@ def _protocol(chosen: argparse.Namespace, problem: Problem) -> Record:
         "curvature_tolerance": sde_paths.CURVATURE_TOLERANCE,
         "eigen_sam_tracker": sde_paths.EIGENVECTOR,
     }
+    document = resumption.of_runs(path, command, config)
+    missing = _records(chosen, problem, document["runs"], console)
+    in_order = partial(sorted, key=_place)
+    resumption.add_runs(path, document, missing, console, in_order)
+    runs = document["runs"]
+    sde_plots.draw(document, chosen.out)
+    for table in sde_tables.all_tables(runs, sde_tables.title(document)):
+        console.print(table)
+    console.print(f"{sde_tables.NOTES} {tables.of_seeds(runs)}")
+    console.print(
+        f"Results: {path}   Plots: paths.png, off.png, rates.png\n"
+        f"Wall time: {document['wall_time_s']:.0f} s"
+    )
+
+
+def _place(run: Record) -> tuple[float, ...]:
+    """Paths are by seed and ρ, whenever they were run, and checks after them."""
+    if "check" in run:
+        return (np.inf,)
+    order = list(sde_tables.LABELS).index(run["optimizer"])
+    return run["seed"], run["rho"], run["alpha"], order
 
 
 def _records(

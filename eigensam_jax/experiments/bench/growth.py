@@ -1,13 +1,13 @@
 """`eigensam bench --growth`: how a step's cost grows with parameters and devices."""
 
-import time
-from pathlib import Path
-from typing import Any, NamedTuple
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 from rich.console import Console
 
-from eigensam_jax.experiments.bench import contenders, placement, steps, workloads
-from eigensam_jax.experiments.bench import plots as bench_plots
+from eigensam_jax.experiments.bench import contenders, placement, steps, wing, workloads
 from eigensam_jax.experiments.bench import tables as bench_tables
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.records import progress, results, resumption
@@ -17,117 +17,81 @@ OPTIMIZERS = ("sgd", "sam", "secant", "power_iteration")
 WIDTHS = (12, 112, 676, 2790, 9610)  # 10⁴, 10⁵, … 10⁸ parameters, about
 DEVICES = (1, 2, 4, 8)
 DEVICES_WIDTH = 676
+BATCH_SIZE = 256
 
 Record = dict[str, Any]
 
 
-class Config(NamedTuple):
-    """The options of the command; see `eigensam bench --help`."""
+def run(chosen: argparse.Namespace, command: str) -> None:
+    """Compiles all; leaves `results.json` and `growth.png` in `--out`.
 
-    batch_size: int
-    dtype: str
-    widths: tuple[int, ...]
-    devices: tuple[int, ...]
-    out: Path
-
-
-def run(config: Config, command: str) -> None:
-    """Compiles all; leaves `results.json` and `growth.png` in `config.out`.
-
-    Nothing is run and no array is made: 10⁸ parameters take no memory.
-
-    Args:
-      config: what to compile; numbers of devices that there are not are left out.
-      command: the command line, for the results file.
-
-    Raises:
-      UserError: for what can't be compiled, before any work is done.
+    Nothing is run and no array is made: 10⁸ parameters take no memory. Numbers of
+    devices that there are not are left out. Figures of the same configuration that are
+    there already are kept.
     """
-    console = Console()
-    batch_size, most = config.batch_size, max(config.devices)
-    if batch_size % most:
+    for name in ("models", "optimizers", "devices", "steps"):
+        if getattr(chosen, name):
+            raise UserError(f"--growth has its own --{name}; leave --{name} out")
+    console, few = Console(), 2 if chosen.smoke else None
+    batch_size, devices = chosen.batch_size or BATCH_SIZE, DEVICES[:few]
+    if batch_size % max(devices):
         raise UserError(
-            f"--batch-size {batch_size} cannot be divided by {most} devices; use a "
-            "multiple"
+            f"--batch-size {batch_size} cannot be divided by {max(devices)} devices; "
+            "use a multiple"
         )
-    there = len(placement.available(most))
-    config = config._replace(devices=tuple(n for n in config.devices if n <= there))
-    results.make_folder(config.out)
-    path, start = config.out / results.FILE, time.perf_counter()
+    there = len(placement.available(max(devices)))
+    config = {
+        "dtype": chosen.dtype,
+        "batch_size": batch_size,
+        "widths": list(WIDTHS[:few]),
+        "devices": [count for count in devices if count <= there],
+        "network": "mlp, 784-width-width-10",
+    }
+    results.make_folder(chosen.out)
+    path = chosen.out / results.FILE
     calls = {name: TRACKERS[name].call for name in OPTIMIZERS if name in TRACKERS}
-    document = resumption.of_runs(path, command, protocol(config), calls)
-    document["runs"] = [results.rounded(x) for x in records(config, console)]
-    document["wall_time_s"] = time.perf_counter() - start
-    document["complete"] = True
-    results.write(path, document)
-    bench_plots.growth(document["runs"], config.out / "growth.png")
+    document = resumption.of_runs(path, command, config, calls)
+    resumption.add_runs(path, document, _records(document, console), console)
+    wing.plots(document, chosen.out)
     for table in bench_tables.growth_tables(document["runs"]):
         console.print(table)
     console.print(
         "Of a step on one device, by the compiled program; steps that are due every so "
         "many steps are weighed in. passes over SAM: bytes accessed beyond SAM's, in "
         "passes over the parameters.\n"
-        f"Results: {path}   Plot: {config.out / 'growth.png'}   "
+        f"Results: {path}   Plot: {chosen.out / 'growth.png'}   "
         f"Wall time: {document['wall_time_s']:.0f} s"
     )
 
 
-def protocol(config: Config) -> dict[str, Any]:
-    """All that the figures depend on."""
-    return {
-        "dtype": config.dtype,
-        "batch_size": config.batch_size,
-        "widths": list(config.widths),
-        "devices": list(config.devices),
-        "network": "mlp, 784-width-width-10",
-    }
+def _records(document: Record, console: Console) -> Iterator[list[Record]]:
+    """The records that are missing, of one network and number of devices together."""
+    config, every, work = document["config"], contenders.make_contenders(), []
 
+    def compiled(
+        task: steps.Task, shared: Record, advance: progress.Advance
+    ) -> list[Record]:
+        found = {}
+        for name in OPTIMIZERS:
+            figures = steps.figures(steps.compile_steps(task, every[name]))
+            found[name] = {**shared, "optimizer": name, **figures}
+            advance(1)
+        for figures in found.values():  # in four bytes a parameter
+            beyond = figures["bytes_accessed"] - found["sam"]["bytes_accessed"]
+            figures["passes_over_sam"] = beyond / (4 * task.parameters)
+        return list(found.values())
 
-def records(config: Config, console: Console) -> list[Record]:
-    """A record a network, number of devices and optimizer."""
-    by_size = [("parameters", width, 1) for width in config.widths]
-    by_devices = [("devices", DEVICES_WIDTH, count) for count in config.devices]
-    every, result = contenders.make_contenders(), []
-    with progress.shown(console) as bar:
-        cases = by_size + by_devices
-        task_id = bar.add_task("", total=len(cases) * len(OPTIMIZERS))
-        for scaled, width, count in cases:
-            placed = placement.data_parallel(placement.claim(count))
-            task = steps.make_task(
-                "mlp", workloads.mlp(width), config.batch_size, config.dtype, placed
-            )
-            for name in OPTIMIZERS:
-                where = f"{task.parameters:,} parameters, {count} devices"
-                bar.update(task_id, description=f"{name}, {where}")
-                compiled = steps.compile_steps(task, every[name])
-                result.append(
-                    {
-                        "scaled": scaled,
-                        "parameters": task.parameters,
-                        "devices": count,
-                        "seed": workloads.SEED,
-                        "optimizer": name,
-                        **steps.figures(compiled),
-                    }
-                )
-                bar.advance(task_id)
-    return with_passes(result)
-
-
-def with_passes(runs: list[Record]) -> list[Record]:
-    """Adds `passes_over_sam`: bytes beyond SAM's, over four bytes a parameter."""
-
-    def case(run: Record) -> tuple[Any, ...]:
-        return run["scaled"], run["parameters"], run["devices"]
-
-    sam = {
-        case(run): run["bytes_accessed"] for run in runs if run["optimizer"] == "sam"
-    }
-    return [
-        {
-            **run,
-            "passes_over_sam": (run["bytes_accessed"] - sam[case(run)])
-            / (4 * run["parameters"]),
-        }
-        for run in runs
-    ]
+    for scaled, width, count in (
+        *(("parameters", width, 1) for width in config["widths"]),
+        *(("devices", DEVICES_WIDTH, count) for count in config["devices"]),
+    ):
+        placed = placement.data_parallel(placement.claim(count))
+        task = steps.make_task(
+            "mlp", workloads.mlp(width), config["batch_size"], config["dtype"], placed
+        )
+        shared = {"scaled": scaled, "parameters": task.parameters, "devices": count}
+        shared["seed"] = workloads.SEED
+        if not results.select(document["runs"], **shared):
+            name = f"{task.parameters:,} parameters, {count} devices"
+            work.append((name, partial(compiled, task, shared)))
+    return progress.done(work, len(work) * len(OPTIMIZERS), console)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eigensam_jax.experiments.bench import tables
-from eigensam_jax.experiments.records import images
+from eigensam_jax.experiments.records import images, results
 
 Record = Mapping[str, Any]
 
@@ -33,8 +33,8 @@ def bench(runs: Sequence[Record], path: Path) -> None:
     networks = tables.networks(runs)
     figure = Figure(figsize=(1 + 4 * len(networks), 7), layout="constrained")
     grid = figure.subplots(2, len(networks), squeeze=False)
-    for (above, below), run in zip(grid.T, networks, strict=True):
-        optimizers, gradient = run["optimizers"], run["units"]["gradient"]
+    for (above, below), (name, found) in zip(grid.T, networks.items(), strict=True):
+        units, optimizers = tables.named(found)
         places = np.arange(len(optimizers))
         low, middle, high = np.array([x["time_to_sgd"] for x in optimizers.values()]).T
         above.errorbar(
@@ -42,7 +42,7 @@ def bench(runs: Sequence[Record], path: Path) -> None:
         )
         operations = [x.get("operations", np.nan) for x in optimizers.values()]
         above.plot(
-            np.array(operations) / gradient["operations"],
+            np.array(operations) / units["gradient"]["operations"],
             places,
             "D",
             fillstyle="none",
@@ -50,7 +50,8 @@ def bench(runs: Sequence[Record], path: Path) -> None:
         )
         known = {k: x["temp_bytes"] for k, x in optimizers.items() if "temp_bytes" in x}
         below.barh(range(len(known)), np.array(list(known.values())) / 2**20, 0.6)
-        above.set(title=f"{run['model']}, batch {run['batch_size']}", xlim=(0, None))
+        title = f"{name}, batch {found[0]['batch_size']}"
+        above.set(title=title, xlim=(0, None))
         above.set_xlabel("steps of SGD, or gradients")
         below.set_xlabel("temporary memory (MiB)")
         _name_rows(above, list(optimizers))
@@ -69,11 +70,7 @@ def growth(runs: Sequence[Record], path: Path) -> None:
         for i, name in enumerate(names):
             if (key, name) == ("passes_over_sam", "sgd"):
                 continue  # a gradient less, which is many passes
-            chosen = [
-                run
-                for run in runs
-                if (run["scaled"], run["optimizer"]) == (scaled, name)
-            ]
+            chosen = results.select(runs, scaled=scaled, optimizer=name)
             x = [run[scaled] for run in chosen]
             y = [factor * run[key] for run in chosen]
             axes.plot(x, y, ".-", color=colours(i), label=name)

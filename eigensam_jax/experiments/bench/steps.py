@@ -1,5 +1,6 @@
 """Training steps of one network, compiled from shapes alone."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ class Task(NamedTuple):
 
     Attributes:
       name: of the network.
+      workload: the network.
       loss: of its parameters, other variables and a batch.
       params: shapes of its parameters.
       others: shapes of its other variables.
@@ -31,6 +33,7 @@ class Task(NamedTuple):
     """
 
     name: str
+    workload: Workload
     loss: Loss
     params: PyTree
     others: PyTree
@@ -44,26 +47,19 @@ class Task(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The compiled steps of one optimizer.
+    """The compiled steps of one optimizer, one program where all are the same.
 
     Attributes:
       default: the tracker decides in the program what a step does.
-      plain: a step that is not due; None where all steps are the same.
+      plain: a step that is not due.
       due: one that is.
       interval: steps from one that is due to the next.
     """
 
     default: Program
-    plain: Program | None = None
-    due: Program | None = None
-    interval: int = 1
-
-    @property
-    def costs(self) -> programs.Costs:
-        """Of a step, the due ones weighed in."""
-        if self.plain is None or self.due is None:
-            return self.default.costs
-        return programs.weigh(self.plain.costs, self.due.costs, self.interval)
+    plain: Program
+    due: Program
+    interval: int
 
 
 def make_task(
@@ -78,6 +74,7 @@ def make_task(
     batch = jax.eval_shape(lambda: workloads.make_batch(workload, batch_size))
     return Task(
         name=name,
+        workload=workload,
         loss=workloads.make_loss(workload, dtype),
         params=placement.shapes(shapes[0], placed.replicated),
         others=placement.shapes(shapes[1], placed.replicated),
@@ -89,8 +86,8 @@ def make_task(
 def compile_steps(task: Task, contender: Contender) -> Steps:
     """The programs of one optimizer, from shapes alone."""
     default = compile_step(task, contender, None)
-    if contender.interval is None:
-        return Steps(default)
+    if contender.interval == 1:
+        return Steps(default, default, default, 1)
     plain = compile_step(task, contender, False)
     with written_out():
         due = compile_step(task, contender, True)
@@ -121,29 +118,27 @@ def compile_units(task: Task) -> dict[str, Program]:
     def product(params: PyTree, vector: PyTree, others: PyTree, batch: Batch) -> PyTree:
         return hessian.hvp(lambda p: task.loss(p, others, batch), params, vector)
 
-    rest, where = (task.others, task.batch), task.placement.replicated
+    rest, params = (task.others, task.batch), task.params
+    compiled = partial(
+        programs.compile_program, out_shardings=task.placement.replicated
+    )
     return {
-        "gradient": programs.compile_program(
-            gradient, task.params, *rest, out_shardings=where
-        ),
-        "hvp": programs.compile_program(
-            product, task.params, task.params, *rest, out_shardings=where
-        ),
+        "gradient": compiled(gradient, params, *rest),
+        "hvp": compiled(product, params, params, *rest),
     }
 
 
 def figures(steps: Steps) -> Record:
     """What the compiler says of an optimizer's programs, for the results file."""
+    costs = programs.weigh(steps.plain.costs, steps.due.costs, steps.interval)
     result: Record = {
-        **steps.costs._asdict(),
+        **costs._asdict(),
         "temp_bytes": steps.default.temp_bytes,
         "compile_s": steps.default.compile_s,
-        "interval": None,
+        "interval": steps.interval,
     }
-    if steps.plain is not None and steps.due is not None:
-        result |= {
-            "interval": steps.interval,
-            "plain": steps.plain.figures(),
-            "due": steps.due.figures(),
-        }
+    if steps.interval > 1:
+        for kind in ("plain", "due"):
+            of_kind = getattr(steps, kind).figures()
+            result |= {f"{kind}_{key}": x for key, x in of_kind.items()}
     return result

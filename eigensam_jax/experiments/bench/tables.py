@@ -5,12 +5,11 @@ from typing import Any
 
 from rich.table import Table
 
-from eigensam_jax.experiments.records import tables
+from eigensam_jax.experiments.records import results, tables
 
 Record = Mapping[str, Any]
 
 UNITS = ("gradient", "hvp")  # in the place of an optimizer's name
-SHARED = ("model", "parameters", "batch_size", "devices", "rounds", "wall_time_s")
 
 HEADERS = ("optimizer", "ops", "MB", "MiB", "compile", "ms", "÷ SGD", "÷ SAM")
 EXPLANATION = (
@@ -21,43 +20,40 @@ EXPLANATION = (
 )
 
 
-def networks(runs: Sequence[Record]) -> list[Record]:
-    """What the records of a results file say of each network, with all of them.
-
-    `units` holds those of a gradient and a product, `optimizers` the others.
-    """
-    result: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        shared = {key: run[key] for key in SHARED}
-        empty: dict[str, Any] = {"units": {}, "optimizers": {}}
-        network = result.setdefault(run["model"], shared | empty)
-        kind = "units" if run["optimizer"] in UNITS else "optimizers"
-        network[kind][run["optimizer"]] = run
-    return list(result.values())
+def networks(runs: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of each network."""
+    names = dict.fromkeys(run["model"] for run in runs)
+    return {name: results.select(runs, model=name) for name in names}
 
 
-def network_tables(record: Record) -> list[Table]:
+def named(runs: Sequence[Record]) -> tuple[dict[str, Record], dict[str, Record]]:
+    """The records of the units of one network, and of its optimizers, by name."""
+    found = {run["optimizer"]: run for run in runs}
+    return {name: found.pop(name) for name in UNITS}, found
+
+
+def network_tables(runs: Sequence[Record]) -> list[Table]:
     """The figures of one network, and below them what its devices exchange, if any."""
-    units = record["units"]
-    product = units["hvp"]["operations"] / units["gradient"]["operations"]
+    (gradient, product), run = named(runs)[0].values(), runs[0]
     title = (
-        f"{record['model']}: {record['parameters']:,} parameters, "
-        f"batch {record['batch_size']}, {record['rounds']} rounds, "
-        f"an HVP is {product:.2f} ops"
+        f"{run['model']}: {run['parameters']:,} parameters, batch {run['batch_size']}, "
+        f"{run['rounds']} rounds, an HVP is "
+        f"{product['operations'] / gradient['operations']:.2f} ops"
     )
-    result = [tables.table(title, HEADERS, summary(record))]
-    if record["devices"] > 1:
-        title = f"{record['model']} on {record['devices']} devices"
+    result = [tables.table(title, HEADERS, summary(runs))]
+    if run["devices"] > 1:
+        title = f"{run['model']} on {run['devices']} devices"
         headers = ("optimizer", "exchanges", "MB exchanged")
-        result.append(tables.table(title, headers, exchanges(record)))
+        result.append(tables.table(title, headers, exchanges(runs)))
     return result
 
 
-def summary(record: Record) -> list[list[str]]:
-    """A row an optimizer of the record of one network, by `HEADERS`."""
-    gradient, sam = record["units"]["gradient"], record["optimizers"]["sam"]
+def summary(runs: Sequence[Record]) -> list[list[str]]:
+    """A row an optimizer of the records of one network, by `HEADERS`."""
+    units, optimizers = named(runs)
+    gradient, sam = units["gradient"], optimizers["sam"]
     rows = []
-    for name, run in record["optimizers"].items():
+    for name, run in optimizers.items():
         compiled = ["–"] * 4  # nothing is known of another library's programs
         if "operations" in run:
             compiled = [
@@ -67,37 +63,26 @@ def summary(record: Record) -> list[list[str]]:
                 f"{run['compile_s'] / sam['compile_s']:.2f}",
             ]
         low, middle, high = run["time_to_sam"]
-        rows.append(
-            [
-                name,
-                *compiled,
-                f"{1e3 * run['time_s'][1]:.4g}",
-                f"{run['time_to_sgd'][1]:.2f}",
-                f"{middle:.3f} ({low:.2f}–{high:.2f})",
-            ]
-        )
+        times = (f"{1e3 * run['time_s'][1]:.4g}", f"{run['time_to_sgd'][1]:.2f}")
+        rows.append([name, *compiled, *times, f"{middle:.3f} ({low:.2f}–{high:.2f})"])
     return rows
 
 
-def across(records: Sequence[Record]) -> list[list[str]]:
+def across(runs: Sequence[Record]) -> list[list[str]]:
     """A row an optimizer: operations, and time over SAM's, of each network."""
-    summaries = [{row[0]: row for row in summary(record)} for record in records]
-    names = dict.fromkeys(name for rows in summaries for name in rows)
-    result = []
-    for name in names:
-        cells = [name]
-        for rows in summaries:
-            row = rows.get(name)
-            cells += [row[1], row[-1].split()[0]] if row else ["–", "–"]
-        result.append(cells)
-    return result
+    of_networks = [summary(network) for network in networks(runs).values()]
+    names = dict.fromkeys(row[0] for rows in of_networks for row in rows)
+    cells = [
+        {row[0]: [row[1], row[-1].split()[0]] for row in rows} for rows in of_networks
+    ]
+    return [[x, *(y for of in cells for y in of.get(x, ["–", "–"]))] for x in names]
 
 
-def exchanges(record: Record) -> list[list[str]]:
+def exchanges(runs: Sequence[Record]) -> list[list[str]]:
     """A row an optimizer: how many exchanges between devices, and of how much."""
     return [
         [name, f"{run['collectives']:.4g}", f"{run['collective_bytes'] / 1e6:.4g}"]
-        for name, run in record["optimizers"].items()
+        for name, run in named(runs)[1].items()
         if "collectives" in run
     ]
 
@@ -129,8 +114,7 @@ def growth_summary(runs: Sequence[Record]) -> list[list[str]]:
             f"{run['temp_bytes'] / 2**20:.4g}",
             f"{run['passes_over_sam']:+.2f}",
         ]
-        for run in runs
-        if run["scaled"] == "parameters"
+        for run in results.select(runs, scaled="parameters")
     ]
 
 
@@ -144,6 +128,5 @@ def devices_summary(runs: Sequence[Record]) -> list[list[str]]:
             f"{run['collectives']:.4g}",
             f"{run['collective_bytes'] / 1e6:.4g}",
         ]
-        for run in runs
-        if run["scaled"] == "devices"
+        for run in results.select(runs, scaled="devices")
     ]

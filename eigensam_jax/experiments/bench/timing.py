@@ -4,7 +4,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from eigensam_jax import trackers
+from eigensam_jax.experiments.bench import torch_reference, workloads
+from eigensam_jax.experiments.bench.contenders import Contender
+from eigensam_jax.experiments.bench.steps import Steps, Task
+from eigensam_jax.experiments.training.programs import Program
 
 WARM_UP = 2
 _SETTLE = 0.005  # seconds: threads of the step before may wait for work in a loop
@@ -37,6 +45,43 @@ class Times(NamedTuple):
     due: float | None
 
 
+def make_turns(
+    task: Task, names: list[str], ours: dict[str, Contender], steps: dict[str, Steps]
+) -> dict[str, Turn]:
+    """Training by each of `names`, step by step, from the same parameters and batch.
+
+    Those that are not `ours`, compiled to `steps`, are PyTorch's.
+    """
+    workload, placed = task.workload, task.placement
+    batch_size = task.batch.labels.shape[0]
+    params, others = jax.jit(lambda: workloads.init(workload))()
+    batch = jax.jit(lambda: workloads.make_batch(workload, batch_size))()
+    others = jax.device_put(others, placed.replicated)
+    split = jax.device_put(batch, placed.split)
+
+    def turn(name: str) -> Turn:
+        copy = jax.tree.map(jnp.copy, params)
+        state = [jax.device_put((copy, ours[name].tx.init(copy)), placed.replicated)]
+
+        def stepping(program: Program) -> Callable[[], None]:
+            def step() -> None:
+                params, opt_state, value = program.call(*state[0], others, split)
+                state[0] = params, opt_state
+                jax.block_until_ready((state, value))  # type: ignore[no-untyped-call]
+
+            return step
+
+        _, plain, due, interval = steps[name]
+        return Turn(stepping(plain), stepping(due) if interval > 1 else None, interval)
+
+    def torch_turn(name: str) -> Turn:
+        start = trackers.power_iteration().init(params).eigenvector
+        method = torch_reference.make_method(name, task.name, params, batch, start)
+        return Turn(method.step, method.due, torch_reference.UPDATE_INTERVAL)
+
+    return {name: turn(name) if name in ours else torch_turn(name) for name in names}
+
+
 def in_turns(
     turns: Mapping[str, Turn], rounds: int, advance: Callable[[], object]
 ) -> dict[str, Times]:
@@ -64,23 +109,19 @@ def in_turns(
                 samples.clear()
         if i >= 0:
             advance()
-    return {
-        name: _weighed(plain[name], due[name], turn.interval)
-        for name, turn in turns.items()
-    }
+    times = {}
+    for name, turn in turns.items():
+        of_rounds, median = np.array(plain[name]), None
+        if turn.due is not None:
+            median = float(np.median(due[name]))
+            of_rounds += (median - of_rounds) / turn.interval
+        times[name] = Times(of_rounds, median)
+    return times
 
 
 def quartiles(values: np.ndarray) -> list[float]:
     """The lower quartile, the median and the upper quartile."""
     return [float(x) for x in np.quantile(values, (0.25, 0.5, 0.75))]
-
-
-def _weighed(plain: list[float], due: list[float], interval: int) -> Times:
-    rounds = np.array(plain)
-    if not due:
-        return Times(rounds, None)
-    median = float(np.median(due))
-    return Times(rounds + (median - rounds) / interval, median)
 
 
 def _seconds(step: Callable[[], object]) -> float:

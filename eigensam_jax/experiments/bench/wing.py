@@ -6,7 +6,6 @@ from typing import Any
 
 from eigensam_jax.experiments import options
 from eigensam_jax.experiments.bench import contenders, torch_reference, workloads
-from eigensam_jax.experiments.errors import UserError
 
 Document = dict[str, Any]
 
@@ -22,9 +21,9 @@ _USUAL: dict[str, Any] = {
     "models": _MODELS,
     "optimizers": None,
     "batch_size": None,
+    "devices": 1,
     "steps": 50,
 }
-_DTYPES = ("float32", "bfloat16")
 
 
 def add_command(subparsers: Any) -> None:
@@ -38,36 +37,21 @@ def add_command(subparsers: Any) -> None:
         "results.json and bench.png in --out. Figures of other networks that are there "
         "already are kept.",
     )
-    add = bench.add_argument
-    add(
-        "--models",
-        metavar="NAME",
-        nargs="+",
-        choices=_MODELS,
-        help=f"some of {', '.join(_MODELS)} [all]",
-    )
-    add(
-        "--optimizers",
-        metavar="NAME",
-        nargs="+",
-        choices=_OPTIMIZERS,
-        help=f"some of {', '.join(_OPTIMIZERS)}, beside sgd and sam; what is a "
-        "tracker's name is eigen_sam by it, and torch_… is PyTorch [all that can be]",
+    options.add_choices(bench, "models", _MODELS)
+    options.add_choices(
+        *(bench, "optimizers", _OPTIMIZERS),
+        ", beside sgd and sam; what is a tracker's name is eigen_sam by it, and "
+        "torch_… is PyTorch [all that can be]",
     )
     options.add_counts(bench, {"batch-size": "[256; 32 for resnet18 and vit]"})
-    add(
-        "--dtype",
-        metavar="NAME",
-        choices=_DTYPES,
-        default="float32",
-        help=f"of the computation; parameters are float32. {options.any_of(_DTYPES)}",
-    )
+    what = "of the computation; parameters are float32. "
+    options.add_choice(bench, "dtype", ("float32", "bfloat16"), "float32", what)
     counts = {
         "devices": "how many, each with a part of the batch; a CPU is divided [1]",
         "steps": f"rounds timed [{_USUAL['steps']}]",
     }
     options.add_counts(bench, counts)
-    add(
+    bench.add_argument(
         "--growth",
         action="store_true",
         help="instead: cost against the number of parameters, to 10⁸, and of devices, "
@@ -79,22 +63,13 @@ def add_command(subparsers: Any) -> None:
 def run(chosen: argparse.Namespace, command: str) -> None:
     """Measures what was chosen; leaves `results.json` and a plot in `--out`."""
     if chosen.growth:
-        _growth(chosen, command)
-        return
-    from eigensam_jax.experiments.bench import run as bench
+        from eigensam_jax.experiments.bench import growth
 
-    chosen = options.filled(chosen, _USUAL, _SMOKE)
-    names = chosen.optimizers and tuple(dict.fromkeys(chosen.optimizers))
-    config = bench.Config(
-        models=tuple(dict.fromkeys(chosen.models)),
-        optimizers=names,
-        batch_size=chosen.batch_size,
-        dtype=chosen.dtype,
-        devices=chosen.devices or 1,
-        rounds=chosen.steps,
-        out=chosen.out,
-    )
-    bench.run(config, command)
+        growth.run(chosen, command)
+    else:
+        from eigensam_jax.experiments.bench import run as bench
+
+        bench.run(options.filled(chosen, _USUAL, _SMOKE), command)
 
 
 def tables(results: list[Document]) -> dict[str, Any]:
@@ -103,10 +78,8 @@ def tables(results: list[Document]) -> dict[str, Any]:
 
     runs = results[0]["runs"]
     return {
-        "bench": lambda model: made.summary(
-            next(x for x in made.networks(runs) if x["model"] == model)
-        ),
-        "bench_across": lambda _: made.across(made.networks(runs)),
+        "bench": lambda model: made.summary(made.networks(runs)[model]),
+        "bench_across": lambda _: made.across(runs),
         "growth": lambda _: made.growth_summary(runs),
         "devices": lambda _: made.devices_summary(runs),
     }
@@ -119,20 +92,3 @@ def plots(results: Document, folder: Path) -> None:
     grown = "scaled" in results["runs"][0]
     draw, name = (drawn.growth, "growth") if grown else (drawn.bench, "bench")
     draw(results["runs"], folder / f"{name}.png")
-
-
-def _growth(chosen: argparse.Namespace, command: str) -> None:
-    for name in ("models", "optimizers", "devices", "steps"):
-        if getattr(chosen, name):
-            raise UserError(f"--growth has its own --{name}; leave --{name} out")
-    from eigensam_jax.experiments.bench import growth
-
-    few = 2 if chosen.smoke else None
-    config = growth.Config(
-        batch_size=chosen.batch_size or 256,
-        dtype=chosen.dtype,
-        widths=growth.WIDTHS[:few],
-        devices=growth.DEVICES[:few],
-        out=chosen.out,
-    )
-    growth.run(config, command)

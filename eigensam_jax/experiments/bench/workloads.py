@@ -53,18 +53,18 @@ def _mlp(width: int, num_classes: int) -> Any:
     return MLP(num_classes, width)
 
 
+def mlp(width: int) -> Workload:
+    """A network of two hidden layers of this width, for 28×28 images."""
+    return Workload(partial(_mlp, width), _SMALL, 256, {})
+
+
 _SMALL, _LARGE = (28, 28, 1), (32, 32, 3)
 WORKLOADS = {
-    "wide_mlp": Workload(partial(_mlp, 1024), _SMALL, 256, {}),
+    "wide_mlp": mlp(1024),
     "strided_cnn": Workload(MODELS["strided_cnn"].make, _SMALL, 256, {}),
     "resnet18": Workload(MODELS["resnet18"].make, _LARGE, 32, {"train": True}),
     "vit": Workload(MODELS["vit"].make, _LARGE, 32, {}),
 }
-
-
-def mlp(width: int) -> Workload:
-    """A network of two hidden layers of this width, for 28×28 images."""
-    return Workload(partial(_mlp, width), _SMALL, 256, {})
 
 
 def init(workload: Workload) -> tuple[PyTree, PyTree]:

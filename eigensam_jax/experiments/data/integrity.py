@@ -113,16 +113,13 @@ def check_means(images: np.ndarray, means: tuple[float, ...], source: str) -> No
     ]
     found = np.sum(sums, axis=0) / (images.size // images.shape[-1])
     if not np.allclose(found, means, rtol=0, atol=_TOLERANCE):
+        got, known = (" ".join(f"{mean:.3f}" for mean in x) for x in (found, means))
         raise UserError(
-            f"{source}: the channels' means {_three(found)} should be "
-            f"{_three(np.array(means))}; files are mixed up or damaged, fetch them anew"
+            f"{source}: the channels' means {got} should be {known}; files are mixed "
+            "up or damaged, fetch them anew"
         )
 
 
 def checksum(images: np.ndarray, labels: np.ndarray) -> int:
     """CRC-32 of the pixels, then of the labels, all uint8."""
     return zlib.crc32(labels.tobytes(), zlib.crc32(images.tobytes()))
-
-
-def _three(means: np.ndarray) -> str:
-    return " ".join(f"{mean:.3f}" for mean in means)

@@ -6,6 +6,7 @@ read from a folder of idx files, plain or gzipped, in the format of the MNIST da
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,23 +63,16 @@ def load(read: Reader, data_dir: Path | None = None) -> Dataset:
       UserError: if the folder or a file is missing, cut off or not in its format.
     """
     images, labels, test_images, test_labels = read(data_dir)
+    standardise: Callable[[np.ndarray], jax.Array]
     if images.dtype == np.uint8:
-        table = jnp.asarray(standardised_values(images))
-        standardise = jax.jit(jax.vmap(lambda values, x: values[x], (1, -1), -1))
-        both = (standardise(table, x) for x in (images, test_images))
+        look_up = jax.jit(jax.vmap(lambda values, x: values[x], (1, -1), -1))
+        standardise = partial(look_up, jnp.asarray(standardised_values(images)))
     else:
         mean, deviation = images.mean((0, 1, 2)), images.std((0, 1, 2))
-        both = (
-            jnp.asarray((x - mean) / deviation, jnp.float32)
-            for x in (images, test_images)
-        )
-    train, test = both
-    return Dataset(
-        train,
-        jnp.asarray(labels.astype(np.int32)),
-        test,
-        jnp.asarray(test_labels.astype(np.int32)),
-    )
+        standardise = lambda x: jnp.asarray((x - mean) / deviation, jnp.float32)
+    train, test = standardise(images), standardise(test_images)
+    labels, test_labels = (x.astype(np.int32) for x in (labels, test_labels))
+    return Dataset(train, jnp.asarray(labels), test, jnp.asarray(test_labels))
 
 
 def first(dataset: Dataset, examples: int, name: str) -> Dataset:

@@ -29,28 +29,15 @@ _HEAD = 1280
 _IMAGENET_CLASSES = 1000
 _COUNTED = "num_batches_tracked"  # batches in training, which nothing here depends on
 
-# Names in PyTorch, as in the package efficientnet_lite_pytorch, of layers here.
-_OUTER = {
-    "stem": "_conv_stem",
-    "stem_norm": "_bn0",
-    "head": "_conv_head",
-    "head_norm": "_bn1",
-    "classifier": "_fc",
-}
-_INNER = {
-    "expand": "_expand_conv",
-    "expand_norm": "_bn0",
-    "depthwise": "_depthwise_conv",
-    "depthwise_norm": "_bn1",
-    "project": "_project_conv",
-    "project_norm": "_bn2",
-}
-_ARRAYS = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
+# Names in PyTorch, as in the package efficientnet_lite_pytorch, of what is here.
+_NAMES = {
+    **{"stem": "_conv_stem", "head": "_conv_head", "classifier": "_fc"},
+    **{"stem_norm": "_bn0", "head_norm": "_bn1"},
+    **{"expand": "_expand_conv", "expand_norm": "_bn0"},
+    **{"depthwise": "_depthwise_conv", "depthwise_norm": "_bn1"},
+    **{"project": "_project_conv", "project_norm": "_bn2"},
+    **{"kernel": "weight", "scale": "weight", "bias": "bias"},
+    **{"mean": "running_mean", "var": "running_var"},
 }
 
 
@@ -101,13 +88,13 @@ class EfficientNetLite0(nn.Module):
         he = nn.initializers.he_normal()
         stem = nn.Conv(_STEM, (3, 3), 2, use_bias=False, kernel_init=he, name="stem")
         x = nn.relu6(norm(name="stem_norm")(stem(x)))
-        i = 0
-        for blocks, size, first_stride, expansion, channels in _STAGES:
-            for block in range(blocks):
-                stride = first_stride if block == 0 else 1
-                name = f"block_{i}"
-                x = Block(channels, size, stride, expansion, norm, name=name)(x)
-                i += 1
+        shapes = (
+            (channels, size, stride if block == 0 else 1, expansion)
+            for blocks, size, stride, expansion, channels in _STAGES
+            for block in range(blocks)
+        )
+        for i, shape in enumerate(shapes):
+            x = Block(*shape, norm, name=f"block_{i}")(x)
         x = _pointwise(_HEAD, "head")(x)
         x = nn.relu6(norm(name="head_norm")(x))
         x = jnp.mean(x, axis=(1, 2))
@@ -222,20 +209,14 @@ def fine_tuned(variables: PyTree, pretrained: PyTree) -> PyTree:
     )
 
 
-def _name(_: str, first: str, *rest: str) -> str:
+def _name(_: str, *place: str) -> str:
     """PyTorch's name of what is here at, say, params, block_3, expand, kernel."""
-    if len(rest) == 1:
-        return f"{_OUTER[first]}.{_ARRAYS[rest[0]]}"
-    layer, array = rest
-    number = first.removeprefix("block_")
-    return f"_blocks.{number}.{_INNER[layer]}.{_ARRAYS[array]}"
+    return ".".join(_NAMES.get(x, x.replace("block_", "_blocks.")) for x in place)
 
 
 def _turned(array: np.ndarray) -> np.ndarray:
     """An array in the order of Flax; a 1×1 convolution becomes a matrix."""
-    if array.ndim != 4:
+    if array.ndim < 4:
         return array.transpose()
-    if array.shape[2:] == (1, 1):
-        array = array[:, :, 0, 0]
-        return array.transpose()
-    return array.transpose(2, 3, 1, 0)
+    turned = array.transpose(2, 3, 1, 0)
+    return turned[0, 0] if turned.shape[:2] == (1, 1) else turned

@@ -24,41 +24,25 @@ _PROTOCOL = 1001
 _ZIP = b"PK\x03\x04"
 _COUNT = np.dtype("<i8")
 _DTYPES = {
-    "BoolStorage": np.dtype("?"),
-    "ByteStorage": np.dtype("u1"),
-    "CharStorage": np.dtype("i1"),
-    "ShortStorage": np.dtype("<i2"),
-    "IntStorage": np.dtype("<i4"),
-    "LongStorage": np.dtype("<i8"),
-    "HalfStorage": np.dtype("<f2"),
-    "FloatStorage": np.dtype("<f4"),
-    "DoubleStorage": np.dtype("<f8"),
+    f"{kind}Storage": np.dtype(code)
+    for kind, code in (
+        *(("Bool", "?"), ("Byte", "u1"), ("Char", "i1"), ("Short", "<i2")),
+        *(("Int", "<i4"), ("Long", "<i8")),
+        *(("Half", "<f2"), ("Float", "<f4"), ("Double", "<f8")),
+    )
 }
 
 
 class _Storage(NamedTuple):
-    """What the pickle says of a storage; its elements come later in the file.
+    """What the pickle says of a storage; its elements come later in the file."""
 
-    Attributes:
-      kind: the name of its type, such as FloatStorage.
-      key: by which the file names it.
-      size: how many elements it has.
-    """
-
-    kind: str
+    kind: str  # a key of `_DTYPES`
     key: str
     size: int
 
 
 class _Tensor(NamedTuple):
-    """A view of a storage, counted in elements.
-
-    Attributes:
-      storage: where its elements are.
-      offset: of its first element.
-      shape: as in NumPy.
-      strides: from one element to the next, along each axis.
-    """
+    """A view of a storage, counted in elements."""
 
     storage: _Storage
     offset: int
@@ -87,35 +71,29 @@ def arrays(content: bytes, path: Path) -> dict[str, np.ndarray]:
             "anew by torch.save(..., _use_new_zipfile_serialization=False)"
         )
     try:
-        stream = io.BytesIO(content)
-        if _load(stream, path) != _MAGIC or _load(stream, path) != _PROTOCOL:
-            raise ValueError("no magic number")
+        return _state_dict(io.BytesIO(content), path)
     except UserError:
         raise
     except Exception as error:  # damaged pickles raise whatever there is
         raise UserError(
-            f"{path} is no torch file from before version 1.6 ({error}); it may be "
-            "another file or be cut off: fetch it anew"
-        ) from error
-    try:
-        return _state_dict(stream, path)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{path} cannot be read to its end ({error}); it is cut off or damaged, "
-            "fetch it anew"
+            f"{path} is no torch file from before version 1.6, or cannot be read to "
+            f"its end ({error}); it may be another file, cut off or damaged: fetch it "
+            "anew"
         ) from error
 
 
 def _state_dict(stream: io.BytesIO, path: Path) -> dict[str, np.ndarray]:
-    """What follows the magic number and the version."""
-    system = _load(stream, path)
+    def load() -> Any:
+        return _Unpickler(stream, path).load()
+
+    if load() != _MAGIC or load() != _PROTOCOL:
+        raise ValueError("no magic number")
+    system = load()
     if system["little_endian"] is not True:
         raise UserError(
             f"{path} was written big-endian; load and save it on another machine"
         )
-    tensors = _load(stream, path)
+    tensors = load()
     if type(tensors) is not OrderedDict and type(tensors) is not dict:
         raise UserError(
             f"{path} holds a {type(tensors).__name__}; it should hold a state dict: "
@@ -129,7 +107,7 @@ def _state_dict(stream: io.BytesIO, path: Path) -> dict[str, np.ndarray]:
                 "should be a tensor: write model.state_dict() and nothing around it"
             )
     known = {tensor.storage.key: tensor.storage for tensor in dict.values(tensors)}
-    keys = _load(stream, path)
+    keys = load()
     if len(keys) != len(set(keys)) or set(keys) != set(known):
         raise ValueError("storages are not those of the tensors")
     storages = {key: _elements(stream, known[key]) for key in keys}
@@ -139,10 +117,6 @@ def _state_dict(stream: io.BytesIO, path: Path) -> dict[str, np.ndarray]:
         name: _view(tensor, storages[tensor.storage.key])
         for name, tensor in dict.items(tensors)
     }
-
-
-def _load(stream: io.BytesIO, path: Path) -> Any:
-    return _Unpickler(stream, path).load()
 
 
 class _Unpickler(pickle.Unpickler):

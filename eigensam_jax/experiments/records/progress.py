@@ -1,9 +1,11 @@
 """How far a command is: a bar in a terminal, else a line now and then."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -15,9 +17,36 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from eigensam_jax.experiments.records import results
+
 SECONDS = 30.0  # from one line to the next
 # In seconds; by rich's own 30, parts that take longer would show no time left.
 _SPEED_PERIOD = 86_400.0
+
+Record = dict[str, Any]
+Advance = Callable[[float], None]
+Piece = tuple[str, Callable[[Advance], list[Record]]]
+
+
+def done(
+    work: Iterable[Piece], total: float, console: Console
+) -> Iterator[list[Record]]:
+    """Does work piece by piece; yields the records of each, rounded, with its time.
+
+    Args:
+      work: of each piece its name, and what does it, given what to call with how much
+        more is done.
+      total: how much all pieces are.
+      console: where it is shown how far the work is.
+    """
+    with shown(console) as bar:
+        task = bar.add_task("", total=total)
+        for name, do in work:
+            bar.update(task, description=name)
+            start = time.perf_counter()
+            found = do(lambda more: bar.advance(task, more))
+            seconds = {"wall_time_s": time.perf_counter() - start}
+            yield [results.rounded(record | seconds) for record in found]
 
 
 @contextmanager

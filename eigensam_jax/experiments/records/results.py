@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from eigensam_jax.experiments.errors import UserError
 
 PACKAGES = ("eigensam_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scipy")
 FILE = "results.json"
-SCHEMA = 1  # of the files that are written and read; see the package's docstring
+SCHEMA = 1  # of the files that are written and read
 DIGITS = 9  # of a number, which is all that float32 holds
-CURVES = ("curves", "rates", "nodes", "weights")  # of which no table has more than
+CURVES = ("curves", "nodes", "weights")  # of which no table has more than
 CURVE_DIGITS = 6
 
 
@@ -93,6 +94,11 @@ def rounded(figures: Any, digits: int = DIGITS) -> Any:
     if isinstance(figures, float) and not figures.is_integer():
         return float(f"{figures:.{digits}g}")
     return figures
+
+
+def select(runs: Iterable[Mapping[str, Any]], **entries: Any) -> list[Any]:
+    """The records that have these entries."""
+    return [run for run in runs if entries.items() <= run.items()]
 
 
 def replace(path: Path, content: bytes) -> None:

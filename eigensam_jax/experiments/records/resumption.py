@@ -1,7 +1,7 @@
 """Results files that a later call of the same command carries on."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,9 @@ from rich.console import Console
 
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.records import results
+
+# What was so before a configuration said it.
+_ONCE = {"base_optimizer": "sgd", "weight_decay": 0.0}
 
 
 def of_runs(
@@ -46,15 +49,10 @@ def of_runs(
                 raise TypeError(key)
     except FileNotFoundError:
         return new
-    except UserError as error:
-        raise UserError(
-            f"--out {path.parent}: its {path.name} cannot be read: {error}; or name "
-            "another folder"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--out {path.parent}: its {path.name} cannot be read as one of this "
-            f"command ({error!r}); name another folder"
+            f"command ({error}); name another folder"
         ) from error
     for key in ("config", "versions", "device"):
         check_same(path.parent, old[key], new[key])
@@ -69,7 +67,7 @@ def of_runs(
 def add_runs(
     path: Path,
     document: dict[str, Any],
-    runs: Iterator[dict[str, Any]],
+    runs: Iterable[dict[str, Any] | list[dict[str, Any]]],
     console: Console,
     in_order: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
     checkpoint: Path | None = None,
@@ -79,7 +77,7 @@ def add_runs(
     Args:
       path: of `results.json`.
       document: what it holds; brought up to date.
-      runs: those that are missing.
+      runs: those that are missing; a list of such as end together.
       console: where it is said what is kept, if something ends this early.
       in_order: how all of them are sorted.
       checkpoint: the file in which a run in progress is kept, if it is.
@@ -90,7 +88,8 @@ def add_runs(
     before, start = document["wall_time_s"], time.perf_counter()
     try:
         for run in runs:
-            document["runs"] = in_order([*document["runs"], run])
+            ended = run if isinstance(run, list) else [run]
+            document["runs"] = in_order([*document["runs"], *ended])
             document["wall_time_s"] = before + time.perf_counter() - start
             results.write(path, document)
     except (KeyboardInterrupt, UserError):
@@ -109,6 +108,13 @@ def add_runs(
     results.write(path, document)
 
 
+def missing(
+    jobs: Iterable[dict[str, Any]], runs: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The jobs that are in none of the records, by what tells them from each other."""
+    return [job for job in jobs if not results.select(runs, **job)]
+
+
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Holds what is in a folder against what a command is called for.
 
@@ -121,7 +127,7 @@ def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
       UserError: by the name of the first difference.
     """
     for key in {**before, **now}:
-        one, other = before.get(key), now.get(key)
+        one, other = before.get(key, _ONCE.get(key)), now.get(key, _ONCE.get(key))
         if isinstance(one, dict) and isinstance(other, dict):
             check_same(out, one, other)
         # Folders may have been moved, or be named in another way.

@@ -28,24 +28,24 @@ def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 def mean_and_deviation(values: Sequence[float], digits: int, factor: float = 1) -> str:
     """`mean ± standard deviation`, of `factor` times the values; of one, itself."""
     scaled = factor * np.asarray(values)
-    text = f"{scaled.mean():.{digits}f}"
-    if len(scaled) > 1:
-        text += f" ± {scaled.std(ddof=1):.{digits}f}"
-    return text
+    mean = f"{scaled.mean():.{digits}f}"
+    return mean + (f" ± {scaled.std(ddof=1):.{digits}f}" if len(scaled) > 1 else "")
 
 
 def mean_and_interval(
-    values: Sequence[float], digits: int, factor: float = 1, *, sign: bool = True
+    values: Sequence[float] | np.ndarray,
+    digits: int,
+    factor: float = 1,
+    *,
+    sign: bool = True,
 ) -> str:
     """`mean ± half the 95% interval` by Student's t; of one value, itself.
 
     Differences are shown with their `sign`, be it a plus.
     """
     scaled = factor * np.asarray(values)
-    text = f"{scaled.mean():{'+' if sign else ''}.{digits}f}"
-    if len(scaled) > 1:
-        text += f" ± {half_interval(scaled):.{digits}f}"
-    return text
+    mean = f"{scaled.mean():{'+' if sign else ''}.{digits}f}"
+    return mean + (f" ± {half_interval(scaled):.{digits}f}" if len(scaled) > 1 else "")
 
 
 def half_interval(values: np.ndarray) -> Any:

@@ -1,7 +1,7 @@
 """How far the equation is from SAM, where that can be told: errors, moments, costs."""
 
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from eigensam_jax import hessian, perturbation, sde, tree_math
+from eigensam_jax.experiments.sde.paths import ORDERS, make_advance, sam_gradient, start
 from eigensam_jax.experiments.sde.problem import Problem
-from eigensam_jax.experiments.sde.steps import ORDERS, make_advance, sam_gradient, start
 from eigensam_jax.experiments.training import programs
 from eigensam_jax.sde import expansion
 from eigensam_jax.tree_math import PyTree
@@ -24,11 +24,10 @@ _TURNS = 15
 Record = dict[str, Any]
 
 
-def one_step(problem: Problem, alpha: float) -> Record:
+def one_step(problem: Problem, alpha: float) -> list[Record]:
     """‖E[∇f_γ(w + ε_γ)] + b‖ over ρ, of SAM and Eigen-SAM, in float64.
 
-    At the network before training, the expectation over all batches. Of each method and
-    order the errors, one a radius, and the slope of their logarithms.
+    At the network before training, the expectation over all batches.
     """
 
     @jax.jit
@@ -48,71 +47,60 @@ def one_step(problem: Problem, alpha: float) -> Record:
         ]
         return [tree_math.norm(tree_math.add_scaled(exact, 1, b)) for b in drifts]
 
-    v = _eigenvector(problem)
+    v, records = _eigenvector(problem), list[Record]()
     with jax.enable_x64(True):
-        params, batches = _in_float64((problem.init(0), problem.batches))
-        v, found = _in_float64(v), {}
+        arrays = _in_float64((problem.init(0), problem.batches, v))
         for name, weight in (("sam", 0.0), ("eigen_sam", alpha)):
-            table = [
-                errors(params, batches, v, *map(jnp.asarray, (rho, weight)))
-                for rho in RADII
-            ]
-            found[name] = _with_slopes(table)
-        return {"radii": list(RADII), **found}
+            for rho in RADII:
+                found = errors(*arrays, jnp.asarray(rho), jnp.asarray(weight))
+                records += _errors(name, 1, rho, found)
+    return records
 
 
-def many_steps(problem: Problem, learning_rate: float) -> Record:
+def many_steps(problem: Problem, learning_rate: float) -> list[Record]:
     """Distance of discrete SAM on all images at once to Euler's paths, over ρ."""
+
+    @jax.jit
+    def distances(params: PyTree, whole: PyTree, rho: jax.Array) -> list[jax.Array]:
+        f = lambda p: problem.value_fn(p, jax.tree.map(lambda x: x[0], whole))
+
+        def step(params: PyTree, _: None) -> tuple[PyTree, None]:
+            gradient = sam_gradient(f, params, rho)
+            return tree_math.add_scaled(params, -learning_rate, gradient), None
+
+        end, _ = jax.lax.scan(step, params, length=FULL_BATCH_STEPS)
+        paths = [
+            sde.simulate(
+                *(jax.random.key(0), problem.value_fn, sde.start(params), whole),
+                rho=rho,
+                eta=learning_rate,
+                num_steps=FULL_BATCH_STEPS,
+                order=order,
+            )[0].params
+            for order in ORDERS.values()
+        ]
+        return [tree_math.norm(tree_math.add_scaled(p, -1, end)) for p in paths]
+
+    records: list[Record] = []
     with jax.enable_x64(True):
-        params = _in_float64(problem.init(0))
-        whole = _in_float64(
-            (problem.dataset.train_images[None], problem.dataset.train_labels[None])
-        )
-
-        def descend(params: PyTree, rho: jax.Array) -> PyTree:
-            f = lambda p: problem.value_fn(p, jax.tree.map(lambda x: x[0], whole))
-
-            def step(params: PyTree, _: None) -> tuple[PyTree, None]:
-                gradient = sam_gradient(f, params, rho)
-                return tree_math.add_scaled(params, -learning_rate, gradient), None
-
-            return jax.lax.scan(step, params, length=FULL_BATCH_STEPS)[0]
-
-        @jax.jit
-        def distances(params: PyTree, rho: jax.Array) -> list[jax.Array]:
-            end = descend(params, rho)
-            paths = [
-                sde.simulate(
-                    *(jax.random.key(0), problem.value_fn, sde.start(params), whole),
-                    rho=rho,
-                    eta=learning_rate,
-                    num_steps=FULL_BATCH_STEPS,
-                    order=order,
-                )[0].params
-                for order in ORDERS.values()
-            ]
-            return [tree_math.norm(tree_math.add_scaled(p, -1, end)) for p in paths]
-
-        table = [distances(params, jnp.asarray(rho)) for rho in RADII]
-        return {
-            "radii": list(RADII),
-            "steps": FULL_BATCH_STEPS,
-            "sam": _with_slopes(table),
-        }
+        one_batch = jax.tree.map(lambda x: x[None], problem.whole)
+        arrays = _in_float64((problem.init(0), one_batch))
+        for rho in RADII:
+            found = distances(*arrays, jnp.asarray(rho))
+            records += _errors("sam", FULL_BATCH_STEPS, rho, found)
+    return records
 
 
 def moments(
     problem: Problem, rho: float, learning_rate: float, num_paths: int
-) -> Record:
+) -> list[Record]:
     """First and second moments over paths of `MOMENT_STEPS` steps from one start.
 
-    Of each observable and moment: SAM's mean, its Monte Carlo error, and by how many
-    standard errors of the difference each equation's is off.
+    Of SAM's and each equation's: the mean of each, and its Monte Carlo error.
     """
     params = problem.init(0)
     v = _eigenvector(problem)
-    whole = (problem.dataset.train_images, problem.dataset.train_labels)
-    f = lambda p: problem.value_fn(p, whole)
+    f = lambda p: problem.value_fn(p, problem.whole)
 
     def observe(params: PyTree) -> jax.Array:
         value, gradient = jax.value_and_grad(f)(params)
@@ -120,39 +108,33 @@ def moments(
         squares = [tree_math.vdot(x, x) for x in (gradient, params)]
         return jnp.stack([value, *squares, curvature, tree_math.vdot(v, params)])
 
-    def path(method: str) -> Callable[[jax.Array], jax.Array]:
+    @partial(jax.jit, static_argnums=0)
+    def ends(method: str, keys: jax.Array) -> jax.Array:
         advance = make_advance(problem, method, learning_rate, MOMENT_STEPS)
-        state, radius = start(method, params), jnp.float32(rho)
-        return lambda key: observe(advance(key, state, radius, jnp.float32(0))[0])
+        state, scalars = start(method, params), (jnp.float32(rho), jnp.float32(0))
+        found: jax.Array = jax.lax.map(
+            lambda key: observe(advance(key, state, *scalars)[0]), keys
+        )
+        return found
 
-    paths = {name: path(name) for name in ("sam", *ORDERS)}
-    keys = jax.random.split(jax.random.key(0), (len(paths), num_paths))
-    mean, error = {}, {}
-    for of_path, (name, follow) in zip(keys, paths.items(), strict=True):
-        run = jax.jit(lambda keys, follow=follow: jax.lax.map(follow, keys))
-        seen = np.asarray(run(of_path), np.float64)
+    names = [(name, power) for power in (1, 2) for name in OBSERVABLES]
+    methods, records = ("sam", *ORDERS), list[Record]()
+    keys = jax.random.split(jax.random.key(0), (len(methods), num_paths))
+    for method, of_method in zip(methods, keys, strict=True):
+        seen = np.asarray(ends(method, of_method), np.float64)
         powers = np.concatenate([seen, seen**2], axis=1)
-        mean[name] = powers.mean(0)
-        error[name] = powers.std(0, ddof=1) / np.sqrt(num_paths)
-    return {
-        "paths": num_paths,
-        "steps": MOMENT_STEPS,
-        "rho": rho,
-        "observables": list(OBSERVABLES),
-        **{
-            name: {
-                "mean": mean[name].tolist(),
-                "error": error[name].tolist(),
-                "off": (
-                    (mean[name] - mean["sam"]) / np.hypot(error[name], error["sam"])
-                ).tolist(),
-            }
-            for name in paths
-        },
-    }
+        errors = powers.std(0, ddof=1) / np.sqrt(num_paths)
+        shared = {"optimizer": method, "rho": rho, "steps": MOMENT_STEPS}
+        shared["paths"] = num_paths
+        figures = zip(names, powers.mean(0).tolist(), errors.tolist(), strict=True)
+        records += [
+            {**shared, "observable": x, "power": n, "mean": mean, "error": error}
+            for (x, n), mean, error in figures
+        ]
+    return records
 
 
-def costs(problem: Problem, rho: float) -> Record:
+def costs(problem: Problem, rho: float) -> list[Record]:
     """A drift in gradients, by order: operations of a batch, times of all batches.
 
     Operations are those that the compiler counts, of one batch, as it would count a
@@ -165,36 +147,35 @@ def costs(problem: Problem, rho: float) -> Record:
         of_batch = lambda batch: jax.grad(lambda p: problem.value_fn(p, batch))(params)
         return expansion.batch_mean(of_batch, batches)
 
-    def drift(order: sde.Order) -> Callable[[PyTree, PyTree], PyTree]:
-        return lambda params, batches: sde.drift(
-            problem.value_fn, params, batches, rho, order
-        )
+    def drift(order: sde.Order, params: PyTree, batches: PyTree) -> PyTree:
+        return sde.drift(problem.value_fn, params, batches, rho, order)
 
-    functions = {
-        "gradient": gradient,
-        **{name: drift(order) for name, order in ORDERS.items()},
-    }
+    functions: dict[str, Any] = {"gradient": gradient}
+    functions |= {name: partial(drift, order) for name, order in ORDERS.items()}
     counted = {
         name: programs.compile_program(function, params, one).costs.operations
         for name, function in functions.items()
     }
-    compiled = {name: jax.jit(function) for name, function in functions.items()}
+    compiled = {
+        name: programs.compile_program(function, params, problem.batches).call
+        for name, function in functions.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(_TURNS + 1):
-        for name, function in compiled.items():
+    for _ in range(_TURNS):
+        for name, call in compiled.items():
             began = time.perf_counter()
-            jax.block_until_ready(function(params, problem.batches))  # type: ignore[no-untyped-call]
-            if turn:  # the first compiles
-                seconds[name].append(time.perf_counter() - began)
+            jax.block_until_ready(call(params, problem.batches))  # type: ignore[no-untyped-call]
+            seconds[name].append(time.perf_counter() - began)
     median = {name: float(np.median(x)) for name, x in seconds.items()}
-    return {
-        name: {
+    return [
+        {
+            "optimizer": name,
             "operations": counted[name] / counted["gradient"],
             "time": median[name] / median["gradient"],
             "time_ms": 1e3 * median[name],
         }
         for name in functions
-    }
+    ]
 
 
 def _eigenvector(problem: Problem) -> PyTree:
@@ -203,20 +184,20 @@ def _eigenvector(problem: Problem) -> PyTree:
     return problem.top_eigenpair(params, tree_math.zeros_like(params)).eigenvector
 
 
-def _with_slopes(table: list[list[jax.Array]]) -> Record:
-    """Errors by order, a row a radius, and the slopes of their logarithms."""
-    errors = np.array(table, np.float64)
-    slopes = np.polyfit(np.log(RADII), np.log(errors), 1)[0]
-    return {"errors": errors.T.tolist(), "slopes": slopes.tolist()}
+def _errors(
+    optimizer: str, steps: int, rho: float, found: list[jax.Array]
+) -> list[Record]:
+    """A record an order."""
+    shared = {"optimizer": optimizer, "steps": steps, "rho": rho}
+    return [
+        {**shared, "order": order, "error": float(error)}
+        for order, error in zip(ORDERS.values(), found, strict=True)
+    ]
 
 
 def _in_float64(tree: PyTree) -> PyTree:
     """The same with floating-point leaves in float64, under `jax.enable_x64`."""
     return jax.tree.map(
-        lambda x: (
-            jnp.asarray(np.asarray(x, np.float64))
-            if jnp.issubdtype(x.dtype, jnp.floating)
-            else x
-        ),
+        lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         tree,
     )

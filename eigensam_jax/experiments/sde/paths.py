@@ -2,92 +2,52 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.typing import ArrayLike
 
-from eigensam_jax import sde, tree_math
+from eigensam_jax import eigen_sam, perturbation, sam, sde, trackers, tree_math
 from eigensam_jax.eigen import Eigenpair
-from eigensam_jax.experiments.sde import steps as sde_steps
-from eigensam_jax.experiments.sde.problem import Problem
-from eigensam_jax.experiments.training import loop
+from eigensam_jax.experiments.sde.problem import NUM_BATCHES, Problem
+from eigensam_jax.hessian import ValueFn
+from eigensam_jax.sde import expansion
 from eigensam_jax.tree_math import PyTree
 
+ORDERS: dict[str, sde.Order] = {"order_1": 1, "order_2": 2, "order_3": 3}
+WITHOUT_NOISE = ("mean_sam", "mean_order_2", "mean_order_3")
+EIGENVECTOR = "lanczos(num_matvecs=3, update_interval=1)"  # of all batches' Hessian
 CURVATURE_TOLERANCE = 1e-2  # of each linear system in Itô's term
 _WITH_NOISE = ("sam", "sam_again", "order_2", "order_3")
 
-Means = dict[str, float]
+Record = dict[str, Any]
+State = tuple[PyTree, optax.OptState]  # of what is no optimizer's, an empty one
+Advance = Callable[[jax.Array, State, jax.Array, jax.Array], State]
+Run = Callable[[Record], Iterator[dict[str, float]]]
 
 
-class Job(NamedTuple):
-    """One path.
+def jobs(rhos: tuple[float, ...], alpha: float, seeds: int) -> list[Record]:
+    """What tells each path from the others, seed by seed; Eigen-SAM at the middle ρ.
 
-    Attributes:
-      optimizer: "sam" and "eigen_sam", which are discrete; "sam_again", SAM from the
-        same start on other batches; a key of `sde_steps.ORDERS`, the equation of that
-        order; or one of `sde_steps.WITHOUT_NOISE`, steps along the mean of SAM's
-        gradient and the drifts alone.
-      rho: ρ; 0 for "order_1", which has none.
-      alpha: α of Eigen-SAM, else 0.
-      seed: of the start, and of what is drawn.
+    `optimizer` is "sam" or "eigen_sam", which are discrete; "sam_again", SAM from the
+    same start on other batches; a key of `ORDERS`, the equation of that
+    order, of which "order_1" has no ρ; or one of `WITHOUT_NOISE`, steps along
+    the mean of SAM's gradient and the drifts alone. `seed` is of the start, and of what
+    is drawn.
     """
-
-    optimizer: str
-    rho: float
-    alpha: float
-    seed: int
-
-
-class Plan(NamedTuple):
-    """What all paths share.
-
-    Attributes:
-      steps: how many.
-      evaluations: how often to look, the start not counted.
-      learning_rate: η.
-    """
-
-    steps: int
-    evaluations: int
-    learning_rate: float
-
-
-class Look(NamedTuple):
-    """The network at a point of a path.
-
-    Attributes:
-      step: steps so far.
-      train_loss: mean cross-entropy over all batches.
-      test_loss: over the test set.
-      test_accuracy: fraction of the test set that is classified correctly.
-      parameter_norm: ‖w‖.
-      gradient_norm: ‖∇f(w)‖ of the training loss.
-      lambda_max: λ_max of its Hessian.
-      lambda_max_residual: ‖Hv − λv‖ of that eigenpair.
-    """
-
-    step: int
-    train_loss: float
-    test_loss: float
-    test_accuracy: float
-    parameter_norm: float
-    gradient_norm: float
-    lambda_max: float
-    lambda_max_residual: float
-
-
-def jobs(rhos: tuple[float, ...], alpha: float, seeds: int) -> list[Job]:
-    """All paths, seed by seed; Eigen-SAM at the middle ρ."""
-    result = []
-    for seed in range(seeds):
-        result.append(Job("order_1", 0.0, 0.0, seed))
-        for rho in rhos:
-            for method in (*_WITH_NOISE, *sde_steps.WITHOUT_NOISE):
-                result.append(Job(method, rho, 0.0, seed))
-        result.append(Job("eigen_sam", middle(rhos), alpha, seed))
-    return result
+    at = [(name, rho) for rho in rhos for name in _WITH_NOISE + WITHOUT_NOISE]
+    return [
+        {"optimizer": name, "rho": rho, "alpha": weight, "seed": seed}
+        for seed in range(seeds)
+        for name, rho, weight in (
+            ("order_1", 0.0, 0.0),
+            *((name, rho, 0.0) for name, rho in at),
+            ("eigen_sam", middle(rhos), alpha),
+        )
+    ]
 
 
 def middle(rhos: tuple[float, ...]) -> float:
@@ -98,20 +58,29 @@ def middle(rhos: tuple[float, ...]) -> float:
     return sorted(rhos)[(len(rhos) - 1) // 2]
 
 
-def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[..., Any]:
-    """Compiles what paths need; the result runs a `Job`, yielding its looks.
+def make_run(
+    problem: Problem, stops: tuple[int, ...], eta: float, measured_rho: float
+) -> Run:
+    """Compiles what paths need; the result runs one of `jobs`, yielding its looks.
 
-    With each `Look` come the parts of the rate of λ_max, for "sam" and "eigen_sam" at
-    `measured_rho`, else None. A loss that is not finite raises FloatingPointError.
+    A look has the `step`; losses over all batches and the test set, and the accuracy on
+    that; ‖w‖, and ‖∇f(w)‖ of the training loss; λ_max of its Hessian, and its residual.
+    For "sam" and "eigen_sam" at `measured_rho` it has the `sde.SharpnessRates` too,
+    with `rate_` before their names.
+
+    Args:
+      problem: what is learnt.
+      stops: the steps after which to look.
+      eta: η, the learning rate.
+      measured_rho: ρ where the rates of λ_max are measured.
+
+    Raises:
+      FloatingPointError: by a run whose training loss is not finite.
     """
-    value_fn, batches = problem.value_fn, problem.batches
-    images, labels = problem.dataset.train_images, problem.dataset.train_labels
-    stops = loop.evaluation_steps(plan.steps, plan.evaluations)
-    eta = plan.learning_rate
+    value_fn, whole = problem.value_fn, problem.whole
 
     @jax.jit
     def norms(params: PyTree) -> tuple[jax.Array, jax.Array]:
-        whole = (images, labels)
         gradient = jax.grad(lambda p: value_fn(p, whole))(params)
         return tree_math.norm(params), tree_math.norm(gradient)
 
@@ -120,7 +89,7 @@ def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[...,
         params: PyTree, top: Eigenpair, rho: jax.Array, alpha: jax.Array
     ) -> sde.SharpnessRates:
         return sde.sharpness_rates(
-            *(value_fn, params, batches),
+            *(value_fn, params, problem.batches),
             rho=rho,
             eta=eta,
             alpha=alpha,
@@ -129,40 +98,133 @@ def make_run(problem: Problem, plan: Plan, measured_rho: float) -> Callable[...,
         )
 
     @cache
-    def advance(method: str, num_steps: int) -> sde_steps.Advance:
-        return jax.jit(sde_steps.make_advance(problem, method, eta, num_steps))
+    def advance(method: str, num_steps: int) -> Advance:
+        return jax.jit(make_advance(problem, method, eta, num_steps))
 
-    def look(step: int, params: PyTree, v0: PyTree) -> tuple[Look, Eigenpair]:
-        train_loss, _ = problem.means(params, images, labels)
-        if not np.isfinite(train_loss):
-            raise FloatingPointError(f"the training loss is {train_loss}")
-        test = problem.dataset.test_images, problem.dataset.test_labels
-        top = problem.top_eigenpair(params, v0)
-        values = (
-            *(train_loss, *problem.means(params, *test), *norms(params)),
-            *(top.eigenvalue, top.residual),
-        )
-        return Look(step, *map(float, values)), top
-
-    def run(job: Job) -> Iterator[tuple[Look, Means | None]]:
-        params = problem.init(job.seed)
-        draw = 2 if job.optimizer == "sam_again" else 1
-        key = jax.random.fold_in(jax.random.key(job.seed), draw)
-        method = job.optimizer.removesuffix("_again")
-        state = sde_steps.start(method, params)
+    def run(job: Record) -> Iterator[dict[str, float]]:
+        params, optimizer = problem.init(job["seed"]), job["optimizer"]
+        draw = 2 if optimizer == "sam_again" else 1
+        key = jax.random.fold_in(jax.random.key(job["seed"]), draw)
+        method = optimizer.removesuffix("_again")
+        scalars = jnp.float32(job["rho"]), jnp.float32(job["alpha"])
+        state = start(method, params)
         v0, done = tree_math.zeros_like(params), 0
         for stop in stops:
             if stop > done:
                 key, of_stretch = jax.random.split(key)
-                rho, alpha = jnp.float32(job.rho), jnp.float32(job.alpha)
                 program = advance(method, stop - done)
-                state, done = program(of_stretch, state, rho, alpha), stop
+                state, done = program(of_stretch, state, *scalars), stop
             params = state[0]
-            seen, top = look(stop, params, v0)
-            v0, parts = top.eigenvector, None
-            if job.optimizer in ("sam", "eigen_sam") and job.rho == measured_rho:
-                found = rates(params, top, jnp.float32(job.rho), jnp.float32(job.alpha))
-                parts = {key: float(x) for key, x in found._asdict().items()}
-            yield seen, parts
+            train_loss, _ = problem.means(params, *whole)
+            if not np.isfinite(train_loss):
+                raise FloatingPointError(f"the training loss is {train_loss}")
+            test_loss, accuracy = problem.means(params, *problem.test)
+            top = problem.top_eigenpair(params, v0)
+            v0 = top.eigenvector
+            look = {"train_loss": train_loss, "test_loss": test_loss}
+            look["test_accuracy"] = accuracy
+            look["parameter_norm"], look["gradient_norm"] = map(float, norms(params))
+            look["lambda_max"] = float(top.eigenvalue)
+            look["lambda_max_residual"] = float(top.residual)
+            if optimizer in ("sam", "eigen_sam") and job["rho"] == measured_rho:
+                found = rates(params, top, *scalars)._asdict()
+                del found["eigenvalue"], found["residual"]  # which are λ_max's above
+                look |= {f"rate_{name}": float(x) for name, x in found.items()}
+            yield {"step": stop, **look}
 
     return run
+
+
+def sam_gradient(value_fn: ValueFn, params: PyTree, rho: ArrayLike) -> PyTree:
+    """∇f(w + ε) with ε = ρ·∇f(w)/‖∇f(w)‖."""
+    gradient = jax.grad(value_fn)
+    epsilon = perturbation.sam(gradient(params), rho).epsilon
+    return gradient(tree_math.add_scaled(params, 1, epsilon))
+
+
+def start(method: str, params: PyTree) -> State:
+    """Parameters and, of a discrete method, the optimizer's state before any step."""
+    if method in ORDERS or method in WITHOUT_NOISE:
+        return params, ()
+    return params, _optimizer(method, 0.0, 0.0, 0.0).init(params)
+
+
+def make_advance(problem: Problem, method: str, eta: float, num_steps: int) -> Advance:
+    """Builds (key, state, ρ, α) -> the state `num_steps` steps later.
+
+    Args:
+      problem: what is learnt.
+      method: "sam" and "eigen_sam", discrete steps on batches drawn one by one, with
+        replacement; a key of `ORDERS`, the equation over the time of as many steps, a
+        step of Euler's to each; or one of `WITHOUT_NOISE`, steps along the mean of
+        SAM's gradient or along a drift. Eigen-SAM's v is followed on the Hessian of all
+        batches, at every step.
+      eta: η, the learning rate.
+      num_steps: how many steps.
+    """
+    value_fn, batches = problem.value_fn, problem.batches
+    order = ORDERS.get(method.removeprefix("mean_"))
+
+    def descend(
+        key: jax.Array, state: State, rho: jax.Array, alpha: jax.Array
+    ) -> State:
+        tx = _optimizer(method, rho, alpha, eta)
+
+        def step(state: State, index: jax.Array) -> Any:
+            params, opt_state = state
+            batch = jax.tree.map(lambda x: x[index], batches)
+            of_batch = lambda p: value_fn(p, batch)
+            updates, opt_state = tx.update(
+                jax.grad(of_batch)(params),
+                opt_state,
+                params,
+                value_fn=of_batch,
+                curvature_fn=lambda p: value_fn(p, problem.whole),
+            )
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        drawn = jax.random.randint(key, (num_steps,), 0, NUM_BATCHES)
+        return jax.lax.scan(step, state, drawn)[0]
+
+    def simulate(
+        key: jax.Array, state: State, rho: jax.Array, alpha: jax.Array
+    ) -> State:
+        del alpha
+        end, _ = sde.simulate(
+            *(key, value_fn, sde.start(state[0]), batches),
+            rho=rho,
+            eta=eta,
+            num_steps=num_steps,
+            order=ORDERS[method],
+        )
+        return end.params, ()
+
+    def follow(key: jax.Array, state: State, rho: jax.Array, alpha: jax.Array) -> State:
+        del key, alpha
+
+        def drift(params: PyTree) -> PyTree:
+            if order is not None:
+                return sde.drift(value_fn, params, batches, rho, order)
+            of_batch = lambda batch: sam_gradient(
+                lambda p: value_fn(p, batch), params, rho
+            )
+            return tree_math.scale(-1, expansion.batch_mean(of_batch, batches))
+
+        def step(params: PyTree, _: None) -> tuple[PyTree, None]:
+            return tree_math.add_scaled(params, eta, drift(params)), None
+
+        return jax.lax.scan(step, state[0], length=num_steps)[0], ()
+
+    if method in WITHOUT_NOISE:
+        return follow
+    return descend if order is None else simulate
+
+
+def _optimizer(
+    method: str, rho: Any, alpha: Any, eta: float
+) -> optax.GradientTransformationExtraArgs:
+    """SAM or Eigen-SAM before plain SGD."""
+    ascent = sam(rho)
+    if method == "eigen_sam":
+        ascent = eigen_sam(rho, alpha, trackers.lanczos(3, update_interval=1))
+    return optax.chain(ascent, optax.sgd(eta))

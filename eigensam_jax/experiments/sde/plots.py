@@ -28,11 +28,11 @@ _PANELS = {
     "lambda_max": ("λ_max", "log"),
 }
 _PARTS = {
-    "first": ("gradient", METHODS["sgd"].colour, "-"),
-    "second": ("second derivatives", "#2ca02c", "-"),
-    "third": ("third derivatives", "#ff7f0e", "-"),
-    "aligned": ("third, if ε were along v", "#ff7f0e", ":"),
-    "ito": ("Itô's term", "#9467bd", "-"),
+    "first": (METHODS["sgd"].colour, "-"),
+    "second": ("#2ca02c", "-"),
+    "third": ("#ff7f0e", "-"),
+    "aligned": ("#ff7f0e", ":"),
+    "ito": ("#9467bd", "-"),
 }
 
 Run = Mapping[str, Any]
@@ -54,14 +54,15 @@ def paths(runs: Sequence[Run], rho: float, title: str, path: Path) -> None:
     for axes, (key, (label, scale)) in zip(
         figure.subplots(2, 3).flat, _PANELS.items(), strict=True
     ):
+        axes.set(xlabel="time t/η, in steps", title=label, yscale=scale)
         first = int(key == "test_accuracy")  # the untrained one would squeeze the rest
         for method, (colour, style) in _STYLES.items():
             at = 0.0 if method == "order_1" else rho
             chosen = sde_tables.paths(runs, method, at)
             values = np.array([run["curves"][key][first:] for run in chosen])
             steps = chosen[0]["curves"]["step"][first:]
-            _band(axes, steps, values, colour, style, sde_tables.LABELS[method])
-        axes.set(xlabel="time t/η, in steps", title=label, yscale=scale)
+            named = {"color": colour, "label": sde_tables.LABELS[method]}
+            images.band(axes, steps, values, style, **named)
         axes.grid(alpha=0.3, which="both" if scale == "log" else "major")
     figure.axes[0].legend()
     images.save(figure, path)
@@ -105,13 +106,12 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
     figure.suptitle(title)
     left, middle, right = figure.subplots(1, 3)
     for axes, method in ((left, "sam"), (middle, "eigen_sam")):
-        chosen = [run for run in sde_tables.paths(runs, method) if "rates" in run]
+        chosen = sde_tables.measured(runs, method)
         steps = chosen[0]["curves"]["step"][1:]
-        for part, (label, colour, style) in _PARTS.items():
-            values = np.array(
-                [sde_tables.relative_rate(run, part)[1:] for run in chosen]
-            )
+        for part, (colour, style) in _PARTS.items():
+            values = np.array([sde_tables.rate(run, part)[1:] for run in chosen])
             low, median, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+            label = sde_tables.PARTS[part]
             axes.plot(steps, median, style, color=colour, label=label)
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.axhline(0, color="black", linewidth=0.6)
@@ -123,8 +123,10 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
         axes.set_yscale("symlog", linthresh=0.01)
         axes.grid(alpha=0.3)
         right.plot(
-            np.ravel([run["rates"]["perturbation_alignment"][1:] for run in chosen]),
-            np.ravel([sde_tables.share(run)[1:] for run in chosen]),
+            *(
+                np.ravel([sde_tables.rate(run, *x)[1:] for run in chosen])
+                for x in (("perturbation_alignment", ""), ("third", "rate_aligned"))
+            ),
             ".",
             color=METHODS[method].colour,
             label=sde_tables.LABELS[method],
@@ -153,20 +155,3 @@ def _off(axes: Any, runs: Sequence[Run], method: str, rho: float, key: str) -> N
     if method != "sam_again":
         bare = 100 * sde_tables.relative(runs, f"mean_{method}", rho, key)
         axes.plot(steps, bare.mean(0), ":", color=colour)
-
-
-def _band(
-    axes: Any,
-    steps: Sequence[int],
-    values: np.ndarray,
-    colour: str,
-    style: str,
-    label: str,
-) -> None:
-    mean = values.mean(0)
-    spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
-    axes.plot(steps, mean, style, color=colour, label=label)
-    low = mean - spread
-    if (values > 0).all():  # a logarithmic axis has no place for what is below zero
-        low = np.maximum(low, values.min(0))
-    axes.fill_between(steps, low, mean + spread, color=colour, alpha=0.15)

@@ -26,17 +26,19 @@ class Problem(NamedTuple):
       init: from a seed to parameters.
       value_fn: (params, batch) -> the batch's mean cross-entropy.
       batches: images and labels, the leading axis over `NUM_BATCHES` batches.
+      whole: those of all batches, in one.
+      test: images and labels of the test set.
       top_eigenpair: from parameters, and where to start, to that of all batches.
       means: (params, images, labels) -> loss and accuracy.
-      dataset: with the training images of `batches` alone.
     """
 
     init: Callable[[int], PyTree]
     value_fn: Callable[[PyTree, PyTree], jax.Array]
     batches: PyTree
+    whole: tuple[jax.Array, jax.Array]
+    test: tuple[jax.Array, jax.Array]
     top_eigenpair: Callable[[PyTree, PyTree], Eigenpair]
     means: measures.Means
-    dataset: Dataset
 
 
 def make_problem(dataset: Dataset) -> Problem:
@@ -45,20 +47,16 @@ def make_problem(dataset: Dataset) -> Problem:
     Of tanh, since the third derivative of a network of rectified linear units is not
     what its kinks do.
     """
-    count = NUM_BATCHES * BATCH_SIZE
-    few = dataset._replace(
-        train_images=dataset.train_images[:count],
-        train_labels=dataset.train_labels[:count],
-    )
+    few = slice(NUM_BATCHES * BATCH_SIZE)
+    whole = dataset.train_images[few], dataset.train_labels[few]
     model = MLP(dataset.num_classes, WIDTH, jnp.tanh)
     loss = losses.cross_entropy(model)
     batches = jax.tree.map(
-        lambda x: x.reshape(NUM_BATCHES, BATCH_SIZE, *x.shape[1:]),
-        (few.train_images, few.train_labels),
+        lambda x: x.reshape(NUM_BATCHES, BATCH_SIZE, *x.shape[1:]), whole
     )
 
     def init(seed: int) -> PyTree:
-        return model.init(jax.random.key(seed), few.train_images[:1])["params"]
+        return model.init(jax.random.key(seed), whole[0][:1])["params"]
 
     def value_fn(params: PyTree, batch: PyTree) -> jax.Array:
         return loss(params, *batch)
@@ -68,10 +66,7 @@ def make_problem(dataset: Dataset) -> Problem:
         return equation.top_eigenpair(value_fn, params, batches, TOLERANCE, v0)
 
     return Problem(
-        init,
-        value_fn,
-        batches,
-        top_eigenpair,
-        measures.make_means(model),
-        few,
+        *(init, value_fn, batches, whole),
+        (dataset.test_images, dataset.test_labels),
+        *(top_eigenpair, measures.make_means(model)),
     )

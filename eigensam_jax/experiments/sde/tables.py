@@ -1,13 +1,12 @@
 """The tables of `eigensam sde`, out of its results file."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from eigensam_jax.experiments.records import tables
+from eigensam_jax.experiments.records import results, tables
 
 NOTES = (
     "Off: (path − SAM's)/SAM's from the same start, mean over the looks after the "
@@ -49,51 +48,36 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
     """What the command prints."""
     of_paths = ("off: loss %", "λ_max %", "distance: loss %", "λ_max %")
     orders = ("order 1", "order 2", "order 3")
-    of_checks = {
-        "one_step": ("slopes of errors in ρ", ("check", *orders), slopes),
-        "moments": (
-            "moments over paths: off SAM's, in standard errors",
-            ("moment", "SAM", *orders),
-            moments,
-        ),
-        "costs": (
-            "a drift, in gradients",
-            ("order", "operations", "time", "ms"),
-            costs,
-        ),
-    }
-    found = {run.get("check") for run in runs}
-    return [
-        tables.table(title, ("path", "ρ", *of_paths), distances(runs)),
-        tables.table(
+    found: tuple[tuple[str, tuple[str, ...], list[list[str]]], ...] = (
+        (title, ("path", "ρ", *of_paths), distances(runs)),
+        (
             "distance to SAM, order 3 less order 2",
             ("ρ", "loss %", "λ_max %", "no noise: loss %", "λ_max %"),
             differences(runs),
         ),
-        tables.table(
-            "parts of (dλ_max/dt)/λ_max", ("", "SAM", "Eigen-SAM"), rates(runs)
+        ("parts of (dλ_max/dt)/λ_max", ("", "SAM", "Eigen-SAM"), rates(runs)),
+        ("slopes of errors in ρ", ("check", *orders), slopes(runs)),
+        (
+            "moments over paths: off SAM's, in standard errors",
+            ("moment", "SAM", *orders),
+            moments(runs),
         ),
-        *(
-            tables.table(title, headers, rows(runs))
-            for name, (title, headers, rows) in of_checks.items()
-            if name in found
-        ),
-    ]
+        ("a drift, in gradients", ("order", "operations", "time", "ms"), costs(runs)),
+    )
+    return [tables.table(*each) for each in found if each[-1]]
 
 
 def distances(runs: Sequence[Record]) -> list[list[str]]:
     """A row a ρ and kind of path: how far off SAM it is, in % of SAM's."""
     methods = ("sam_again", "order_2", "order_3", "mean_order_2", "mean_order_3")
+    interval = tables.mean_and_interval
     rows = []
     for rho in rhos(runs):
         for method in methods:
-            off, distance = [], []
-            for quantity in QUANTITIES:
-                found = relative(runs, method, rho, quantity)
-                off.append(tables.mean_and_interval(found.mean(1).tolist(), 1, 100))
-                mean = abs(found).mean(1).tolist()
-                distance.append(tables.mean_and_interval(mean, 1, 100).lstrip("+"))
-            rows.append([LABELS[method], f"{rho:g}", *off, *distance])
+            found = [relative(runs, method, rho, x) for x in QUANTITIES]
+            off = [interval(x.mean(1), 1, 100) for x in found]
+            far = [interval(abs(x).mean(1), 1, 100, sign=False) for x in found]
+            rows.append([LABELS[method], f"{rho:g}", *off, *far])
     return rows
 
 
@@ -112,7 +96,7 @@ def differences(runs: Sequence[Record]) -> list[list[str]]:
                     abs(relative(runs, kind + method, rho, quantity)).mean(1)
                     for method in ("order_3", "order_2")
                 )
-                row.append(tables.mean_and_interval((third - second).tolist(), 1, 100))
+                row.append(tables.mean_and_interval(third - second, 1, 100))
         rows.append(row)
     return rows
 
@@ -122,107 +106,91 @@ def rates(runs: Sequence[Record]) -> list[list[str]]:
 
     The alignment |cos(ε, v)|, the parts of (dλ/dt)/λ, and the share.
     """
-    columns = [
-        [run for run in paths(runs, method) if "rates" in run]
-        for method in ("sam", "eigen_sam")
-    ]
-    found: dict[str, tuple[Callable[[Record], Any], int]] = {
-        "alignment of ε with v": (
-            lambda run: run["rates"]["perturbation_alignment"],
-            2,
-        ),
-        **{
-            label: (partial(relative_rate, part=part), 3)
-            for part, label in PARTS.items()
-        },
-        "third / if along v": (share, 2),
-    }
+    columns = [measured(runs, method) for method in ("sam", "eigen_sam")]
+    rows = [("alignment of ε with v", "perturbation_alignment", "", 2)]
+    rows += [(label, part, "lambda_max", 3) for part, label in PARTS.items()]
+    rows += [("third / if along v", "third", "rate_aligned", 2)]
     return [
         [
             name,
             *(
                 tables.mean_and_deviation(
-                    [float(np.mean(values(run)[1:])) for run in column], digits
+                    [float(rate(run, part, over)[1:].mean()) for run in column], digits
                 )
                 for column in columns
             ),
         ]
-        for name, (values, digits) in found.items()
+        for name, part, over, digits in rows
     ]
 
 
-def share(run: Record) -> np.ndarray:
-    """At each look, what part of the aligned pull the third derivatives have."""
-    ratio: np.ndarray = np.divide(run["rates"]["third"], run["rates"]["aligned"])
-    return ratio
+def measured(runs: Sequence[Record], method: str) -> list[Record]:
+    """The paths of a method along which the rates of λ_max are measured."""
+    return [run for run in paths(runs, method) if "rate_first" in run["curves"]]
 
 
-def relative_rate(run: Record, part: str) -> np.ndarray:
-    """A part of (dλ/dt)/λ at each look."""
-    found = run["rates"]
-    rate: np.ndarray = np.divide(found[part], found["eigenvalue"])
-    return rate
+def rate(run: Record, part: str, over: str = "lambda_max") -> np.ndarray:
+    """A part of dλ/dt at each look, over another curve, or nothing."""
+    curves = run["curves"]
+    found: np.ndarray = np.divide(curves[f"rate_{part}"], curves[over] if over else 1)
+    return found
 
 
 def slopes(runs: Sequence[Record]) -> list[list[str]]:
     """A row a check: the slopes of log error over log ρ, by order."""
-    found = {}
+    of_row: dict[tuple[str, int], list[Record]] = {}
     for run in runs:
-        if run.get("check") == "one_step":
-            found["SAM, one step"] = run["sam"]
-            found["Eigen-SAM, one step"] = run["eigen_sam"]
-        if run.get("check") == "many_steps":
-            found[f"SAM, {run['steps']} steps"] = run["sam"]
-    return [
-        [name, *(f"{slope:.2f}" for slope in x["slopes"])] for name, x in found.items()
-    ]
+        if "error" in run and "order" in run:
+            of_row.setdefault((run["optimizer"], run["steps"]), []).append(run)
+    rows = []
+    for (optimizer, steps), found in of_row.items():
+        row = [f"{LABELS[optimizer]}, {'one step' if steps == 1 else f'{steps} steps'}"]
+        for order in (1, 2, 3):
+            errors = results.select(found, order=order)
+            x, y = np.log([(run["rho"], run["error"]) for run in errors]).T
+            row.append(f"{np.polyfit(x, y, 1)[0]:.2f}")
+        rows.append(row)
+    return rows
 
 
 def moments(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a moment: SAM's with its Monte Carlo error, and how far the others are."""
-    found = check(runs, "moments")
-    names = [f"E({x})" for x in found["observables"]]
-    names += [f"E(({x})²)" for x in found["observables"]]
+    """A row a moment: SAM's with its Monte Carlo error, and how far the others are.
+
+    By how many standard errors of the difference they are off.
+    """
     rows = []
-    for i, name in enumerate(names):
-        sam = f"{found['sam']['mean'][i]:.4g} ± {found['sam']['error'][i]:.1g}"
-        off = [f"{found[f'order_{k}']['off'][i]:+.1f}" for k in (1, 2, 3)]
-        rows.append([name, sam, *off])
+    for sam in results.select(runs, check="moments", optimizer="sam"):
+        moment = {key: sam[key] for key in ("observable", "power")}
+        name = sam["observable"] if sam["power"] == 1 else f"({sam['observable']})²"
+        row = [f"E({name})", f"{sam['mean']:.4g} ± {sam['error']:.1g}"]
+        for run in results.select(runs, check="moments", **moment):
+            if run is not sam:
+                error = np.hypot(run["error"], sam["error"])
+                row.append(f"{(run['mean'] - sam['mean']) / error:+.1f}")
+        rows.append(row)
     return rows
 
 
 def costs(runs: Sequence[Record]) -> list[list[str]]:
     """A row an order: a drift's operations and time in gradients, and milliseconds."""
-    found = check(runs, "costs")
     return [
         [
-            str(k),
-            f"{cost['operations']:.2f}",
-            f"{cost['time']:.2f}",
-            f"{cost['time_ms']:.1f}",
+            run["optimizer"].removeprefix("order_"),
+            f"{run['operations']:.2f}",
+            f"{run['time']:.2f}",
+            f"{run['time_ms']:.1f}",
         ]
-        for k in (1, 2, 3)
-        for cost in [found[f"order_{k}"]]
+        for run in results.select(runs, check="costs")
+        if run["optimizer"] != "gradient"
     ]
-
-
-def check(runs: Sequence[Record], name: str) -> Record:
-    """The record of a check."""
-    (found,) = (run for run in runs if run.get("check") == name)
-    return found
 
 
 def paths(
     runs: Sequence[Record], method: str, rho: float | None = None
 ) -> list[Record]:
     """The paths of a method, at a ρ if one is named, by seed."""
-    return [
-        run
-        for run in runs
-        if "check" not in run
-        and run["optimizer"] == method
-        and rho in (None, run["rho"])
-    ]
+    found = results.select(runs, optimizer=method)
+    return [x for x in found if "check" not in x and rho in (None, x["rho"])]
 
 
 def rhos(runs: Sequence[Record]) -> list[float]:
@@ -235,11 +203,8 @@ def relative(
 ) -> np.ndarray:
     """(path − SAM's)/SAM's, a row a seed, a column a look after the start."""
     reference = "mean_sam" if method.startswith("mean_") else "sam"
-    by_seed = {run["seed"]: run for run in paths(runs, reference, rho)}
-    rows = []
-    for run in paths(runs, method, rho):
-        ours, sam = (
-            np.asarray(x["curves"][quantity][1:]) for x in (run, by_seed[run["seed"]])
-        )
-        rows.append((ours - sam) / sam)
-    return np.array(rows)
+    ours, sams = (
+        {run["seed"]: np.array(run["curves"][quantity][1:]) for run in found}
+        for found in (paths(runs, method, rho), paths(runs, reference, rho))
+    )
+    return np.array([(ours[seed] - sams[seed]) / sams[seed] for seed in ours])

@@ -38,9 +38,8 @@ def add_command(subparsers: Any) -> None:
         "rates.png in --out. Paths that are there already are kept: the same command "
         "goes on where it was interrupted.",
     )
-    add = sde.add_argument
     options.add_data(sde)
-    add(
+    sde.add_argument(
         "--rho",
         metavar="X",
         nargs="+",
@@ -60,8 +59,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     from eigensam_jax.experiments.sde import run as sde
 
     chosen = options.filled(chosen, _USUAL, _SMOKE)
-    rhos = {"rhos": tuple(sorted({*chosen.rho}))}
-    sde.run(options.config(sde.Config, chosen, **rhos), command)
+    chosen.rhos = tuple(sorted({*chosen.rho}))
+    sde.run(chosen, command)
 
 
 def tables(results: list[Document]) -> dict[str, Any]:

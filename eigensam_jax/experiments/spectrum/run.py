@@ -1,63 +1,70 @@
 """`eigensam spectrum`: the eigenvalues of the Hessian of a trained network."""
 
+import argparse
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import TaskID
 
 from eigensam_jax import eigen
 from eigensam_jax.experiments import registry
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.records import checkpoints, progress, results, resumption
-from eigensam_jax.experiments.spectrum import network, plots
 from eigensam_jax.experiments.spectrum import tables as spectrum_tables
-from eigensam_jax.experiments.spectrum.network import Config
+from eigensam_jax.experiments.spectrum import wing
 from eigensam_jax.experiments.spectrum.wing import EXAMPLES
-from eigensam_jax.experiments.training import loop, losses, measures
+from eigensam_jax.experiments.training import loop, losses, measures, methods
+from eigensam_jax.experiments.training.methods import Setup
+from eigensam_jax.experiments.training.steps import TrainState
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
 TOLERANCE = 1e-4  # of the residuals, relative to λ_max
 
 CHECKPOINT = "training.msgpack"
+CHECKPOINTS = 10  # of a training, beside the one at its end
+_TRAINING = (
+    *("dataset", "model", "optimizer", "seed", "epochs", "batch_size"),
+    *("learning_rate", "rho", "alpha", "augment"),
+)
+_SPECTRUM = ("k", "num_matvecs", "num_samples", "examples")
 _IDENTITY = ("seed", "optimizer", "rho", "alpha", "learning_rate")
 
 
-def run(config: Config, command: str) -> None:
-    """Trains a network; leaves `results.json` and `spectrum.png` in `config.out`.
+def run(chosen: argparse.Namespace, command: str) -> None:
+    """Trains a network; leaves `results.json` and `spectrum.png` in `--out`.
 
     Whatever ends the command, the same one goes on from the last checkpoint of the
     training, or from its end. Where the network or its Hessian is not finite, the next
     one begins again.
-
-    Args:
-      config: what to train, and what to find of its Hessian.
-      command: the command line, for the results file.
-
-    Raises:
-      UserError: for what can't be run, before any training; or when training diverges.
     """
     console = Console()
-    dataset = registry.dataset(config.dataset, config.data_dir)
+    dataset = registry.dataset(chosen.dataset, chosen.data_dir)
     available = len(dataset.train_images)
-    loop.check_batch_size(config.batch_size, config.dataset, available)
-    model = registry.model(config.model, dataset.num_classes)
-    dimension = _check(config, dataset, model)
-    examples = config.examples or min(EXAMPLES, available)
-    config = config._replace(examples=examples)
-    results.make_folder(config.out)
-    checkpoint, described = config.out / CHECKPOINT, _described(config, dataset)
+    loop.check_batch_size(chosen.batch_size, chosen.dataset, available)
+    model = registry.model(chosen.model, dataset.num_classes)
+    dimension = _check(chosen, dataset, model)
+    chosen.examples = chosen.examples or min(EXAMPLES, available)
+    results.make_folder(chosen.out)
+    training = {
+        **{key: getattr(chosen, key) for key in _TRAINING},
+        **loop.protocol(dataset, chosen.base_optimizer, chosen.weight_decay),
+    }
+    checkpoint, described = chosen.out / CHECKPOINT, training | results.environment()
     saved = checkpoints.read(checkpoint) or {"step": 0, "seconds": 0.0}
     if "described" in saved:
-        resumption.check_same(config.out, json.loads(saved["described"]), described)
+        resumption.check_same(chosen.out, json.loads(saved["described"]), described)
     start = time.perf_counter() - saved["seconds"]
     with progress.shown(console) as bar:
-        total = loop.num_steps(dataset, config.batch_size, config.epochs)
+        total = loop.num_steps(dataset, chosen.batch_size, chosen.epochs)
         training_task = bar.add_task("training", total=total, completed=saved["step"])
 
         def keep(step: int, what: dict[str, Any]) -> None:
@@ -66,27 +73,35 @@ def run(config: Config, command: str) -> None:
             kept["seconds"] = time.perf_counter() - start
             checkpoints.write(checkpoint, kept)
 
+        def counted(task: TaskID) -> Matvec:
+            def product(vector: PyTree) -> PyTree:
+                bar.advance(task)
+                return matvec(vector)
+
+            return product
+
         try:
-            trained = network.train(config, dataset, saved, keep)
-            product = measures.make_matvec(losses.cross_entropy(model))(
-                *(trained.params, dataset.train_images[:examples]),
-                *(dataset.train_labels[:examples], trained.batch_stats),
+            trained = train(chosen, dataset, saved, keep)
+            params, few = trained["params"], slice(chosen.examples)
+            matvec = measures.make_matvec(losses.cross_entropy(model))(
+                *(params, dataset.train_images[few]),
+                *(dataset.train_labels[few], trained["batch_stats"]),
             )
             task = bar.add_task("top eigenvalues", total=None)
             began = time.perf_counter()
-            matvec, products = _counted(product, bar, task)
             top = eigen.top_eigenpairs(
-                matvec, trained.params, config.k, tol=TOLERANCE, host_loop=True
+                *(counted(task), params, chosen.k),
+                tol=TOLERANCE,
+                host_loop=True,
             )
-            seconds, top_products = time.perf_counter() - began, products[0]
+            seconds, products = time.perf_counter() - began, bar.tasks[task].completed
 
-            count = config.num_matvecs * config.num_samples
-            task = bar.add_task("spectral density", total=count)
+            count = chosen.num_matvecs * chosen.num_samples
             density = eigen.spectral_density(
-                _counted(product, bar, task)[0],
-                trained.params,
-                num_matvecs=config.num_matvecs,
-                num_samples=config.num_samples,
+                counted(bar.add_task("spectral density", total=count)),
+                params,
+                num_matvecs=chosen.num_matvecs,
+                num_samples=chosen.num_samples,
                 host_loop=True,
             )
         except loop.DivergedError:
@@ -103,15 +118,14 @@ def run(config: Config, command: str) -> None:
         checkpoint.unlink(missing_ok=True)
         raise UserError(
             "the Hessian's products are not finite; lower --learning-rate (now "
-            f"{config.learning_rate:g})"
+            f"{chosen.learning_rate:g})"
         )
     record = {
-        **{key: getattr(config, key) for key in _IDENTITY},
+        **{key: getattr(chosen, key) for key in _IDENTITY},
         "top_wall_time_s": seconds,
-        "top_matvecs": top_products,
+        "top_matvecs": int(products),
         "parameters": dimension,
-        "train_loss": trained.train_loss,
-        "test_accuracy": trained.test_accuracy,
+        **{key: trained[key] for key in ("train_loss", "test_accuracy")},
         "eigenvalues": top.eigenvalue.tolist(),
         "residuals": top.residual.tolist(),
         **spectrum_tables.summarise(density, dimension, float(top.eigenvalue[0])),
@@ -121,10 +135,10 @@ def run(config: Config, command: str) -> None:
     document: dict[str, Any] = {
         "commands": [command],
         "config": {
-            **config._asdict(),
-            "data_dir": config.data_dir and str(config.data_dir),
-            "out": str(config.out),
-            **loop.protocol(dataset, config.base_optimizer, config.weight_decay),
+            **training,
+            **{key: getattr(chosen, key) for key in _SPECTRUM},
+            "data_dir": chosen.data_dir and str(chosen.data_dir),
+            "out": str(chosen.out),
             "tolerance": TOLERANCE,
             "near_zero": spectrum_tables.NEAR_ZERO,
         },
@@ -133,54 +147,90 @@ def run(config: Config, command: str) -> None:
         "wall_time_s": time.perf_counter() - start,
         "runs": [results.rounded(record)],
     }
-    path, plot = config.out / results.FILE, config.out / "spectrum.png"
+    path = chosen.out / results.FILE
     results.write(path, document)
-    title = f"{config.dataset}, {config.model}, {config.optimizer}"
-    plots.spectrum(document, title, plot)
+    wing.plots(document, chosen.out)
     checkpoint.unlink(missing_ok=True)
-    console.print(spectrum_tables.table(document, title))
+    console.print(spectrum_tables.table(document, wing.title(document)))
     console.print(spectrum_tables.sentence(document))
     console.print(
-        f"Results: {path}   Plot: {plot}   Wall time: {document['wall_time_s']:.0f} s"
+        f"Results: {path}   Plot: {chosen.out / 'spectrum.png'}   "
+        f"Wall time: {document['wall_time_s']:.0f} s"
     )
 
 
-def _described(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """All that the trained network depends on."""
-    later = ("k", "num_matvecs", "num_samples", "examples", "data_dir", "out")
-    fields = {key: x for key, x in config._asdict().items() if key not in later}
-    return {
-        **fields,
-        **loop.protocol(dataset, config.base_optimizer, config.weight_decay),
-        **results.environment(),
-    }
+def train(
+    chosen: argparse.Namespace,
+    dataset: Dataset,
+    saved: dict[str, Any] | None = None,
+    keep: Callable[[int, dict[str, Any]], None] = lambda step, what: None,
+) -> dict[str, Any]:
+    """The network at the end of training.
+
+    Its `params` and `batch_stats`, the `train_loss`, which is the mean cross-entropy
+    over the training set, and the `test_accuracy`.
+
+    Args:
+      chosen: the options, see `eigensam spectrum --help`.
+      dataset: what it is trained on.
+      saved: what was kept of an interrupted training, to go on with.
+      keep: called on the way and at the end, with the steps so far and what there is
+        to go on with.
+
+    Raises:
+      DivergedError: if the loss is not finite.
+    """
+    saved = saved or {}
+    if "trained" in saved:
+        arrays = {key: saved["trained"][key] for key in ("params", "batch_stats")}
+        return {**saved["trained"], **jax.tree.map(jnp.asarray, arrays)}
+    steps = loop.num_steps(dataset, chosen.batch_size, chosen.epochs)
+    settings = loop.Settings(
+        *(steps, chosen.batch_size, chosen.learning_rate),
+        looks=loop.evaluation_steps(steps, CHECKPOINTS + 1)[1:],
+        augment=registry.augmentation(chosen.dataset, chosen.augment),
+        base=chosen.base_optimizer,
+        weight_decay=chosen.weight_decay,
+    )
+    model = registry.model(chosen.model, dataset.num_classes)
+    means = measures.make_means(model)
+
+    def measure(setup: Setup, state: TrainState, top: Any) -> tuple[Any, None]:
+        del setup, top
+        if int(state.step) < steps:
+            return None, None
+        params, stats = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
+        train_loss, _ = means(params, dataset.train_images, dataset.train_labels, stats)
+        if not np.isfinite(train_loss):
+            raise FloatingPointError(f"the training loss is {train_loss}")
+        _, accuracy = means(params, dataset.test_images, dataset.test_labels, stats)
+        end = {"train_loss": train_loss, "test_accuracy": accuracy}
+        return {"params": params, "batch_stats": stats, **end}, None
+
+    method = methods.named(chosen.optimizer, chosen.rho, chosen.alpha)
+    run = loop.make_run(model, dataset, measure, settings)
+    for point in run(method, chosen.seed, saved.get("progress")):
+        if point.step < steps:
+            progress = serialization.to_state_dict(point.progress)
+            keep(point.step, {"progress": progress})
+    trained: dict[str, Any] = point.measurement
+    keep(steps, {"trained": trained})
+    return trained
 
 
-def _check(config: Config, dataset: Dataset, model: Any) -> int:
+def _check(chosen: argparse.Namespace, dataset: Dataset, model: Any) -> int:
     """Refuses what can't be done, and returns the number of parameters."""
     images = len(dataset.train_images)
-    if config.examples is not None and config.examples > images:
+    if chosen.examples is not None and chosen.examples > images:
         raise UserError(
-            f"--examples {config.examples} is more than the {images} training images "
-            f"of {config.dataset}; use at most {images}"
+            f"--examples {chosen.examples} is more than the {images} training images "
+            f"of {chosen.dataset}; use at most {images}"
         )
     shapes = jax.eval_shape(model.init, jax.random.key(0), dataset.train_images[:1])
     dimension = sum(int(x.size) for x in jax.tree.leaves(shapes["params"]))
-    if config.k > dimension:
+    if chosen.k > dimension:
         raise UserError(
-            f"--k {config.k} is more than the {dimension} parameters of "
-            f"{config.model}; a few dozen are usual"
+            f"--k {chosen.k} is more than the {dimension} parameters of "
+            f"{chosen.model}; a few dozen are usual"
         )
     return dimension
-
-
-def _counted(matvec: Matvec, bar: Progress, task: TaskID) -> tuple[Matvec, list[int]]:
-    """`matvec`, and a list whose only entry counts its products, as `bar` does."""
-    products = [0]
-
-    def counted(vector: PyTree) -> PyTree:
-        products[0] += 1
-        bar.update(task, completed=products[0])
-        return matvec(vector)
-
-    return counted, products

@@ -26,20 +26,18 @@ def add_command(subparsers: Any) -> None:
         "of an earlier run; a training that was interrupted goes on by the same "
         "command.",
     )
-    add, usual = spectrum.add_argument, _USUAL
+    usual = _USUAL
     trained = tuple(name for name in METHODS if not METHODS[name].radius_of)
     options.add_problem(spectrum)
-    add(
-        "--optimizer",
-        metavar="NAME",
-        choices=trained,
-        default="eigen_sam",
-        help=options.any_of(trained),
-    )
-    add(
+    options.add_choice(spectrum, "optimizer", trained, "eigen_sam")
+    spectrum.add_argument(
         "--seed", metavar="N", type=options.number(int), default=0, help="[%(default)s]"
     )
-    options.add_training(spectrum, usual["epochs"])
+    counts = {"epochs": f"how many [{usual['epochs']}]", "batch-size": "[%(default)s]"}
+    options.add_counts(spectrum, counts, {"batch-size": 128})
+    options.add_method(spectrum)
+    options.add_base(spectrum)
+    options.add_no_augment(spectrum)
     products, vectors = usual["num_matvecs"], usual["num_samples"]
     counts = {
         "k": f"how many top eigenvalues [{usual['k']}]",
@@ -55,12 +53,11 @@ def add_command(subparsers: Any) -> None:
 def run(chosen: argparse.Namespace, command: str) -> None:
     """Trains a network; leaves `results.json` and `spectrum.png` in `--out`."""
     from eigensam_jax.experiments.spectrum import run as spectrum
-    from eigensam_jax.experiments.spectrum.network import Config
 
     chosen = options.filled(chosen, _USUAL, _SMOKE)
     rate = learning_rate(chosen.optimizer, chosen.base_optimizer, chosen.learning_rate)
-    more = {"learning_rate": rate, "augment": options.is_augmented(chosen)}
-    spectrum.run(options.config(Config, chosen, **more), command)
+    chosen.learning_rate, chosen.augment = rate, options.is_augmented(chosen)
+    spectrum.run(chosen, command)
 
 
 def tables(results: list[Document]) -> dict[str, Any]:
@@ -74,6 +71,11 @@ def plots(results: Document, folder: Path) -> None:
     """Draws the plot of a results file."""
     from eigensam_jax.experiments.spectrum import plots as drawn
 
-    config = results["config"]
-    title = f"{config['dataset']}, {config['model']}, {config['optimizer']}"
-    drawn.spectrum(results, title, folder / "spectrum.png")
+    drawn.spectrum(results, title(results), folder / "spectrum.png")
+
+
+def title(results: Document) -> str:
+    """What was trained, by what."""
+    return ", ".join(
+        results["config"][key] for key in ("dataset", "model", "optimizer")
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,33 +19,9 @@ from eigensam_jax.experiments.training.steps import TrainState
 from eigensam_jax.tree_math import PyTree
 
 _UNSEEN = 0.15  # of the steps, at the start, before the first look
+_MEASURED = ("train_loss", "test_accuracy", "lambda_max", "lambda_max_residual")
 
-
-class Look(NamedTuple):
-    """A look at a run, before the next step is taken, or at its end.
-
-    Attributes:
-      train_loss: mean cross-entropy over the training set, at the weights w.
-      test_accuracy: fraction of the test set that is classified correctly.
-      lambda_max: λ_max of ∇²L(w) on the first `measures.CURVATURE_EXAMPLES` images.
-      lambda_max_residual: ‖Hv − λv‖ of that eigenpair.
-      ratio: vᵀHv/λ_max for the v that the step perturbs by; None at the end, and where
-        there is no tracker.
-      cosine: |cos| between that v and the top eigenvector.
-      tracked_eigenvalue: λ as the tracker has it, on batches, where it is known.
-      tracked_residual: the residual as the tracker has it.
-    """
-
-    train_loss: float
-    test_accuracy: float
-    lambda_max: float
-    lambda_max_residual: float
-    ratio: float | None = None
-    cosine: float | None = None
-    tracked_eigenvalue: float | None = None
-    tracked_residual: float | None = None
-
-
+Look = dict[str, Any]
 Measure = Callable[[Setup, TrainState, Any], tuple[Look, PyTree]]
 
 
@@ -99,10 +75,16 @@ def make_tracked(
 def make_measure(
     model: nn.Module, dataset: Dataset, batch_size: int, steps: int
 ) -> Measure:
-    """Builds (setup, state, start) -> a `Look`, and the top eigenvector.
+    """Builds (setup, state, start) -> a look at a run, and the top eigenvector.
 
-    `start` is where the search for that begins. A training loss that is not finite
-    raises FloatingPointError, and so does a Hessian whose top is not found.
+    A look is before the next step is taken, or at the end. It has the `Measurement`
+    without alignment, λ_max on the first `measures.CURVATURE_EXAMPLES` images. Of the v
+    that the step perturbs by, where there is one, it has `ratio`, vᵀHv/λ_max; `cosine`,
+    |cos| between v and the top eigenvector; `tracked_eigenvalue` and `tracked_residual`
+    as the tracker has them, on batches, None where they are not known.
+
+    `start` is where the search for the top eigenvector begins. A training loss that is
+    not finite raises FloatingPointError, and so does a Hessian whose top is not found.
     """
     matvec_at = measures.make_matvec(losses.cross_entropy(model))
     few = slice(measures.CURVATURE_EXAMPLES)
@@ -118,49 +100,33 @@ def make_measure(
         setup: Setup, state: TrainState, start: PyTree | None
     ) -> tuple[Look, PyTree]:
         found, top = seen(setup, state, start)
-        look = Look(*(getattr(found, name) for name in Look._fields[:4]))
-        if int(state.step) == steps or not setup.tracker:
-            return look, top
-        tracked = tracked_by(setup, state)
-        v = tracked.eigenvector
-        product = matvec_at(state.params, images, labels)(v)
-        return look._replace(
-            ratio=float(tree_math.vdot(v, product)) / look.lambda_max,
-            cosine=float(jnp.abs(tree_math.vdot(v, top))),
-            tracked_eigenvalue=_finite(float(tracked.eigenvalue)),
-            tracked_residual=_finite(float(tracked.residual)),
-        ), top
+        look: Look = {name: getattr(found, name) for name in _MEASURED}
+        if int(state.step) < steps and setup.tracker:
+            tracked = tracked_by(setup, state)
+            v = tracked.eigenvector
+            product = matvec_at(state.params, images, labels)(v)
+            look["ratio"] = float(tree_math.vdot(v, product)) / found.lambda_max
+            look["cosine"] = float(jnp.abs(tree_math.vdot(v, top)))
+            for key in ("eigenvalue", "residual"):
+                known = float(getattr(tracked, key))
+                look[f"tracked_{key}"] = known if np.isfinite(known) else None
+        return look, top
 
     return measure
 
 
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
-
-
-def _curves(looks: list[Point[Look]]) -> dict[str, list[Any]]:
-    """A list for each figure, over the looks."""
-    seen = [point.measurement for point in looks]
-    return {
-        "step": [point.step for point in looks],
-        "radius": [point.radius for point in looks],
-        **{key: [getattr(x, key) for x in seen] for key in Look._fields},
-    }
-
-
 def summarise(points: list[Point[Look]]) -> dict[str, Any]:
     """The figures of a run for `results.json`: its end, means of its looks, curves."""
-    looks, end = points[:-1], points[-1]
-    seen = [point.measurement for point in looks]
-    ratios = [look.ratio for look in seen if look.ratio is not None]
-    cosines = [look.cosine for look in seen if look.cosine is not None]
-    last = end.measurement._asdict()
+    *looks, end = ({"radius": x.radius, **x.measurement} for x in points)
+    curves: dict[str, list[Any]] = {}
+    if looks:
+        curves = {key: [look[key] for look in looks] for key in looks[0]}
+        curves = {"step": [point.step for point in points[:-1]], **curves}
+    ratios, cosines = curves.get("ratio", []), curves.get("cosine", [])
     return {
-        "radius": end.radius,
-        **{key: last[key] for key in ("lambda_max", "lambda_max_residual")},
-        **{key: last[key] for key in ("train_loss", "test_accuracy")},
+        **end,
         "ratio": float(np.mean(ratios)) if ratios else None,
         "worst_ratio": min(ratios, default=None),
         "cosine": float(np.mean(cosines)) if cosines else None,
-        "curves": _curves(looks) if looks else {},
+        "curves": curves,
     }

@@ -1,21 +1,19 @@
 """`eigensam track`: how well each tracker follows the top eigenvector in training."""
 
-import time
+import argparse
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any
 
 from rich.console import Console
 
 from eigensam_jax.experiments import registry
+from eigensam_jax.experiments.data import load
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.records import progress, results, resumption, tables
 from eigensam_jax.experiments.registry import TRACKERS
-from eigensam_jax.experiments.track import looks, plots
+from eigensam_jax.experiments.track import looks, wing
 from eigensam_jax.experiments.track import tables as track_tables
-from eigensam_jax.experiments.track.jobs import Job, jobs
-from eigensam_jax.experiments.track.looks import Look
 from eigensam_jax.experiments.training import loop, measures
 from eigensam_jax.experiments.training.methods import named
 
@@ -26,136 +24,109 @@ TRAIN_EXAMPLES = 10_000
 Record = dict[str, Any]
 
 
-class Config(NamedTuple):
-    """The options of the command; see `eigensam track --help`."""
-
-    dataset: str
-    data_dir: Path | None
-    model: str
-    trackers: tuple[str, ...]
-    alpha: tuple[float, ...]
-    seeds: int
-    steps: int
-    evaluations: int
-    learning_rate: float
-    base_optimizer: str
-    weight_decay: float
-    out: Path
-
-
-def run(config: Config, command: str) -> None:
-    """Runs the benchmark; leaves `results.json` and `track.png` in `config.out`.
+def run(chosen: argparse.Namespace, command: str) -> None:
+    """Runs the benchmark; leaves `results.json` and `track.png` in `--out`.
 
     The results are brought up to date after every run. Runs of the same configuration
     that are there already are kept, and not run again.
-
-    Args:
-      config: what to run.
-      command: the command line, for the results file.
-
-    Raises:
-      UserError: for what can't be run, before any training; or when a run diverges.
-      KeyboardInterrupt: passed on, with the finished runs on disk.
     """
-    console, dataset = Console(), _load(config)
-    results.make_folder(config.out)
-    path, plot = config.out / results.FILE, config.out / "track.png"
-    calls = {name: TRACKERS[name].call for name in config.trackers}
-    document = resumption.of_runs(path, command, _protocol(config, dataset), calls)
-    missing = _records(config, dataset, document["runs"], console)
+    console = Console()
+    dataset = registry.dataset(chosen.dataset, chosen.data_dir)
+    available = min(TRAIN_EXAMPLES, len(dataset.train_labels))
+    loop.check_batch_size(BATCH_SIZE, chosen.dataset, available)
+    dataset = load.first(dataset, available, chosen.dataset)
+    results.make_folder(chosen.out)
+    path = chosen.out / results.FILE
+    calls = {name: TRACKERS[name].call for name in chosen.trackers}
+    config = {  # all that the figures of one run depend on, apart from its job
+        "dataset": chosen.dataset,
+        "data_dir": chosen.data_dir and str(chosen.data_dir),
+        "model": chosen.model,
+        "rho": RHO,
+        "steps": chosen.steps,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": chosen.learning_rate,
+        "evaluations": list(looks.look_steps(chosen.steps, chosen.evaluations)),
+        **loop.protocol(dataset, chosen.base_optimizer, chosen.weight_decay),
+        "curvature_examples": min(available, measures.CURVATURE_EXAMPLES),
+        "curvature_tolerance": measures.CURVATURE_TOLERANCE,
+    }
+    document = resumption.of_runs(path, command, config, calls)
+    missing = _records(chosen, dataset, document, console)
+    in_order = lambda runs: sorted(runs, key=lambda x: (x["seed"], x["alpha"] or 0.0))
     resumption.add_runs(path, document, missing, console, in_order)
-    runs, title = document["runs"], f"{config.dataset}, {config.model}"
-    plots.track(runs, title, plot)
+    wing.plots(document, chosen.out)
+    runs, title = document["runs"], f"{chosen.dataset}, {chosen.model}"
     for alpha in track_tables.alphas(runs):
         console.print(track_tables.table(runs, alpha, title))
-    examples = document["config"]["curvature_examples"]
     console.print(
         "Mean ± standard deviation over seeds; worst: the least of all looks. HVPs: "
         "Hessian-vector products per 100 steps. ratio: vᵀHv/λ_max of the v that a step "
-        f"uses, and |cos| with the true one, on {examples} training images."
+        f"uses, and |cos| with the true one, on {config['curvature_examples']} "
+        "training images."
     )
     console.print(track_tables.difference_table(runs, title))
     console.print(
         f"eigen_sam − SAM at its radius. {tables.of_seeds(runs)}\n"
-        f"Results: {path}   Plot: {plot}   Wall time: {document['wall_time_s']:.0f} s"
+        f"Results: {path}   Plot: {chosen.out / 'track.png'}   "
+        f"Wall time: {document['wall_time_s']:.0f} s"
     )
 
 
-def in_order(runs: list[Record]) -> list[Record]:
-    """By seed and α, whenever they were run."""
-    return sorted(runs, key=lambda run: (run["seed"], run["alpha"] or 0.0))
+def jobs(chosen: argparse.Namespace) -> list[Record]:
+    """What tells each run from the others, so that an early end leaves whole seeds.
 
-
-def _load(config: Config) -> Dataset:
-    """The data, of whose training images the first `TRAIN_EXAMPLES` are used."""
-    dataset = registry.dataset(config.dataset, config.data_dir)
-    images, labels = dataset.train_images, dataset.train_labels
-    loop.check_batch_size(BATCH_SIZE, config.dataset, len(labels))
-    return dataset._replace(
-        train_images=images[:TRAIN_EXAMPLES], train_labels=labels[:TRAIN_EXAMPLES]
-    )
-
-
-def _protocol(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """All that the figures of one run depend on, apart from its `Job` and tracker."""
-    examples = len(dataset.train_images)
-    return {
-        "dataset": config.dataset,
-        "data_dir": config.data_dir and str(config.data_dir),
-        "model": config.model,
-        "rho": RHO,
-        "steps": config.steps,
-        "batch_size": BATCH_SIZE,
-        "learning_rate": config.learning_rate,
-        "evaluations": list(looks.look_steps(config.steps, config.evaluations)),
-        **loop.protocol(dataset, config.base_optimizer, config.weight_decay),
-        "curvature_examples": min(examples, measures.CURVATURE_EXAMPLES),
-        "curvature_tolerance": measures.CURVATURE_TOLERANCE,
-    }
+    `optimizer` is "eigen_sam"; "sam", without tracker and α; or "sam_matched", which is
+    SAM at the mean radius that the run of this tracker, α and seed had.
+    """
+    kinds: list[tuple[str, str | None, float | None]] = [("sam", None, None)]
+    for alpha in chosen.alpha:
+        for name in chosen.trackers:
+            kinds.append(("eigen_sam", name, alpha))
+            if not TRACKERS[name].is_ceiling:
+                kinds.append(("sam_matched", name, alpha))
+    return [
+        {"optimizer": optimizer, "tracker": name, "alpha": alpha, "seed": seed}
+        for seed in range(chosen.seeds)
+        for optimizer, name, alpha in kinds
+    ]
 
 
 def _records(
-    config: Config, dataset: Dataset, runs: list[Record], console: Console
-) -> Iterator[Record]:
-    """Does the jobs that `runs` lacks; yields the record of each."""
-    done = {Job(*(run[key] for key in Job._fields)): run for run in runs}
-    wanted = jobs(config.trackers, config.alpha, config.seeds)
-    missing = [job for job in wanted if job not in done]
-    model, steps = registry.model(config.model, dataset.num_classes), config.steps
+    chosen: argparse.Namespace, dataset: Dataset, document: Record, console: Console
+) -> Iterator[list[Record]]:
+    """Does the jobs that the results file lacks; yields the record of each."""
+    model, steps = registry.model(chosen.model, dataset.num_classes), chosen.steps
     measure = looks.make_measure(model, dataset, BATCH_SIZE, steps)
 
     @cache
-    def runner(at: tuple[int, ...]) -> loop.Run[Look]:
+    def runner(at: tuple[int, ...]) -> loop.Run[looks.Look]:
         settings = loop.Settings(
-            *(steps, BATCH_SIZE, config.learning_rate, (*at, steps)),
-            base=config.base_optimizer,
-            weight_decay=config.weight_decay,
+            *(steps, BATCH_SIZE, chosen.learning_rate, (*at, steps)),
+            base=chosen.base_optimizer,
+            weight_decay=chosen.weight_decay,
         )
         return loop.make_run(model, dataset, measure, settings)
 
-    with progress.shown(console) as bar:
-        task = bar.add_task("", total=len(missing) * steps)
-        for count, job in enumerate(missing):
-            where = "" if job.tracker is None else f" {job.tracker} α {job.alpha:g}"
-            description = f"{job.optimizer}{where}, seed {job.seed}"
-            bar.update(task, description=description, completed=count * steps)
-            start, rho = time.perf_counter(), RHO
-            at: tuple[int, ...] = ()
-            setup = named("sam", rho, 0.0)
-            if job.optimizer == "eigen_sam" and job.tracker is not None:
-                at = looks.look_steps(steps, config.evaluations)
-                setup = named("eigen_sam", rho, job.alpha or 0.0, job.tracker)
-            elif job.optimizer == "sam_matched":
-                rho = done[job._replace(optimizer="eigen_sam")]["radius"]
-                setup = setup._replace(rho=rho)
-            points = []
-            for point in runner(at)(setup, job.seed):
-                bar.update(task, completed=count * steps + point.step)
-                points.append(point)
-            done[job] = {
-                **job._asdict(),
-                "rho": rho,
-                **results.rounded(looks.summarise(points)),
-                "wall_time_s": time.perf_counter() - start,
-            }
-            yield done[job]
+    def train(job: Record, advance: progress.Advance) -> list[Record]:
+        at: tuple[int, ...] = ()
+        setup = named("sam", RHO, 0.0)
+        if job["optimizer"] == "eigen_sam":
+            at = looks.look_steps(steps, chosen.evaluations)
+            setup = named("eigen_sam", RHO, job["alpha"], job["tracker"])
+        elif job["optimizer"] == "sam_matched":
+            of_tracker = {**job, "optimizer": "eigen_sam"}
+            (found,) = results.select(document["runs"], **of_tracker)
+            setup = setup._replace(rho=found["radius"])
+        points: list[loop.Point[looks.Look]] = []
+        for point in runner(at)(setup, job["seed"]):
+            advance(point.step - (points[-1].step if points else 0))
+            points.append(point)
+        return [{**job, "rho": setup.rho, **looks.summarise(points)}]
+
+    work = []
+    for job in resumption.missing(jobs(chosen), document["runs"]):
+        where = f" {job['tracker']} α {job['alpha']:g}" if job["tracker"] else ""
+        name = f"{job['optimizer']}{where}, seed {job['seed']}"
+        work.append((name, partial(train, job)))
+    return progress.done(work, len(work) * steps, console)

@@ -1,13 +1,13 @@
 """The tables of `eigensam track`, out of its results files."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from eigensam_jax.experiments.records import tables
+from eigensam_jax.experiments.records import results, tables
 from eigensam_jax.experiments.registry import TRACKERS
-from eigensam_jax.experiments.track.jobs import Job
 
 _DIFFERENCES = {  # title, factor, digits
     "lambda_max": ("λ_max", 1, 3),
@@ -15,28 +15,28 @@ _DIFFERENCES = {  # title, factor, digits
     "test_accuracy": ("test acc. %", 100, 2),
 }
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]
 
 
-def alphas(runs: list[Record]) -> list[float]:
+def alphas(runs: Sequence[Record]) -> list[float]:
     """All α of the runs, ascending."""
     return sorted({run["alpha"] for run in runs if run["alpha"] is not None})
 
 
-def table(runs: list[Record], alpha: float, title: str) -> Table:
+def table(runs: Sequence[Record], alpha: float, title: str) -> Table:
     """The rows of `summary` for a terminal."""
     headers = ("HVPs", "ratio", "worst", "|cos|", "λ_max", "train loss", "acc. %")
     title = f"{title}, α = {alpha:g}"
     return tables.table(title, ("tracker", *headers), summary(runs, alpha))
 
 
-def difference_table(runs: list[Record], title: str) -> Table:
+def difference_table(runs: Sequence[Record], title: str) -> Table:
     """The rows of `differences` for a terminal."""
     headers = ("α", "radius", *(header for header, _, _ in _DIFFERENCES.values()))
     return tables.table(title, ("tracker", *headers), differences(runs))
 
 
-def summary(runs: list[Record], alpha: float) -> list[list[str]]:
+def summary(runs: Sequence[Record], alpha: float) -> list[list[str]]:
     """SAM and every tracker at α: cost, how well v is followed, and where runs end.
 
     The columns are products per 100 steps, vᵀHv/λ_max and its minimum, |cos(v, v_top)|,
@@ -45,11 +45,7 @@ def summary(runs: list[Record], alpha: float) -> list[list[str]]:
     rows = []
     for name in (None, *names(runs)):
         optimizer, at = ("sam", None) if name is None else ("eigen_sam", alpha)
-        chosen = [
-            run
-            for run in runs
-            if (run["optimizer"], run["tracker"], run["alpha"]) == (optimizer, name, at)
-        ]
+        chosen = results.select(runs, optimizer=optimizer, tracker=name, alpha=at)
         if not chosen:
             continue
         column = {key: [run[key] for run in chosen] for key in chosen[0]}
@@ -75,7 +71,7 @@ def summary(runs: list[Record], alpha: float) -> list[list[str]]:
     return rows
 
 
-def across(networks: list[list[Record]]) -> list[list[str]]:
+def across(networks: Sequence[Sequence[Record]]) -> list[list[str]]:
     """A row a tracker: its products, and the ratio on each network at α 0.2 and 1."""
     summaries = [
         {row[0]: row for row in summary(runs, alpha)}
@@ -92,19 +88,12 @@ def across(networks: list[list[Record]]) -> list[list[str]]:
     ]
 
 
-def differences(runs: list[Record]) -> list[list[str]]:
+def differences(runs: Sequence[Record]) -> list[list[str]]:
     """A row a tracker and α: the radius, and Eigen-SAM less SAM at that of its run."""
-    by_job = {tuple(run[key] for key in Job._fields): run for run in runs}
     rows = []
     for alpha in alphas(runs):
         for name in names(runs):
-            pairs = [
-                (run, by_job["sam_matched", name, alpha, run["seed"]])
-                for run in runs
-                if (run["optimizer"], run["tracker"], run["alpha"])
-                == ("eigen_sam", name, alpha)
-                and ("sam_matched", name, alpha, run["seed"]) in by_job
-            ]
+            pairs = matched(runs, name, alpha)
             if pairs:
                 radius = np.mean([run["radius"] for run, _ in pairs])
                 row = [name, f"{alpha:g}", f"{radius:.3f}"]
@@ -115,7 +104,21 @@ def differences(runs: list[Record]) -> list[list[str]]:
     return rows
 
 
-def names(runs: list[Record]) -> list[str]:
+def matched(
+    runs: Sequence[Record], tracker: str, alpha: float
+) -> list[tuple[Record, Record]]:
+    """The runs of a tracker at α that have one of SAM at their radius, with that."""
+    kind = {"tracker": tracker, "alpha": alpha}
+    return [
+        (run, sam)
+        for run in results.select(runs, optimizer="eigen_sam", **kind)
+        for sam in results.select(
+            runs, optimizer="sam_matched", **kind, seed=run["seed"]
+        )
+    ]
+
+
+def names(runs: Sequence[Record]) -> list[str]:
     """The trackers of the runs, in the order of `TRACKERS`."""
     present = {run["tracker"] for run in runs}
     return [name for name in TRACKERS if name in present]

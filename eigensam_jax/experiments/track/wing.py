@@ -35,17 +35,10 @@ def add_command(subparsers: Any) -> None:
         "--out. Runs that are there already are kept: the same command goes on where "
         "it was interrupted, and a tracker, an α or a seed can be added.",
     )
-    add = track.add_argument
     small = {name: x.track_rate for name, x in MODELS.items() if x.track_rate}
     options.add_problem(track, tuple(small))
-    add(
-        "--trackers",
-        metavar="NAME",
-        nargs="+",
-        choices=tuple(TRACKERS),
-        help=f"some of {', '.join(TRACKERS)} [all]",
-    )
-    add(
+    options.add_choices(track, "trackers", tuple(TRACKERS))
+    track.add_argument(
         "--alpha",
         metavar="X",
         nargs="+",
@@ -66,12 +59,13 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     from eigensam_jax.experiments.track import run as track
 
     chosen = options.filled(chosen, _USUAL, _SMOKE)
-    base, rate = chosen.base_optimizer, chosen.learning_rate
-    if base == "sgd":
+    rate = chosen.learning_rate
+    if chosen.base_optimizer == "sgd":
         rate = rate or MODELS[chosen.model].track_rate
-    lists = {x: tuple(dict.fromkeys(getattr(chosen, x))) for x in ("alpha", "trackers")}
-    rates = {"learning_rate": learning_rate("eigen_sam", base, rate)}
-    track.run(options.config(track.Config, chosen, **lists, **rates), command)
+    chosen.learning_rate = learning_rate("eigen_sam", chosen.base_optimizer, rate)
+    for name in ("alpha", "trackers"):
+        setattr(chosen, name, tuple(dict.fromkeys(getattr(chosen, name))))
+    track.run(chosen, command)
 
 
 def tables(results: list[Document]) -> dict[str, Any]:

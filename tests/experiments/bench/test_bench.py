@@ -45,19 +45,20 @@ def test_operations_are_those_of_the_gradients_and_products_in_a_step(smoke):
     assert sorted(p.name for p in out.iterdir()) == ["bench.png", "results.json"]
     assert results["complete"] is True
     assert results["commands"] == [f"eigensam bench --smoke --out {out}"]
-    (run,) = bench_tables.networks(results["runs"])
+    units, optimizers = bench_tables.named(results["runs"])
+    run = optimizers["sgd"]
     assert (run["model"], run["batch_size"]) == ("wide_mlp", 128)
     # 784·1024 + 1024 + 1024² + 1024 + 10·1024 + 10
     assert run["parameters"] == 1_863_690
-    assert tuple(run["optimizers"]) == NAMES
+    assert tuple(optimizers) == NAMES
 
-    gradient, hvp = (run["units"][name]["operations"] for name in ("gradient", "hvp"))
+    gradient, hvp = (units[name]["operations"] for name in ("gradient", "hvp"))
     # Two operations for each weight and example, forwards and for the gradient by the
     # weights; and for that by the activations, of which images need none.
     weights = 784 * 1024 + 1024**2 + 10 * 1024
     expected = 2 * 128 * (3 * weights - 784 * 1024)
     np.testing.assert_allclose(gradient, expected, rtol=0.01)
-    operations = {n: x["operations"] for n, x in run["optimizers"].items()}
+    operations = {n: x["operations"] for n, x in optimizers.items()}
     assert gradient < operations["sgd"] < 1.02 * gradient
     # Ten operations for each parameter, one of them in a norm right over the range.
     assert 1.9 * gradient < operations["sam"]
@@ -66,19 +67,19 @@ def test_operations_are_those_of_the_gradients_and_products_in_a_step(smoke):
     whole = operations["sam"] + 5 * hvp / 100
     assert 0.99 * whole < operations["power_iteration"] < 1.01 * whole
 
-    power = run["optimizers"]["power_iteration"]
+    power = optimizers["power_iteration"]
     for key in ("operations", "bytes_accessed"):
-        plain, due = power["plain"][key], power["due"][key]
+        plain, due = power[f"plain_{key}"], power[f"due_{key}"]
         np.testing.assert_allclose(power[key], 0.99 * plain + 0.01 * due)
     # Five products, which may share what does not depend on the vector.
-    products = power["due"]["operations"] - power["plain"]["operations"]
+    products = power["due_operations"] - power["plain_operations"]
     assert 4 * hvp < products < 5.05 * hvp
 
 
 def test_memory_and_times_are_of_whole_steps(smoke):
     _, results = smoke
-    (run,) = bench_tables.networks(results["runs"])
-    optimizers, parameters = run["optimizers"], FLOAT32 * run["parameters"]
+    _, optimizers = bench_tables.named(results["runs"])
+    parameters = FLOAT32 * optimizers["sgd"]["parameters"]
     for name, figures in optimizers.items():
         # The new gradient is somewhere, the parameters and the state in their place.
         assert 0.9 * parameters < figures["temp_bytes"] < 9 * parameters, name
@@ -98,14 +99,16 @@ def test_memory_and_times_are_of_whole_steps(smoke):
 
 def test_the_tables_fit_a_terminal(smoke):
     _, results = smoke
-    (run,) = bench_tables.networks(results["runs"])
-    rows = bench_tables.summary(run)
+    runs = results["runs"]
+    rows = bench_tables.summary(runs)
     assert [row[0] for row in rows] == list(NAMES)
     # Several devices, and PyTorch, of whose programs nothing is known.
-    sgd = {**run["optimizers"]["sgd"], "collectives": 2, "collective_bytes": 1.5e7}
-    torch = {key: value for key, value in sgd.items() if "time" in key}
-    optimizers = {**run["optimizers"], "sgd": sgd, "torch_eigen_sam": torch}
-    wider = {**run, "devices": 8, "optimizers": optimizers}
+    (sgd,) = (run for run in runs if run["optimizer"] == "sgd")
+    exchanging = {**sgd, "collectives": 2, "collective_bytes": 1.5e7}
+    torch = {k: x for k, x in sgd.items() if "time" in k or k == "model"}
+    torch["optimizer"] = "torch_eigen_sam"
+    wider = [exchanging if run is sgd else run for run in runs] + [torch]
+    wider[0] = {**wider[0], "devices": 8}
     console = Console(width=80, file=io.StringIO())
     for table in bench_tables.network_tables(wider):
         console.print(table)
@@ -120,8 +123,8 @@ def test_figures_of_other_networks_are_kept(smoke, tmp_path, monkeypatch, capsys
     out, results = smoke
     (tmp_path / "results.json").write_text((out / "results.json").read_text())
 
-    def measured(config, model, names, placed, console):
-        other = {"model": model, "rounds": config.rounds}
+    def measured(chosen, model, names, placed, console):
+        other = {"model": model, "rounds": chosen.steps}
         return [{**run, **other} for run in results["runs"]]
 
     monkeypatch.setattr(bench, "measure", measured)
@@ -130,7 +133,7 @@ def test_figures_of_other_networks_are_kept(smoke, tmp_path, monkeypatch, capsys
         assert cli.main([*asked, "--out", str(tmp_path)]) == 0
     new = json.loads((tmp_path / "results.json").read_text())
     networks = bench_tables.networks(new["runs"])
-    assert [(x["model"], x["rounds"]) for x in networks] == [
+    assert [(name, x[0]["rounds"]) for name, x in networks.items()] == [
         ("wide_mlp", 4),
         ("resnet18", 3),
         ("vit", 3),
@@ -280,10 +283,12 @@ def test_a_due_step_weighs_its_share():
     plain, due = programs.Costs(10, 20, 1, 4), programs.Costs(110, 420, 6, 24)
     expected = programs.Costs(11, 24, 1.05, 4.2)
     np.testing.assert_allclose(programs.weigh(plain, due, 100), expected)
-    compiled = [programs.Program(None, costs, 0, 0.0) for costs in (due, plain)]
-    assert steps.Steps(compiled[0]).costs == due
-    weighed = steps.Steps(*compiled[:1], compiled[1], compiled[0], 2).costs
-    np.testing.assert_allclose(weighed.operations, 60)
+    one, other = (programs.Program(None, costs, 0, 0.0) for costs in (due, plain))
+    same = steps.figures(steps.Steps(one, one, one, 1))
+    assert {key: same[key] for key in due._fields} == due._asdict()
+    weighed = steps.figures(steps.Steps(one, other, one, 2))
+    np.testing.assert_allclose(weighed["operations"], 60)
+    assert (weighed["plain_operations"], weighed["due_operations"]) == (10, 110)
 
 
 def test_turns_are_weighed_and_warm_up_is_left_out(monkeypatch):
@@ -338,12 +343,29 @@ def test_optax_sam_is_the_same_mathematics():
 
 
 def test_growth_counts_passes_and_exchanges(tmp_path, monkeypatch, capsys):
+    """Also when it is interrupted, and goes on."""
     monkeypatch.setattr(growth, "OPTIMIZERS", ("sam", "secant"))
     monkeypatch.setattr(growth, "WIDTHS", (64,))
     monkeypatch.setattr(growth, "DEVICES", (4,))
     monkeypatch.setattr(growth, "DEVICES_WIDTH", 16)
     asked = ["bench", "--growth", "--batch-size", "64", "--out", str(tmp_path)]
+    compile_steps, compiled = steps.compile_steps, []
+
+    def interrupted(task, contender):
+        compiled.append(task.parameters)
+        if len(compiled) in (1, 5):
+            raise KeyboardInterrupt
+        return compile_steps(task, contender)
+
+    monkeypatch.setattr(steps, "compile_steps", interrupted)
+    assert cli.main(asked) == 130
+    assert "No run was finished." in capsys.readouterr().out
+    assert cli.main(asked) == 130
+    said = "".join(capsys.readouterr().out.split())
+    assert "2finishedrunsarein" in said
+    assert "thesamecommandgoesonfromthere." in said
     assert cli.main(asked) == 0
+    assert len(compiled) == 1 + 2 + 2 + 2
     printed = [" ".join(x.split()) for x in capsys.readouterr().out.splitlines()]
     results = json.loads((tmp_path / "results.json").read_text())
     runs = results["runs"]
@@ -518,7 +540,7 @@ def test_pytorch_takes_the_same_steps(network):
         state = params, every[ours].tx.init(params)
         for refresh in (True, False):
             theirs = method.due if refresh and method.due else method.step
-            fixed = None if every[ours].interval is None else refresh
+            fixed = None if every[ours].interval == 1 else refresh
             step = jax.jit(contenders.make_step(every[ours], loss, fixed))
             *state, _ = step(*state, others, batch)
             theirs()

@@ -18,6 +18,7 @@ from command_line import error_of
 
 from eigensam_jax import trackers
 from eigensam_jax.experiments import cli, entries, registry
+from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.records import checkpoints, results, resumption
 from eigensam_jax.experiments.study import plots as study_plots
 from eigensam_jax.experiments.study.jobs import CHECKPOINT
@@ -235,6 +236,16 @@ def test_data_that_were_moved_are_the_same(tmp_path):
     moved = resumption.of_runs(path, "second", config | {"data_dir": "there"})
     assert moved["commands"] == ["first", "second"]
     assert moved["config"]["data_dir"] == "there"
+
+
+def test_what_an_older_version_did_not_say_was_the_default(tmp_path):
+    path, config = tmp_path / "results.json", {"epochs": 1, "momentum": 0.9}
+    results.write(path, resumption.of_runs(path, "first", config))
+    now = config | {"base_optimizer": "sgd", "weight_decay": 0.0}
+    assert resumption.of_runs(path, "second", now)["config"] == now
+    for key, value in {"base_optimizer": "adamw", "weight_decay": 0.1}.items():
+        with pytest.raises(UserError, match=f"{key} (sgd|0.0), now {value}"):
+            resumption.of_runs(path, "second", now | {key: value})
 
 
 def test_finished_runs_are_kept_where_the_checkpoint_is_lost(unbroken, tmp_path):

@@ -12,35 +12,54 @@ from eigensam_jax.experiments import cli, registry
 from eigensam_jax.experiments.sde import checks as sde_checks
 from eigensam_jax.experiments.sde import paths as sde_paths
 from eigensam_jax.experiments.sde import problem as sde_problem
-from eigensam_jax.experiments.sde import steps as sde_steps
 from eigensam_jax.experiments.sde import tables as sde_tables
-from eigensam_jax.experiments.sde.paths import Job
 
 SMALL = "sde --smoke --rho 0.02 0.05"
-METHODS = ("sam", "sam_again", "order_2", "order_3", *sde_steps.WITHOUT_NOISE)
+METHODS = ("sam", "sam_again", "order_2", "order_3", *sde_paths.WITHOUT_NOISE)
 
 
-def made_up_run(problem, plan, measured_rho):
+LOOK = ("train_loss", "test_loss", "test_accuracy", "parameter_norm", "gradient_norm")
+LOOK += ("lambda_max", "lambda_max_residual")
+RATES = {f"rate_{x}" for x in sde.SharpnessRates._fields}
+RATES -= {"rate_eigenvalue", "rate_residual"}
+JOB = ("optimizer", "rho", "alpha", "seed")
+
+
+def made_up_run(problem, stops, eta, measured_rho):
     """`sde_paths.make_run` without the work: figures that tell jobs apart."""
-    del problem
+    del problem, eta
 
     def run(job):
-        number = 1 + sum(map(ord, job.optimizer)) % 97 / 97 + job.rho + job.seed / 10
-        for step in (0, plan.steps):
-            look = sde_paths.Look(step, *(number + (i + step) / 10 for i in range(7)))
-            parts = None
-            if job.optimizer in ("sam", "eigen_sam") and job.rho == measured_rho:
-                fields = sde.SharpnessRates._fields
-                parts = {key: number + i / 10 for i, key in enumerate(fields)}
-            yield look, parts
+        name, rho, _, seed = job_of(job)
+        number = 1 + sum(map(ord, name)) % 97 / 97 + rho + seed / 10
+        for step in (0, stops[-1]):
+            look = {key: number + (i + step) / 10 for i, key in enumerate(LOOK)}
+            if name in ("sam", "eigen_sam") and rho == measured_rho:
+                look |= {key: number + i / 10 for i, key in enumerate(sorted(RATES))}
+            yield {"step": step, **look}
 
     return run
 
 
 def made_up_check(problem, alpha):
     del problem, alpha
-    slopes = {"slopes": [1.0, 2.0, 3.0]}
-    return {"radii": [1.0], "sam": slopes, "eigen_sam": slopes}
+    return errors("sam", 1, (1, 2, 3)) + errors("eigen_sam", 1, (1.5, 2, 3))
+
+
+def errors(optimizer, steps, powers):
+    """Those of orders 1, 2 and 3, as powers of ρ."""
+    return [
+        {
+            **{"optimizer": optimizer, "steps": steps, "rho": rho},
+            **{"order": order, "error": 7 * rho**power},
+        }
+        for rho in (0.1, 0.2, 0.4)
+        for order, power in enumerate(powers, 1)
+    ]
+
+
+def job_of(run):
+    return tuple(run[key] for key in JOB)
 
 
 @pytest.fixture
@@ -53,13 +72,19 @@ def saved(out):
     return json.loads((out / "results.json").read_text())
 
 
+def split(results):
+    """The records of paths, and those of checks."""
+    runs = results["runs"]
+    return [x for x in runs if "check" not in x], [x for x in runs if "check" in x]
+
+
 @pytest.mark.slow
 def test_the_smoke_run(tmp_path):
     assert cli.main([*SMALL.split(), "--out", str(tmp_path)]) == 0
-    *paths, one_step = saved(tmp_path)["runs"]
-    assert one_step["check"] == "one_step"
-    runs = {Job(*(run[key] for key in Job._fields)): run for run in paths}
-    for job, run in runs.items():
+    paths, checks = split(saved(tmp_path))
+    assert len(checks) == 2 * 3 * 4
+    runs = {job_of(run): run for run in paths}
+    for (optimizer, rho, *_), run in runs.items():
         curves = run["curves"]
         assert curves["step"] == [0, 2, 4]
         for values in curves.values():
@@ -67,11 +92,13 @@ def test_the_smoke_run(tmp_path):
         residuals = np.divide(curves["lambda_max_residual"], curves["lambda_max"])
         assert max(residuals) <= 1.5e-4
         first = runs["order_1", 0.0, 0.0, 0]["curves"]
-        for key in set(curves) - {"lambda_max_residual"}:  # all from the same start
+        for key in (
+            set(curves) - {"lambda_max_residual"} - RATES
+        ):  # all from the same start
             np.testing.assert_allclose(curves[key][0], first[key][0], rtol=1e-4)
-        measured = job.optimizer in ("sam", "eigen_sam") and job.rho == 0.02
-        assert ("rates" in run) == measured
-    ends = [run["curves"]["train_loss"][-1] for run in runs.values()]
+        measured = optimizer in ("sam", "eigen_sam") and rho == 0.02
+        assert (set(curves) >= RATES) == measured
+    ends = [tuple(run["curves"][x][-1] for x in LOOK) for run in runs.values()]
     assert len(set(ends)) == len(ends)
 
 
@@ -87,22 +114,26 @@ def test_every_path_is_there_and_the_command_says_what_came_out(
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *("off.png", "paths.png", "rates.png", "results.json")
     ]
-    *paths, one_step = results["runs"]
-    assert one_step["check"] == "one_step"
-    assert {Job(*(run[key] for key in Job._fields)) for run in paths} == {
+    paths, checks = split(results)
+    assert [x["check"] for x in checks] == ["one_step"] * len(made_up_check(None, 1))
+    assert len({x["wall_time_s"] for x in checks}) == 1
+    for run in results["runs"]:  # flat, but for curves
+        assert not any(
+            isinstance(x, list | dict) for k, x in run.items() if k != "curves"
+        )
+    assert {job_of(run) for run in paths} == {
         job
         for seed in (0, 1)
         for job in (
-            Job("order_1", 0.0, 0.0, seed),
-            *(Job(name, rho, 0.0, seed) for name in METHODS for rho in (0.02, 0.05)),
-            Job("eigen_sam", 0.02, 1.0, seed),
+            ("order_1", 0.0, 0.0, seed),
+            *((name, rho, 0.0, seed) for name in METHODS for rho in (0.02, 0.05)),
+            ("eigen_sam", 0.02, 1.0, seed),
         )
     }
     for run in paths:
-        assert set(run["curves"]) == set(sde_paths.Look._fields)
         measured = run["optimizer"] in ("sam", "eigen_sam") and run["rho"] == 0.02
-        expected = set(sde.SharpnessRates._fields) if measured else set()
-        assert set(run.get("rates", ())) == expected
+        expected = RATES if measured else set()
+        assert set(run["curves"]) == {"step", *LOOK, *expected}
     assert max(map(len, lines)) <= 80
     printed = [" ".join(line.split()) for line in lines]
     runs = results["runs"]
@@ -141,7 +172,7 @@ def test_what_is_there_is_kept_and_the_rest_is_run(
     for run in (*expected["runs"], *results["runs"]):
         del run["wall_time_s"]
     assert results["runs"] == expected["runs"]
-    assert len(started) == 3 + len(expected["runs"]) - 1 - 2  # less the check
+    assert len(started) == 3 + len(split(expected)[0]) - 2
     before = (part / "results.json").read_bytes()
     other = [*SMALL.split(), "--alpha", "2", "--out", str(part)]
     assert cli.main(other) == 2  # another configuration is refused
@@ -156,9 +187,9 @@ def test_a_look_sees_what_is_there():
     images, labels = problem.batches
     assert images.shape == (16, 64, 8, 8, 1)
     assert labels.shape == (16, 64)
-    plan = sde_paths.Plan(steps=2, evaluations=1, learning_rate=0.1)
-    looks = [*sde_paths.make_run(problem, plan, 0.05)(Job("sam", 0.1, 0.0, 3))]
-    assert [parts for _, parts in looks] == [None, None]
+    job = dict(zip(JOB, ("sam", 0.1, 0.0, 3), strict=True))
+    looks = [*sde_paths.make_run(problem, (0, 2), 0.1, 0.05)(job)]
+    assert [set(look) for look in looks] == 2 * [{"step", *LOOK}]
     params = problem.init(3)
     key = jax.random.split(jax.random.fold_in(jax.random.key(3), 1))[1]
     for index in jax.random.randint(key, (2,), 0, 16):
@@ -170,17 +201,17 @@ def test_a_look_sees_what_is_there():
     whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), problem.batches)
     mean = lambda p: problem.value_fn(p, whole)
     value, gradient = jax.jit(jax.value_and_grad(mean))(params)
-    end = looks[-1][0]
-    np.testing.assert_allclose(end.train_loss, value, rtol=1e-4)
+    end = looks[-1]
+    np.testing.assert_allclose(end["train_loss"], value, rtol=1e-4)
     norms = [tree_math.norm(x) for x in (params, gradient)]
-    seen = [end.parameter_norm, end.gradient_norm]
+    seen = [end["parameter_norm"], end["gradient_norm"]]
     np.testing.assert_allclose(seen, norms, rtol=1e-3)
     top = problem.top_eigenpair(params, tree_math.zeros_like(params))
-    np.testing.assert_allclose(end.lambda_max, top.eigenvalue, rtol=1e-3)
+    np.testing.assert_allclose(end["lambda_max"], top.eigenvalue, rtol=1e-3)
     product = jax.jit(lambda p, v: hessian.hvp(mean, p, v))(params, top.eigenvector)
     along = tree_math.vdot(top.eigenvector, product)
     np.testing.assert_allclose(top.eigenvalue, along, rtol=1e-4)
-    assert end.lambda_max_residual <= 1.5e-4 * end.lambda_max
+    assert end["lambda_max_residual"] <= 1.5e-4 * end["lambda_max"]
 
 
 @pytest.mark.slow
@@ -189,8 +220,8 @@ def test_the_same_path_is_another_on_other_batches_and_eigen_sam_follows_v():
     images, labels = problem.batches
     assert images.shape == (16, 64, 8, 8, 1)
     assert labels.shape == (16, 64)
-    state = sde_steps.start("eigen_sam", problem.init(0))
-    advance = jax.jit(sde_steps.make_advance(problem, "eigen_sam", 0.1, 20))
+    state = sde_paths.start("eigen_sam", problem.init(0))
+    advance = jax.jit(sde_paths.make_advance(problem, "eigen_sam", 0.1, 20))
     program = lambda key: advance(key, state, jnp.float32(0.1), jnp.float32(1))
     (params, opt_state), other = (program(jax.random.key(i)) for i in (0, 1))
     assert not np.allclose(*(x["Dense_0"]["kernel"] for x in (params, other[0])))
@@ -243,9 +274,8 @@ def test_a_path_that_diverges_ends_with_what_to_do(tmp_path, capsys, monkeypatch
 
 def made_up(method, seed, rho, values):
     return {
-        **Job(method, rho, 0.0, seed)._asdict(),
+        **dict(zip(JOB, (method, rho, 0.0, seed), strict=True)),
         "curves": {"train_loss": [9.0, *values], "lambda_max": [9.0, *values]},
-        "rates": {},
     }
 
 
@@ -293,18 +323,41 @@ def test_the_plotted_radius_is_the_middle_one():
 @pytest.mark.slow
 def test_the_checks_say_what_they_should():
     problem = sde_problem.make_problem(registry.dataset("digits"))
-    for found in (
-        sde_checks.one_step(problem, 1.0)["sam"],
-        sde_checks.one_step(problem, 1.0)["eigen_sam"],
-        sde_checks.many_steps(problem, 0.1)["sam"],
-    ):
-        np.testing.assert_allclose(found["slopes"], (1, 2, 3), atol=0.1)
+    runs = [{"check": "one_step", **x} for x in sde_checks.one_step(problem, 1.0)]
+    runs += [{"check": "many_steps", **x} for x in sde_checks.many_steps(problem, 0.1)]
+    rows = sde_tables.slopes(runs)
+    assert [row[0] for row in rows] == [
+        *("SAM, one step", "Eigen-SAM, one step", "SAM, 50 steps")
+    ]
+    for _, *slopes in rows:
+        np.testing.assert_allclose([*map(float, slopes)], (1, 2, 3), atol=0.1)
     found = sde_checks.moments(problem, 0.02, 0.1, 200)
-    assert max(map(abs, found["order_3"]["off"])) < 4
-    assert found["sam"]["off"] == [0.0] * 10
-    costs = sde_checks.costs(problem, 0.05)
+    rows = sde_tables.moments([{"check": "moments", **x} for x in found])
+    assert len(rows) == 10
+    assert max(abs(float(row[-1])) for row in rows) < 4
+    costs = {x["optimizer"]: x for x in sde_checks.costs(problem, 0.05)}
     operations = [costs[f"order_{k}"]["operations"] for k in (1, 2, 3)]
     assert 0.99 < operations[0] < 1.01 < 2 < operations[1] < operations[2] < 5
+
+
+def test_tables_of_checks_are_computed_from_their_records():
+    runs = [{"check": "one_step", **x} for x in made_up_check(None, None)]
+    runs += [{"check": "many_steps", **x} for x in errors("sam", 50, (1, 2.2, 3))]
+    assert sde_tables.slopes(runs) == [
+        ["SAM, one step", "1.00", "2.00", "3.00"],
+        ["Eigen-SAM, one step", "1.50", "2.00", "3.00"],
+        ["SAM, 50 steps", "1.00", "2.20", "3.00"],
+    ]
+    figures = {"sam": (4.0, 0.03), "order_1": (4.5, 0.04), "order_2": (3.9, 0.04)}
+    runs = [
+        {
+            **{"check": "moments", "optimizer": name, "observable": "loss"},
+            **{"power": 2, "mean": mean, "error": error},
+        }
+        for name, (mean, error) in figures.items()
+    ]
+    # The error of a difference is 0.05.
+    assert sde_tables.moments(runs) == [["E((loss)²)", "4 ± 0.03", "+10.0", "-2.0"]]
 
 
 def test_help_fits_a_screen(capsys, monkeypatch):

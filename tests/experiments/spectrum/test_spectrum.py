@@ -1,3 +1,4 @@
+import argparse
 import json
 from pathlib import Path
 
@@ -12,13 +13,12 @@ from eigensam_jax import eigen, hessian
 from eigensam_jax.experiments import cli, registry
 from eigensam_jax.experiments.models import small as models
 from eigensam_jax.experiments.records import checkpoints
-from eigensam_jax.experiments.spectrum import network
 from eigensam_jax.experiments.spectrum import run as spectrum
 from eigensam_jax.experiments.spectrum import tables as spectrum_tables
 from eigensam_jax.experiments.training import loop as training
 from eigensam_jax.experiments.training import losses, measures, methods
 
-SMOKE = network.Config(
+SMOKE = argparse.Namespace(
     dataset="digits",
     data_dir=None,
     model="mlp",
@@ -54,7 +54,7 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     assert {"jax", "optax", "eigensam_jax"} < set(results["versions"])
     assert results["device"]["platform"] in ("cpu", "gpu", "tpu")
     config = {**results["config"], "data_dir": None, "out": SMOKE.out}
-    assert {key: config[key] for key in SMOKE._fields} == SMOKE._asdict()
+    assert config == {**config, **vars(SMOKE)}
     for row in spectrum_tables.summary(results):
         assert row in [line.split() for line in lines]
     (run,) = results["runs"]
@@ -62,14 +62,14 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     assert results["wall_time_s"] > run["top_wall_time_s"] > 0
 
     dataset = registry.dataset("digits")
-    trained = network.train(SMOKE, dataset)
+    trained = spectrum.train(SMOKE, dataset)
     for key in ("train_loss", "test_accuracy"):
-        assert run[key] == pytest.approx(getattr(trained, key), rel=1e-8)
+        assert run[key] == pytest.approx(trained[key], rel=1e-8)
     model = models.MLP(10)
     loss = losses.cross_entropy(model)
     batch = dataset.train_images[:300], dataset.train_labels[:300]
-    matvec = measures.make_matvec(loss)(trained.params, *batch)
-    top = measures.top_eigenpair(matvec, trained.params, None, 1e-3)
+    matvec = measures.make_matvec(loss)(trained["params"], *batch)
+    top = measures.top_eigenpair(matvec, trained["params"], None, 1e-3)
     values = run["eigenvalues"]
     np.testing.assert_allclose(values[0], top.eigenvalue, rtol=1e-4)
     assert values == sorted(values, reverse=True)
@@ -78,14 +78,15 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     assert np.shape(run["nodes"]) == np.shape(run["weights"]) == (2, 8)
     np.testing.assert_allclose(np.sum(run["weights"]), 1, rtol=1e-5)
     np.testing.assert_allclose(np.max(run["nodes"]), values[0], rtol=0.05)
-    logits = model.apply({"params": trained.params}, dataset.test_images)
+    logits = model.apply({"params": trained["params"]}, dataset.test_images)
     accuracy = np.mean(np.argmax(logits, -1) == np.asarray(dataset.test_labels))
-    np.testing.assert_allclose(trained.test_accuracy, accuracy, rtol=1e-6)
+    np.testing.assert_allclose(trained["test_accuracy"], accuracy, rtol=1e-6)
 
 
 def test_training_is_that_of_compare():
     dataset = registry.dataset("digits")
-    trained = network.train(SMOKE._replace(optimizer="eigen_sam"), dataset)
+    chosen = argparse.Namespace(**{**vars(SMOKE), "optimizer": "eigen_sam"})
+    trained = spectrum.train(chosen, dataset)
     model = models.MLP(10)
     run = training.make_run(
         model,
@@ -94,8 +95,8 @@ def test_training_is_that_of_compare():
         training.Settings(22, 128, 0.05, (22,)),
     )
     *_, end = run(methods.named("eigen_sam", 0.1, 0.2), 3)
-    assert end.measurement.train_loss == trained.train_loss
-    assert end.measurement.test_accuracy == trained.test_accuracy
+    assert end.measurement.train_loss == trained["train_loss"]
+    assert end.measurement.test_accuracy == trained["test_accuracy"]
 
 
 def test_the_product_is_that_of_all_images_at_once():
@@ -149,7 +150,7 @@ def test_figures_of_the_whole_spectrum():
 def test_a_bad_option_ends_with_one_line(
     options, wrong, right, capsys, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(network, "train", None)  # training would fail
+    monkeypatch.setattr(spectrum, "train", None)  # training would fail
     assert_refused("spectrum", options, wrong, right, capsys, monkeypatch, tmp_path)
 
 
@@ -182,7 +183,7 @@ def test_killed_in_training_it_comes_to_the_same(tmp_path, monkeypatch, capsys):
         patch.setattr(eigen, "top_eigenpairs", interrupted)
         assert cli.main([*command, "--k", "1"]) == 130
     assert kept == sorted(set(kept))
-    assert len(kept) == network.CHECKPOINTS + 1
+    assert len(kept) == spectrum.CHECKPOINTS + 1
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "make_run", None)  # there is nothing to train
@@ -212,7 +213,7 @@ def test_an_interruption_keeps_the_earlier_results(tmp_path, capsys, monkeypatch
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(network, "train", interrupted)
+    monkeypatch.setattr(spectrum, "train", interrupted)
     assert cli.main(["spectrum", "--out", str(tmp_path)]) == 130
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == earlier
 

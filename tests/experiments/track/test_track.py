@@ -11,12 +11,12 @@ from rich.console import Console
 from eigensam_jax.experiments import cli
 from eigensam_jax.experiments.registry import TRACKERS
 from eigensam_jax.experiments.track import tables
-from eigensam_jax.experiments.track.jobs import Job
 from eigensam_jax.experiments.training import loop
 
 SMALL = ["track", "--smoke", "--steps", "6"]
 pytestmark = pytest.mark.usefixtures("quick")
 TIMES = ("wall_time_s", "commands")
+JOB = ("optimizer", "tracker", "alpha", "seed")
 
 
 def without_times(results):
@@ -41,7 +41,7 @@ def uninterrupted(quick, tmp_path_factory):
 def test_every_run_has_its_sam_at_its_radius(uninterrupted):
     _, _, results = uninterrupted
     assert results["complete"] is True
-    runs = {tuple(run[key] for key in Job._fields): run for run in results["runs"]}
+    runs = {tuple(run[key] for key in JOB): run for run in results["runs"]}
     expected = {("sam", None, None, seed) for seed in (0, 1)} | {
         job
         for seed in (0, 1)
@@ -205,7 +205,7 @@ def test_help_fits_a_screen():
 def made_up(optimizer, name, alpha, seed, value):
     keys = ("radius", "lambda_max", "train_loss", "test_accuracy", "ratio", "cosine")
     return {
-        **Job(optimizer, name, alpha, seed)._asdict(),
+        **dict(zip(JOB, (optimizer, name, alpha, seed), strict=True)),
         **dict.fromkeys(keys, value),
         "worst_ratio": value - seed,
     }

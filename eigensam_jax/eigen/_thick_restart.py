@@ -25,6 +25,7 @@ class Plan(NamedTuple):
       keep: how many Ritz vectors a restart keeps.
       complete: whether a full basis spans everything.
       by_magnitude: whether the largest in magnitude are wanted, or the largest.
+      thorough: whether to look for further copies of the eigenvalues found.
     """
 
     k: int
@@ -32,6 +33,7 @@ class Plan(NamedTuple):
     keep: int
     complete: bool
     by_magnitude: bool
+    thorough: bool
 
 
 class Search(NamedTuple):
@@ -45,6 +47,7 @@ class Search(NamedTuple):
       products: how many so far.
       judge_from: the number of products from which on the Ritz values are believed.
       least: the rank of the last wanted Ritz value before the last fresh start.
+      residuals: of the wanted Ritz pairs, by the recurrence, shape (k,).
       done: whether all is found, or a product was not finite.
     """
 
@@ -54,28 +57,33 @@ class Search(NamedTuple):
     products: jax.Array
     judge_from: jax.Array
     least: jax.Array
+    residuals: jax.Array
     done: jax.Array
 
 
-def plan(k: int, dimension: int, by_magnitude: bool) -> Plan:
+def plan(k: int, dimension: int, by_magnitude: bool, thorough: bool) -> Plan:
     """The sizes of a search: at least 20 vectors, as in ARPACK."""
     size = min(dimension, max(20, 2 * k + 10))
     keep = k + (size - k) // 2
-    return Plan(k, size, keep, size == dimension, by_magnitude)
+    return Plan(k, size, keep, size == dimension, by_magnitude, thorough)
 
 
 def start(plan: Plan, v0: PyTree, key: jax.Array) -> Search:
     """The search before its first product, from `v0` or, if zero, at random."""
     dtype = tree_math.accumulation_dtype(v0)
     anywhere = _krylov.random_vector(key, tree_math.zeros_like(v0))
-    first = tree_math.where(tree_math.norm(v0) == 0, anywhere, v0)
+    is_anywhere = tree_math.norm(v0) == 0
+    first = tree_math.where(is_anywhere, anywhere, v0)
+    # A start that is near an eigenvector may be near one that is not wanted.
+    judge_from = jnp.where(is_anywhere, min(plan.k + 2, plan.size), plan.size)
     return Search(
         basis=_krylov.tridiagonal(first, plan.size).basis,
         projection=jnp.zeros((plan.size, plan.size), dtype),
         known=jnp.zeros((), jnp.int32),
         products=jnp.zeros((), jnp.int32),
-        judge_from=jnp.full((), plan.size, jnp.int32),
+        judge_from=judge_from.astype(jnp.int32),
         least=jnp.full((), np.finfo(dtype).min, dtype),
+        residuals=jnp.zeros(plan.k, dtype),
         done=jnp.zeros((), bool),
     )
 
@@ -128,19 +136,18 @@ def advance(
         products=count,
         judge_from=jnp.where(fresh_start, count + size - plan.k, search.judge_from),
         least=jnp.where(fresh_start, rank[plan.k - 1], search.least),
+        residuals=residuals[: plan.k],
         done=done,
     )
 
 
-def eigenvectors(plan: Plan, search: Search) -> PyTree:
-    """The `k` wanted Ritz vectors, as a basis."""
-    wanted = _ritz(plan, search.projection, search.known)[2][:, : plan.k]
-    return _krylov.combine(jnp.pad(wanted.T, ((0, 0), (0, 1))), search.basis)
-
-
-def rank_of(values: jax.Array, by_magnitude: bool) -> jax.Array:
-    """What eigenvalues are ordered by."""
-    return jnp.abs(values) if by_magnitude else values
+def wanted(plan: Plan, search: Search) -> tuple[PyTree, jax.Array, jax.Array]:
+    """The `k` wanted Ritz vectors, as a basis, their values and residuals."""
+    values, _, vectors = _ritz(plan, search.projection, search.known)
+    rows = jnp.pad(vectors[:, : plan.k].T, ((0, 0), (0, 1)))
+    residuals = search.residuals
+    values = jnp.where(jnp.isfinite(residuals), values[: plan.k], jnp.nan)
+    return _krylov.combine(rows, search.basis), values, residuals
 
 
 def _judge(
@@ -153,16 +160,16 @@ def _judge(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whether the wanted pairs are converged, are new, and leave no better to come.
 
-    A Krylov space has an eigenvalue once, however often it is one of H. Therefore, for
-    k > 1, the search starts afresh orthogonal to what it found, and stops when that has
-    brought nothing new and the best of the rest is known to be no better.
+    A Krylov space has an eigenvalue once, however often it is one of H. To find its
+    copies, the search starts afresh orthogonal to what it found, and stops when that
+    has brought nothing new and the best of the rest is known to be no better.
     """
     k, dtype = plan.k, values.dtype
     rounding = 10 * np.finfo(dtype).eps * jnp.abs(values).max()
     tol = jnp.asarray(tol, dtype)
     target = jnp.maximum(tol * jnp.abs(values[0]), rounding)
     converged = jnp.all(residuals[:k] <= target)
-    if k == 1 or plan.complete:
+    if k == 1 or plan.complete or not plan.thorough:
         return converged, jnp.zeros((), bool), jnp.ones((), bool)
     new = rank[k - 1] > least + target
     gap = rank[k - 1] - rank[k]
@@ -178,6 +185,7 @@ def _ritz(plan: Plan, projection: jax.Array, known: jax.Array) -> tuple[jax.Arra
     values, vectors = _krylov.eigh_known(projection, index < known)
     missing = index < plan.size - known
     lowest = np.finfo(values.dtype).min
-    rank = jnp.where(missing, lowest, rank_of(values, plan.by_magnitude))
+    rank = jnp.abs(values) if plan.by_magnitude else values
+    rank = jnp.where(missing, lowest, rank)
     order = jnp.argsort(rank, descending=True)
     return jnp.where(missing, 0, values)[order], rank[order], vectors[:, order]

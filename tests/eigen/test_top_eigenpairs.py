@@ -20,7 +20,8 @@ def solve(matrix, seed, *, k, which="algebraic", tol=1e-4):
     """The compiled loop, on a matrix that is an argument."""
     matvec = lambda v: jnp.matmul(matrix, v, precision="highest")
     like = jnp.zeros(len(matrix), matrix.dtype)
-    return eigen.top_eigenpairs(matvec, like, k, which=which, tol=tol, seed=seed)
+    options = {"which": which, "tol": tol, "seed": seed, "thorough": True}
+    return eigen.top_eigenpairs(matvec, like, k, **options)
 
 
 class Counted:
@@ -34,10 +35,10 @@ class Counted:
         return self.matrix @ np.asarray(v, np.float64)
 
 
-def on_the_host(matrix, k, **options):
-    products = Counted(matrix)
-    like = jnp.zeros(len(matrix))
-    pairs = eigen.top_eigenpairs(products, like, k, host_loop=True, **options)
+def on_the_host(matrix, k, thorough=True, **options):
+    products, like = Counted(matrix), jnp.zeros(len(matrix))
+    options |= {"thorough": thorough, "host_loop": True}
+    pairs = eigen.top_eigenpairs(products, like, k, **options)
     return pairs, products.count
 
 
@@ -73,7 +74,8 @@ def test_agrees_with_eigh_of_a_networks_hessian(host_loop):
     product = hessian.matvec(jax.grad(loss), params)
     if host_loop:
         product = jax.jit(product)
-    run = lambda p: eigen.top_eigenpairs(product, p, 4, tol=1e-6, host_loop=host_loop)
+    options = {"tol": 1e-6, "thorough": True, "host_loop": host_loop}
+    run = lambda p: eigen.top_eigenpairs(product, p, 4, **options)
     pairs = (run if host_loop else jax.jit(run))(params)
     assert jax.tree.map(jnp.shape, pairs.eigenvector) == jax.tree.map(
         lambda x: (4, *x.shape), params
@@ -119,7 +121,8 @@ HARD = {
 def test_degenerate_and_indefinite_spectra(spectrum, seed):
     matrix, _ = symmetric(spectrum, seed)
     for which in NAMES:
-        pairs, count = on_the_host(matrix, 3, which=which, seed=seed, tol=1e-5)
+        options = {"which": which, "seed": seed, "tol": 1e-5}
+        pairs, count = on_the_host(matrix, 3, **options)
         check(pairs, matrix, wanted(spectrum, which)[:3], rtol=1e-5, tol=1e-5)
         assert count < 500
     pairs, _ = on_the_host(matrix, 1, seed=seed, tol=1e-5)
@@ -147,6 +150,32 @@ def test_an_eigenvector_that_is_not_the_top_is_no_trap(seed):
     v0 = jnp.asarray(basis[:, -2], jnp.float32)
     pairs, _ = on_the_host(matrix, 1, v0=v0, seed=seed)
     np.testing.assert_allclose(pairs.eigenvalue, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("k", "most"), [(1, 16), (5, 20)])
+def test_it_stops_at_the_residual_that_was_asked(k, most, seed):
+    matrix = random_symmetric(seed)
+    values, _ = linalg.eigsh(matrix, k=k, which="LA", tol=1e-13)
+    pairs, count = on_the_host(matrix, k, thorough=False, seed=seed, tol=1e-3)
+    assert count <= most
+    vectors, found, claimed = jax.tree.map(np.asarray, pairs)
+    np.testing.assert_allclose(found, values[::-1], rtol=0, atol=1e-5 * values[-1])
+    residuals = np.linalg.norm(vectors @ matrix - found[:, None] * vectors, axis=1)
+    np.testing.assert_allclose(claimed, residuals, rtol=0.05, atol=1e-5 * values[-1])
+    assert max(residuals) <= 1e-3 * values[-1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("spectrum", HARD.values(), ids=HARD)
+def test_without_copies_values_are_eigenvalues_and_the_first_is_the_top(spectrum, seed):
+    matrix, _ = symmetric(spectrum, seed)
+    pairs, count = on_the_host(matrix, 3, thorough=False, seed=seed, tol=1e-4)
+    scale = max(abs(np.asarray(spectrum)))
+    np.testing.assert_allclose(pairs.eigenvalue[0], max(spectrum), atol=2e-4 * scale)
+    for value in pairs.eigenvalue:
+        assert min(abs(np.asarray(spectrum) - value)) <= 2e-4 * scale
+    assert count < 300
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -184,8 +213,12 @@ def test_a_product_that_is_not_finite_ends_it_with_nan(after, bad, k):
     def matvec(v):
         return products(v) + (bad if products.count > after else 0)
 
-    pairs = eigen.top_eigenpairs(matvec, jnp.zeros(SIZE), k, host_loop=True)
-    assert products.count == after + 1 + k
+    for thorough in (False, True):
+        products.count, options = 0, {"thorough": thorough, "host_loop": True}
+        pairs = eigen.top_eigenpairs(matvec, jnp.zeros(SIZE), k, **options)
+        assert products.count == after + 1 + thorough * k
+        assert jnp.isnan(pairs.eigenvalue).all()
+        assert jnp.isnan(pairs.residual).all()
     assert jnp.isnan(pairs.eigenvalue).all()
     assert jnp.isnan(pairs.residual).all()
     jitted = solve(jnp.full((SIZE, SIZE), bad), 0, k=k)
@@ -243,7 +276,7 @@ def test_sharding_in_types_is_kept():
         ),
         ({"tol": -1e-3}, "tol must be a finite number of at least 0 .* got -0.001"),
         ({"tol": "small"}, "tol must be a finite number .* got 'small'"),
-        ({"max_matvecs": 3}, "max_matvecs must be at least 2 · k = 4, got 3"),
+        ({"max_matvecs": 1}, "max_matvecs must be at least 2 for k = 2, got 1"),
         ({"max_matvecs": None}, "max_matvecs must be an integer .* got None"),
         ({"v0": jnp.zeros(4)}, "v0 must be a tree like .*Start from a tree"),
     ],

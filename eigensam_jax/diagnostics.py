@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from eigensam_jax import eigen, hessian, tree_math
-from eigensam_jax._update import arguments
+from eigensam_jax._update import arguments, masking, programs
+from eigensam_jax._update.masking import Mask
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.hessian import GradFn, HvpMode, ValueFn
 from eigensam_jax.tree_math import PyTree
@@ -22,21 +23,22 @@ def sharpness(
     value_fn: ValueFn,
     params: PyTree,
     *,
+    mask: Mask = None,
     tol: ArrayLike = 1e-3,
     max_matvecs: int = 1000,
     v0: PyTree | None = None,
     hvp_mode: HvpMode = "forward_over_reverse",
-    host_loop: bool = False,
+    host_loop: bool | None = None,
 ) -> Eigenpair:
     """Sharpness λ_max of the Hessian ∇²f(w), its algebraically largest eigenvalue.
 
-    By `eigen.top_eigenpairs`, from about twenty Hessian-vector products on. Each call
-    compiles anew; to measure again and again, jit it with the batch as an argument:
+    By `eigen.top_eigenpairs`, from three Hessian-vector products on, most often about
+    ten. Call it outside `jit`: on a CPU its loop is then Python's around one compiled
+    product. The product is compiled once for a function object, and `value_fn` is
+    traced at each call, so that the batch that it closes over may change. Inside `jit`
+    the loop is in the program: on a CPU, convolutions are many times slower there.
 
-        jax.jit(lambda params, batch: sharpness(lambda p: loss(p, batch), params))
-
-    With `host_loop`, which can't be jitted, and for a data set or the Gauss–Newton
-    matrix, hand a product of your own to that solver:
+    For a data set or the Gauss–Newton matrix, hand a product to that solver:
 
         matvec = hessian.mean_matvec(loss, params, batches)
         eigen.top_eigenpairs(matvec, params, k=1, host_loop=callable(batches))
@@ -44,15 +46,18 @@ def sharpness(
     Args:
       value_fn: f, a function of the parameters alone that returns a real scalar.
       params: w, a tree of real arrays.
+      mask: which parameters, as in `sam`: λ_max is that of this block of the Hessian,
+        such as a layer's, and the eigenvector is zero elsewhere. All, by default.
       tol: the residual, relative to |λ_max|, at which to stop. λ_max is then most often
         right to about the square of it.
-      max_matvecs: the most Hessian-vector products, at least 2.
+      max_matvecs: the most Hessian-vector products, at least 1.
       v0: where to start, such as the eigenvector that Eigen-SAM tracks or that of the
         last measurement; by default at random.
       hvp_mode: as in `hessian.matvec`. With "finite_difference", ask for no smaller
         `tol` than its errors, or `max_matvecs` runs out.
-      host_loop: a loop of Python's around one jitted product, in place of a compiled
-        loop: for convolutions on a CPU, which XLA makes many times slower in a loop.
+      host_loop: True for a loop of Python's around a compiled product, which can't be
+        jitted; False for a loop inside the program. None is True outside `jit` on a
+        CPU.
 
     Returns:
       An `eigen.Eigenpair`, a single one. Its residual is at most `tol` · |λ_max| unless
@@ -80,21 +85,39 @@ def sharpness(
     arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
     gradient = jax.grad(arguments.scalar_valued("value_fn", value_fn))
 
-    def product(params: PyTree, vector: PyTree) -> PyTree:
-        return hessian.matvec(gradient, params, hvp_mode=hvp_mode)(vector)
+    space = masking.subspace(mask, params)
 
+    def product(params: PyTree, vector: list[jax.Array]) -> list[jax.Array]:
+        """That of the block: vectors are lists of the leaves that `mask` selects."""
+        of_block = lambda w: space.select(gradient(space.merge(w, params)))
+        block = space.select(params)
+        along: list[jax.Array] = hessian.matvec(of_block, block, hvp_mode=hvp_mode)(
+            vector
+        )
+        return along
+
+    like = space.select(params)
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
+    if host_loop is None:
+        host_loop = jax.default_backend() == "cpu" and not is_traced
+    run = product
     if host_loop:
-        product = jax.jit(product)
+        known = programs.compiled(value_fn, product, params, tree_math.widen(like))
+        host_loop, run = known is not None, known or product
+    if v0 is not None:
+        v0 = arguments.like_params("v0", v0, params, "Start from a tree like params.")
+        v0 = space.select(v0)
     pairs = eigen.top_eigenpairs(
-        lambda vector: product(params, vector),
-        params,
+        lambda vector: run(params, vector),
+        like,
         k=1,
         tol=tol,
         max_matvecs=max_matvecs,
         v0=v0,
         host_loop=host_loop,
     )
-    return Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
+    top = Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
+    return top._replace(eigenvector=space.embed(top.eigenvector, params))
 
 
 def alignment(a: PyTree, b: PyTree) -> jax.Array:

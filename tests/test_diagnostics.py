@@ -1,3 +1,4 @@
+import gc
 import re
 
 import chex
@@ -11,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from problems import SPECTRA, dense_hessian, flatten, network, quadratic, symmetric
 
 from eigensam_jax import diagnostics, eigen, hessian, sam, sharpness, tree_math
+from eigensam_jax._update import programs
 
 # --- sharpness ------------------------------------------------------------------------
 
@@ -62,6 +64,73 @@ def test_sharpness_of_a_network_is_that_of_the_dense_hessian():
                 cosine = min(abs(flatten(top.eigenvector) @ vectors[:, -1]), 1)
                 sine = np.sqrt(1 - cosine**2)
                 assert sine <= top.residual / (gap - top.residual) + 1e-7
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_sharpness_of_a_layer_is_that_of_its_block(jitted):
+    params, loss = network()
+    matrix = dense_hessian(loss, params)
+    masks = {
+        "bias": {"hidden": {"w": False, "b": True}, "out": False},
+        "out": {"hidden": False, "out": True},
+        "all": None,
+    }
+    names, _ = ravel_pytree({"hidden": {"b": 6 * [0], "w": 24 * [1]}, "out": 18 * [2]})
+    inside = {"bias": [0], "out": [2], "all": [0, 1, 2]}
+    for name, mask in masks.items():
+        measure = lambda p, mask=mask: sharpness(loss, p, mask=mask, tol=1e-5)
+        top = (jax.jit(measure) if jitted else measure)(params)
+        chosen = np.isin(names, inside[name])
+        values, vectors = np.linalg.eigh(matrix[chosen][:, chosen])
+        np.testing.assert_allclose(top.eigenvalue, values[-1], rtol=1e-5)
+        v = flatten(top.eigenvector)
+        assert not v[~chosen].any()
+        np.testing.assert_allclose(abs(v[chosen] @ vectors[:, -1]), 1, atol=1e-4)
+
+
+class LossOnABatch:
+    """A loss on a batch that can be exchanged."""
+
+    def __init__(self):
+        self.batch = jnp.array([1.0, 2.0, 4.0])
+
+    def __call__(self, w):
+        return jnp.sum(self.batch * w**2)
+
+
+def test_sharpness_compiles_its_product_once_and_sees_the_batch_of_now():
+    loss, w = LossOnABatch(), jnp.ones(3)
+    np.testing.assert_allclose(sharpness(loss, w).eigenvalue, 8, rtol=1e-5)
+    (program,) = programs_of(loss).values()
+    loss.batch = jnp.array([3.0, 1.0, 1.0])
+    np.testing.assert_allclose(sharpness(loss, w).eigenvalue, 6, rtol=1e-5)
+    assert list(programs_of(loss).values()) == [program]
+    assert program._cache_size() == 1
+    loss.batch = jnp.array([3.0])  # other shapes are another program
+    np.testing.assert_allclose(sharpness(loss, w).eigenvalue, 6, rtol=1e-5)
+    assert len(programs_of(loss)) == 2
+
+
+def programs_of(loss):
+    return dict(programs._PROGRAMS[loss])
+
+
+def test_programs_are_given_up_with_their_function():
+    count = len(programs._PROGRAMS)
+    loss = LossOnABatch()
+    sharpness(loss, jnp.ones(3))
+    assert len(programs._PROGRAMS) == count + 1
+    del loss
+    gc.collect()
+    assert len(programs._PROGRAMS) <= count
+
+
+def test_sharpness_of_a_batch_that_is_traced_loops_in_the_program():
+    w = jnp.ones(3)
+    measure = jax.jit(lambda batch: sharpness(lambda p: jnp.sum(batch * p**2), w))
+    for batch in (jnp.array([1.0, 2.0, 4.0]), jnp.array([7.0, 2.0, 4.0])):
+        top = measure(batch)
+        np.testing.assert_allclose(top.eigenvalue, 2 * max(batch), rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", hessian.HVP_MODES[1:])

@@ -1,0 +1,58 @@
+"""Functions that are compiled once and traced at each use, so that no data is stale."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+_PROGRAMS: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def compiled(
+    owner: Callable[..., Any], function: Callable[..., Any], *example: Any
+) -> Callable[..., Any] | None:
+    """`function`, compiled for arguments like `example`.
+
+    The program is kept as long as `owner` lives, and used again where a new trace of
+    `function` comes to the same operations. What these read from outside, such as the
+    batch in a closure, are arguments of the program.
+
+    Returns:
+      The compiled function; None where it depends on values that are traced.
+    """
+    flat, treedef = jax.tree.flatten(example)
+    out: list[Any] = []
+
+    def of_leaves(*leaves: Any) -> list[Any]:
+        result = function(*jax.tree.unflatten(treedef, leaves))
+        results, structure = jax.tree.flatten(result)
+        out[:] = [structure]
+        return results
+
+    traced = jax.make_jaxpr(of_leaves)(*flat)
+    outside, jaxpr = list(traced.consts), traced.jaxpr
+    if any(isinstance(x, jax.core.Tracer) for x in outside):
+        return None
+    text = str(jaxpr)
+    kept: dict[str, Any] = {}
+    # An address stands for a Python function: another one may have it later.
+    if " at 0x" not in text:
+        try:
+            kept = _PROGRAMS.setdefault(owner, kept)
+        except TypeError:  # what has no weak references or no hash is not kept
+            kept = {}
+    if text not in kept:
+        kept[text] = jax.jit(
+            lambda outside, leaves: core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, outside))(
+                *leaves
+            )
+        )
+    program, (structure,) = kept[text], out
+
+    def call(*arguments: Any) -> Any:
+        leaves = jax.tree.leaves(arguments)
+        return jax.tree.unflatten(structure, program(outside, leaves))
+
+    return call

@@ -61,7 +61,12 @@ def network(seed=0, dtype=jnp.float32):
 def dense_hessian(value_fn, params):
     """The Hessian as a matrix over the raveled parameters."""
     flat, unravel = ravel_pytree(params)
-    return jax.hessian(lambda x: value_fn(unravel(x)))(flat)
+    return jax.jit(jax.hessian(lambda x: value_fn(unravel(x))))(flat)
+
+
+def jitted(tx, **kwargs):
+    """(updates, state, params) -> what `tx.update` makes of them, in one program."""
+    return jax.jit(lambda *args: tx.update(*args, **kwargs))
 
 
 def flatten(tree):

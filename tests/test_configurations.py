@@ -330,6 +330,12 @@ CALLS = {
 }
 
 
+SEARCH = "eigen.top_eigenpairs in one program"
+CALLS[SEARCH] = lambda: jax.jit(FUNCTIONS["eigen.top_eigenpairs"])(
+    make_params("bfloat16"), make_params("float32", seed=2)
+)
+
+
 @functools.cache
 def plain(call):
     return jax.block_until_ready(CALLS[call]())
@@ -348,7 +354,7 @@ def check(configuration, call):
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_the_default_link_and_a_search(configuration):
     check(configuration, "secant, bfloat16")
-    check(configuration, "eigen.top_eigenpairs, bfloat16")
+    check(configuration, SEARCH)
 
 
 def test_a_steady_step_moves_nothing_to_or_from_the_host():

@@ -142,7 +142,8 @@ def test_norms_are_found_where_they_have_names_of_their_own():
 
 
 def test_norms_are_those_of_the_network():
-    params = models.NormCNN(10).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    images = jnp.zeros((1, 32, 32, 3))
+    params = jax.eval_shape(models.NormCNN(10).init, jax.random.key(0), images)
     mask = methods.is_norm(params["params"])
     inside = {name for name, tree in mask.items() if all(jax.tree.leaves(tree))}
     assert inside == {"BatchNorm_0", "BatchNorm_1", "BatchNorm_2"}

@@ -94,7 +94,7 @@ def test_a_mask_confines_what_is_averaged(name):
     )
 
 
-def test_secant_works_where_there_is_no_second_derivative():
+def test_what_works_where_there_is_no_second_derivative():
     @jax.custom_vjp
     def kernel(w):
         return jnp.sum(jnp.array([1.0, 2.0, 8.0]) * w**2)
@@ -110,6 +110,12 @@ def test_secant_works_where_there_is_no_second_derivative():
     other = eigen_sam(tracker=trackers.power_iteration())
     with pytest.raises((ValueError, TypeError), match="differentiated twice"):
         other.update(gradient(w), other.init(w), w, grad_fn=gradient)
+    of_gradients = eigen_sam(
+        tracker=trackers.power_iteration(30), hvp_mode="finite_difference"
+    )
+    start = of_gradients.init(w)
+    _, state = jitted(of_gradients, grad_fn=gradient)(gradient(w), start, w)
+    np.testing.assert_allclose(state.tracker.eigenvalue, 16, rtol=1e-3)
     tx = eigen_sam(0.1, 1.0, trackers.secant(decay=0.8))
     state = tx.init(w)
     for i in range(40):

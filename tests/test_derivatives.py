@@ -19,7 +19,10 @@ FAST = [
     *((name, True) for name in ("sam", "asam", "secant", "power_iteration", "ritz")),
     *((name, False) for name in ("sam", "secant")),
 ]
-each_link = pytest.mark.parametrize("name", LINKS)
+each_link = pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow if x == "secant_2" else ()) for x in LINKS],
+)
 
 
 def trained_loss(name, loss, scans, steps=STEPS):

@@ -41,7 +41,8 @@ def assert_close(a, b):
 @pytest.mark.parametrize("name", ["sam", "asam", "secant", "power_iteration"])
 def test_it_is_what_the_step_did(name):
     link = LINKS[name]()
-    got = jax.jit(lambda p: info(step(link, p, link.init(p))[1]))(PARAMS)
+    _, state = jax.jit(lambda p: step(link, p, link.init(p)))(PARAMS)
+    got = info(state)
     grads = jax.grad(LOSS)(PARAMS)
     moved, _ = link.update(  # what comes out is the perturbed weights
         grads,
@@ -61,6 +62,8 @@ def test_it_is_what_the_step_did(name):
     else:
         assert all(x.shape == () and x.dtype == jnp.float32 for x in tracked)
         assert 0 <= got.alignment <= 1
+        of_tracker = state.tracker.eigenvalue, state.tracker.residual
+        assert (got.eigenvalue, got.residual) == of_tracker
 
 
 LINK = lambda: eigen_sam(0.1, 0.5)

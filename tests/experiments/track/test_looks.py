@@ -242,6 +242,7 @@ def test_products_are_counted_for_100_steps():
     assert products["secant"] == products["secant_5"] == 0
     assert products["every_product"] == 100
     assert products["own_batch"] == 1000
+    assert TRACKERS["secant_5"].update_interval == 5  # as its name says
 
 
 def test_looks_are_spread_over_the_last_85_percent():

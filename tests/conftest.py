@@ -3,10 +3,12 @@
 The suite compiles far longer than it computes.
 """
 
+import functools
 import gc
 import os
 
 import jax
+from jax._src.interpreters import mlir
 
 SETTINGS = {
     "jax_num_cpu_devices": 8,
@@ -31,6 +33,8 @@ def pytest_configure(config):
         if name.upper() not in os.environ:
             jax.config.update(name, value)
             os.environ[name.upper()] = str(value)  # for the processes that tests start
+    # To make what a program is written down in takes as long as to compile a small one.
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
     gc.set_threshold(50_000, 20, 20)  # tracing makes much that lives for long
 
 

@@ -1,5 +1,7 @@
 """Losses with known derivatives, and the dense Hessians to hold results against."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,8 +48,15 @@ def network(seed=0, dtype=jnp.float32):
         },
         "out": {"w": 0.5 * jax.random.normal(keys[1], (6, 3), dtype)},
     }
-    inputs = jax.random.normal(keys[2], (5, 16, 4), dtype)
-    labels = jax.random.randint(keys[3], (5, 16), 0, 3)
+    return params, _network_loss(seed, jnp.dtype(dtype), jax.config.jax_enable_x64)
+
+
+@functools.cache
+def _network_loss(seed, dtype, x64):
+    """One function for all that ask, so that what is made of it is compiled once."""
+    *_, input_key, label_key = jax.random.split(jax.random.key(seed), 4)
+    inputs = jax.random.normal(input_key, (5, 16, 4), dtype)
+    labels = jax.random.randint(label_key, (5, 16), 0, 3)
 
     def loss(params, index=0):
         x, y = inputs[index], labels[index]
@@ -55,13 +64,26 @@ def network(seed=0, dtype=jnp.float32):
         logits = hidden @ params["out"]["w"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    return params, loss
+    return loss
 
 
 def dense_hessian(value_fn, params):
     """The Hessian as a matrix over the raveled parameters."""
-    flat, unravel = ravel_pytree(params)
-    return jax.hessian(lambda x: value_fn(unravel(x)))(flat)
+    return _dense_hessian(value_fn)(params)
+
+
+@functools.lru_cache(maxsize=50)
+def _dense_hessian(value_fn):
+    def dense(params):
+        flat, unravel = ravel_pytree(params)
+        return jax.hessian(lambda x: value_fn(unravel(x)))(flat)
+
+    return jax.jit(dense)
+
+
+def jitted(tx, **kwargs):
+    """(updates, state, params) -> what `tx.update` makes of them, in one program."""
+    return jax.jit(lambda *args: tx.update(*args, **kwargs))
 
 
 def flatten(tree):

@@ -1,5 +1,6 @@
 """What a step costs: operations, bytes and memory of compiled programs."""
 
+import functools
 import itertools
 
 import jax
@@ -115,18 +116,23 @@ def test_power_iteration_costs_its_products():
     assert plain <= 1.01 * two_gradients
 
 
+@functools.cache
+def memory_of_sam():
+    return memory(compiled(DEEP, sam(0.1)))
+
+
 @pytest.mark.parametrize(
     ("tracker", "part"),
     [
-        (trackers.secant(), None),
-        (trackers.power_iteration(), 2),
-        (trackers.ritz(), 2),
-        (trackers.lanczos(), 4),
+        pytest.param(trackers.secant(), None, id="secant"),
+        pytest.param(trackers.power_iteration(), 2, id="power_iteration"),
+        # Its product is made as those of power iteration, and Lanczos' are in a loop.
+        pytest.param(trackers.ritz(), 2, id="ritz", marks=pytest.mark.slow),
+        pytest.param(trackers.lanczos(), 4, id="lanczos", marks=pytest.mark.slow),
     ],
-    ids=["secant", "power_iteration", "ritz", "lanczos"],
 )
 def test_part_of_the_batch_bounds_the_memory_of_products(tracker, part):
-    plain = memory(compiled(DEEP, sam(0.1)))
+    plain = memory_of_sam()
     link = eigen_sam(0.1, 0.2, tracker)
     assert memory(compiled(DEEP, link, part)) <= 1.5 * plain
     # Of the whole batch a product needs two or three times that, not once for each.
@@ -139,11 +145,17 @@ def test_programs_grow_in_proportion_to_the_leaves():
         .as_text()
         .count("\n")
     )
-    shallow, middle, deep = (length(depth) for depth in (9, 17, 33))
+    shallow, middle, deep = (length(depth) for depth in (5, 9, 17))
     assert deep - middle <= 2.2 * (middle - shallow)
 
 
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=pytest.mark.slow if x in ("asam", "secant_2") else ())
+        for x in LINKS
+    ],
+)
 def test_outside_jit_only_the_first_steps_compile(name, caplog):
     """On every kind of step: what is due on some alone is decided in Python."""
     params, network_loss = network()

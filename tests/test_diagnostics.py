@@ -1,3 +1,4 @@
+import functools
 import gc
 import re
 
@@ -39,19 +40,20 @@ def test_sharpness_of_a_quadratic_is_the_largest_eigenvalue(host_loop):
 
 
 def test_sharpness_of_a_network_is_that_of_the_dense_hessian():
-    def measure(seed, tol):
-        params, loss = network(seed, jnp.float64)
-        top = sharpness(loss, params, tol=tol)
-        return top, hessian.hvp(loss, params, top.eigenvector)
-
     with jax.enable_x64(True):
-        measure = jax.jit(measure)
+        _, loss = network(dtype=jnp.float64)
+
+        @jax.jit
+        def measure(params, tol):
+            top = sharpness(loss, params, tol=tol)
+            return top, hessian.hvp(loss, params, top.eigenvector)
+
         for seed in range(3):
-            params, loss = network(seed, jnp.float64)
+            params, _ = network(seed, jnp.float64)
             values, vectors = np.linalg.eigh(dense_hessian(loss, params))
             gap = values[-1] - values[-2]
             for tol in (1e-3, 1e-8):
-                top, product = measure(seed, tol)
+                top, product = measure(params, tol)
                 chex.assert_trees_all_equal_shapes_and_dtypes(top.eigenvector, params)
                 assert top.residual <= tol * top.eigenvalue
                 rest = tree_math.add_scaled(product, -top.eigenvalue, top.eigenvector)
@@ -136,7 +138,7 @@ def test_sharpness_of_a_batch_that_is_traced_loops_in_the_program():
 @pytest.mark.parametrize("mode", hessian.HVP_MODES[1:])
 def test_sharpness_in_each_mode_of_the_product(mode):
     params, loss = network()
-    top = sharpness(loss, params, hvp_mode=mode)
+    top = jax.jit(lambda p: sharpness(loss, p, hvp_mode=mode))(params)
     largest = np.linalg.eigvalsh(dense_hessian(loss, params))[-1]
     rtol = 1e-3 if mode == "finite_difference" else 1e-5
     np.testing.assert_allclose(top.eigenvalue, largest, rtol=rtol)
@@ -145,7 +147,7 @@ def test_sharpness_in_each_mode_of_the_product(mode):
 
 def test_the_residual_says_so_when_the_products_run_out():
     params, loss = network()
-    top = sharpness(loss, params, tol=1e-6, max_matvecs=3)
+    top = jax.jit(lambda p: sharpness(loss, p, tol=1e-6, max_matvecs=3))(params)
     assert top.residual > 1e-3 * top.eigenvalue
     product = hessian.hvp(loss, params, top.eigenvector)
     rest = tree_math.add_scaled(product, -top.eigenvalue, top.eigenvector)
@@ -156,13 +158,13 @@ def test_sharpness_starts_where_it_is_told_to():
     params, loss = network()
     values, vectors = np.linalg.eigh(dense_hessian(loss, params))
     v0 = ravel_pytree(params)[1](jnp.asarray(vectors[:, -1]))
-    top = sharpness(loss, params, max_matvecs=3, v0=v0)
+    top = jax.jit(lambda p: sharpness(loss, p, max_matvecs=3, v0=v0))(params)
     np.testing.assert_allclose(top.eigenvalue, values[-1], rtol=1e-5)
 
 
 def test_sharpness_of_bfloat16_parameters_is_float32():
     params, loss = network(dtype=jnp.bfloat16)
-    top = sharpness(loss, params, tol=0.02, max_matvecs=40)
+    top = jax.jit(lambda p: sharpness(loss, p, tol=0.02, max_matvecs=40))(params)
     assert {x.dtype for x in jax.tree.leaves(top)} == {jnp.dtype("float32")}
     wide = tree_math.widen(params)
     largest = np.linalg.eigvalsh(dense_hessian(loss, wide))[-1]
@@ -319,14 +321,20 @@ def test_the_message_names_the_leaf_that_differs_most(key):
     np.testing.assert_allclose(numbers, expected_numbers(other, grads), rtol=0.01)
 
 
+@functools.cache
+def mean_of_batches(dtype):
+    """The loss of a batch, the mean of five and the gradient, compiled once for all."""
+    loss = jax.jit(network(dtype=jnp.dtype(dtype))[1])
+    whole = jax.jit(lambda p: sum(loss(p, i) for i in range(5)) / 5)
+    return loss, whole, jax.jit(jax.grad(loss))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_tolerance_follows_the_dtype(seed, dtype):
     """The mean of rounded gradients is right; what is 5% off is not."""
-    params, loss = network(seed, jnp.dtype(dtype))
-    loss = jax.jit(loss)  # compiled once for all of the calls
-    whole = jax.jit(lambda p: sum(loss(p, i) for i in range(5)) / 5)
-    gradient = jax.jit(jax.grad(loss))
+    params, _ = network(seed, jnp.dtype(dtype))
+    loss, whole, gradient = mean_of_batches(dtype)
     each = [gradient(params, i) for i in range(5)]
     grads = jax.tree.map(lambda *x: sum(x) / 5, *each)
     difference = diagnostics.check_gradient(grads, params, value_fn=whole)

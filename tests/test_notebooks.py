@@ -61,8 +61,28 @@ def test_it_says_nothing_of_the_machine_it_ran_on(path):
     assert not absolute.findall("\n".join(texts))
 
 
-@every_notebook
-def test_it_runs(path, monkeypatch):
+def until_slow(cells):
+    """Those before the first that is tagged "slow", which the others build on."""
+    tags = [cell.metadata.get("tags", ()) for cell in cells]
+    return cells[: next((i for i, x in enumerate(tags) if "slow" in x), None)]
+
+
+def has_slow_cells(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return len(until_slow(cells)) < len(cells)
+
+
+@pytest.mark.parametrize(
+    ("path", "whole"),
+    [
+        *(pytest.param(path, False, id=path.stem) for path in PATHS),
+        *(
+            pytest.param(path, True, id=f"{path.stem} whole", marks=pytest.mark.slow)
+            for path in filter(has_slow_cells, PATHS)
+        ),
+    ],
+)
+def test_it_runs(path, whole, monkeypatch):
     """At the size that its cell of parameters names for that.
 
     On two devices where it does not say how many: eight of them wait for each other.
@@ -74,6 +94,8 @@ def test_it_runs(path, monkeypatch):
     small = cell.metadata.smoke
     assert set(small) <= set(targets)
     cell.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
+    if not whole:
+        notebook.cells = until_slow(notebook.cells)
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     assert not [x.text for x in outputs if x.get("name") == "stderr"]

@@ -165,16 +165,19 @@ def test_float16_products_overflow_before_gradients_and_want_no_scale(name):
         w = params["w"].astype(jnp.float16)
         return jnp.sum((0.5 * curvatures * w * w).astype(jnp.float32))
 
-    def eigenvalue(scale, **curvature_fn):
+    tx = LINKS[name]()
+
+    @functools.partial(jax.jit, static_argnames="curvature_fn")
+    def update(scale, **curvature_fn):
         grad_fn = lambda p: tree_math.scale(
             1 / scale, jax.grad(lambda p: scale * half_loss(p))(p)
         )
-        grads = grad_fn(params)
+        grads, start = grad_fn(params), tx.init(params)
+        return grads, tx.update(grads, start, params, grad_fn=grad_fn, **curvature_fn)
+
+    def eigenvalue(scale, **curvature_fn):
+        grads, (_, state) = update(scale, **curvature_fn)
         assert jnp.all(jnp.isfinite(grads["w"]))
-        tx = LINKS[name]()
-        _, state = tx.update(
-            grads, tx.init(params), params, grad_fn=grad_fn, **curvature_fn
-        )
         return info(state).eigenvalue
 
     assert eigenvalue(2.0**15) == 0
@@ -407,11 +410,16 @@ def test_complex_parameters_are_two_real_trees():
     joined = lambda parts: jax.tree.map(jax.lax.complex, *parts)
     tx = optax.chain(sam(0.1), optax.sgd(0.01))
     run = train(tx, parts, lambda _: lambda parts: loss(joined(parts)))
-    for _ in range(4):
+
+    @jax.jit
+    def by_hand(z):
         grads = jax.tree.map(jnp.conj, jax.grad(loss)(z))
         norm = jnp.sqrt(sum(jnp.sum(jnp.abs(g) ** 2) for g in grads.values()))
-        at = jax.tree.map(lambda x, g, n=norm: x + 0.1 * g / n, z, grads)
-        z = jax.tree.map(lambda x, g: x - 0.01 * jnp.conj(g), z, jax.grad(loss)(at))
+        at = jax.tree.map(lambda x, g: x + 0.1 * g / norm, z, grads)
+        return jax.tree.map(lambda x, g: x - 0.01 * jnp.conj(g), z, jax.grad(loss)(at))
+
+    for _ in range(4):
+        z = by_hand(z)
     chex.assert_trees_all_close(joined(run[0]), z, atol=1e-6)
 
     around = optax.contrib.split_real_and_imaginary(tx)
@@ -447,8 +455,8 @@ def test_unequal_batches_per_device(name):
         run = step(*run, jnp.arange(DEVICES), weights)
 
     def whole(p):
-        sums = [loss_of_weights(p, i, weights[i]) for i in range(DEVICES)]
-        return sum(sums) / lengths.sum()
+        each = jax.vmap(loss_of_weights, in_axes=(None, 0, 0))
+        return each(p, jnp.arange(DEVICES), weights).sum() / lengths.sum()
 
     link = LINKS[name]()
     expected = train(optax.chain(link, optax.sgd(0.1)), params, lambda _: whole, 2)

@@ -68,6 +68,8 @@ def test_leaves_are_not_broadcast():
 )
 def test_safe_inverse(x, expected):
     assert tree_math.safe_inverse(jnp.float32(x)) == expected
+    of_infinity = tree_math.safe_divide(jnp.inf, jnp.float32(x))
+    assert of_infinity == (jnp.inf if expected else 0)
 
 
 def test_scale_and_add_scaled():

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,19 @@ from eigensam_jax import eigen, hessian, tree_math
 from eigensam_jax.eigen import _krylov
 
 
+@partial(jax.jit, static_argnames=("solve", "num_matvecs"))
+def solved(solve, matrix, v0, num_matvecs):
+    """Compiled once for all matrices of one size."""
+    return solve(lambda v: matrix @ v, v0, num_matvecs)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 def test_converges_to_the_eigenpair_of_largest_magnitude(spectrum, seed):
     matrix, basis = symmetric(spectrum, seed)
     matrix = jnp.asarray(matrix, jnp.float32)
     v0 = jax.random.normal(jax.random.key(seed), (5,))
-    pair = eigen.power_iteration(lambda v: matrix @ v, v0, 60)
+    pair = solved(eigen.power_iteration, matrix, v0, 60)
     top = np.asarray(spectrum) == max(spectrum, key=abs)
     np.testing.assert_allclose(pair.eigenvalue, np.max(spectrum), rtol=1e-5)
     in_eigenspace = np.linalg.norm(basis[:, top].T @ np.asarray(pair.eigenvector))
@@ -33,9 +41,8 @@ def test_finds_a_negative_eigenvalue_with_its_sign():
 def test_value_and_residual_belong_to_the_input_of_the_last_product(num_matvecs, seed):
     with jax.enable_x64(True):
         matrix, _ = symmetric(SPECTRA["indefinite"], seed)
-        matvec = lambda v: jnp.asarray(matrix) @ v
         start = np.random.default_rng(seed).normal(size=5)
-        pair = eigen.power_iteration(matvec, jnp.asarray(start), num_matvecs)
+        pair = solved(eigen.power_iteration, matrix, start, num_matvecs)
         v = start / np.linalg.norm(start)
         for _ in range(num_matvecs - 1):
             v = matrix @ v / np.linalg.norm(matrix @ v)
@@ -129,9 +136,7 @@ def rayleigh_quotient(matrix, v):
 def test_lanczos_is_the_maximum_over_the_krylov_space(num_matvecs, seed):
     with jax.enable_x64(True):
         matrix, start = random_symmetric(seed)
-        pair = eigen.lanczos(
-            lambda v: jnp.asarray(matrix) @ v, jnp.asarray(start), num_matvecs
-        )
+        pair = solved(eigen.lanczos, matrix, start, num_matvecs)
         basis = start[:, None] / np.linalg.norm(start)
         for _ in range(num_matvecs - 1):
             product = matrix @ basis[:, -1:]
@@ -172,7 +177,7 @@ def test_lanczos_finds_the_top_of_any_spectrum(sign, spectrum, seed):
     matrix, basis = symmetric(np.multiply(sign, spectrum), seed)
     matrix = jnp.asarray(matrix, jnp.float32)
     v0 = jax.random.normal(jax.random.key(seed), (5,))
-    pair = eigen.lanczos(lambda v: matrix @ v, v0, 8)  # more than there are dimensions
+    pair = solved(eigen.lanczos, matrix, v0, 8)  # more than there are dimensions
     top = np.max(np.multiply(sign, spectrum))
     np.testing.assert_allclose(pair.eigenvalue, top, rtol=1e-5, atol=1e-5)
     in_eigenspace = basis[:, np.multiply(sign, spectrum) == top].T @ pair.eigenvector

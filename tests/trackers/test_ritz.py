@@ -192,17 +192,27 @@ def test_shapes_and_dtypes_are_kept():
     assert after.num_products == 1
 
 
+@jax.jit
+def observed(state, change):
+    return trackers.ritz(update_interval=1).observe(state, change, None, None)
+
+
+@jax.jit
+def refreshed_by(state, factor):
+    """By products that are times `factor`."""
+    spoilt = lambda v: jax.tree.map(lambda x: x * factor, matvec(v))
+    return trackers.ritz(update_interval=1).refresh(state, spoilt)
+
+
 @pytest.mark.parametrize("bad", [0.0, jnp.nan, jnp.inf, 1e38])
 @pytest.mark.parametrize("observations", [0, 1, 3])
 def test_nothing_of_a_bad_batch_is_kept(observations, bad):
-    tracker = trackers.ritz(update_interval=1)
-    state = started(tracker, observations)
+    state = started(trackers.ritz(update_interval=1), observations)
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), PARAMS)
-    spoil = lambda tree: jax.tree.map(lambda x: x * bad, tree)
-    chex.assert_trees_all_equal(tracker.observe(state, spoil(ones), None, None), state)
-    after = tracker.refresh(state, lambda v: spoil(matvec(v)))
-    chex.assert_trees_all_equal(after, state)
-    again = tracker.refresh(tracker.observe(state, matvec(ones), None, None), matvec)
+    bad_ones = jax.tree.map(lambda x: x * bad, ones)
+    chex.assert_trees_all_equal(observed(state, bad_ones), state)
+    chex.assert_trees_all_equal(refreshed_by(state, bad), state)
+    again = refreshed_by(observed(state, matvec(ones)), 1.0)
     chex.assert_tree_all_finite(again)
     np.testing.assert_allclose(tree_math.norm(again.eigenvector), 1, rtol=1e-5)
 

@@ -41,6 +41,21 @@ SMOKE = argparse.Namespace(
 OPTIONS = "spectrum --smoke --optimizer sam --seed 3 --examples 300 --out"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _steps_are_compiled_once():
+    """What `network.train` measures depends on the settings alone."""
+    make_run, made = training.make_run, {}
+
+    def from_cache(model, dataset, measure, settings):
+        if settings not in made:
+            made[settings] = make_run(model, dataset, measure, settings)
+        return made[settings]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_run", from_cache)
+        yield
+
+
 def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     out = tmp_path / "results"
     assert cli.main([*OPTIONS.split(), str(out)]) == 0

@@ -135,8 +135,13 @@ def test_a_run_that_two_tables_share_is_done_once(tmp_path, monkeypatch):
     same = rows["when", "sam, every step"], rows["parts", "sam, 1 parts"]
     assert same[0]["curves"] == same[1]["curves"]
     assert rows["when", "sgd"]["radius"] == 0
+    of_sam = [run for (table, row), run in rows.items() if row.startswith("sam, ")]
     late = rows["when", "sam, the last 10% of steps"]
-    np.testing.assert_allclose(late["radius"], late["rho"], rtol=1e-5)
+    some = rows["when", "sam, every 2 steps"]
+    assert late in of_sam
+    assert some in of_sam
+    for run in of_sam:  # of the steps that perturb alone
+        np.testing.assert_allclose(run["radius"], run["rho"], rtol=1e-5)
 
 
 def test_more_seeds_are_added_to_those_that_are_there(unbroken, tmp_path):

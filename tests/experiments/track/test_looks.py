@@ -28,6 +28,7 @@ SETUPS["power_iteration"] = SETUPS["power_iteration"]._replace(
 )
 SETUPS["lanczos"] = SETUPS["lanczos"]._replace(num_products=2, update_interval=3)
 SETUPS["ritz"] = SETUPS["ritz"]._replace(update_interval=3)
+SLOW = ("lanczos", "secant_5")  # they look as "power_iteration" and "secant" do
 
 
 class Tiny(nn.Module):
@@ -113,7 +114,13 @@ def plain_loop(name):
     return [*steps, (params, None, state[0])]
 
 
-@pytest.mark.parametrize("name", [name for name in SETUPS if name != "sam"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in TRACKERS
+    ],
+)
 def test_a_look_is_at_the_v_that_its_step_perturbs_by(name):
     points, seen = followed(name)
     steps, dataset = plain_loop(name), tiny_dataset()
@@ -236,6 +243,7 @@ def test_products_are_counted_for_100_steps():
     assert products["secant"] == products["secant_5"] == 0
     assert products["every_product"] == 100
     assert products["own_batch"] == 1000
+    assert TRACKERS["secant_5"].update_interval == 5  # as its name says
 
 
 def test_looks_are_spread_over_the_last_85_percent():

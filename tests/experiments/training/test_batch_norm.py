@@ -24,6 +24,7 @@ from eigensam_jax.experiments.training import losses, measures, methods
 from eigensam_jax.experiments.training.steps import TrainState
 
 STEPS = 3 * 3
+LARGE = ("efficientnet_lite0", "resnet18", "vit")
 SETTINGS = training.Settings(
     steps=STEPS,
     batch_size=16,
@@ -213,8 +214,15 @@ def test_products_are_of_the_network_in_evaluation(dataset):
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", registry.MODELS)
-@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3)])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, marks=pytest.mark.slow if is_slow else ())
+        for name in registry.MODELS
+        for shape in ((8, 8, 1), (28, 28, 1), (32, 32, 3))
+        for is_slow in [name in LARGE and shape == (28, 28, 1)]  # between the others
+    ],
+)
 def test_every_network_takes_every_data_set(name, shape):
     model, images = registry.model(name, 7), jnp.zeros((2, *shape))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.records.tables import half_interval
 from eigensam_jax.experiments.registry import METHODS
-from eigensam_jax.experiments.study.tables import by_row, quality
+from eigensam_jax.experiments.study.tables import FRONTIER, by_row, quality
 
 Record = dict[str, Any]
 
@@ -110,7 +110,7 @@ def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
     panels = figure.subplots(1, 2)
     steps = len(by_row(runs, "steps"))
     for axes, key in zip(panels, (quality(runs)[0], "lambda_max"), strict=True):
-        for table in ("steps", "gradients"):
+        for table in FRONTIER:
             for i, (name, of_row) in enumerate(by_row(runs, table).items()):
                 method = METHODS[name]
                 spent = [run["gradients"] * run["longer"] for run in of_row]

@@ -13,7 +13,8 @@ from eigensam_jax.experiments.study.plans import score
 Record = dict[str, Any]
 
 HEADERS = ("gradients", "‖ε‖", "test acc. %", "train loss", "λ_max", "alignment")
-FRONTIER_HEADERS = ("gradients", "time", "test acc. %", "train loss", "λ_max")
+FRONTIER = ("steps", "gradients")  # its tables: what is the same for all methods
+FRONTIER_HEADERS = ("", "gradients", "ρ")
 PAIRED_HEADERS = ("test acc. %", "train loss", "λ_max", "alignment")
 TUNING_HEADERS = ("learning rate", "ρ", "α", "validation acc. %")
 _FIGURES: dict[str, tuple[float, int]] = {  # factor, digits
@@ -35,9 +36,13 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
         if name == "tuning":
             result.append(tables.table(heading, ("", *TUNING_HEADERS), tuning(runs)))
             continue
-        rows = [[row, *cells] for row, _, _, *cells in summary(runs, name)]
-        headers = ("", quality(runs)[1], *PAIRED_HEADERS[1:])
-        result.append(tables.table(heading, headers, rows))
+        headers: tuple[str, ...] = ("", quality(runs)[1], *PAIRED_HEADERS[1:])
+        if name in FRONTIER:
+            above = *FRONTIER_HEADERS, *headers[1:-1]
+            result.append(tables.table(heading, above, frontier(runs, name)))
+        else:
+            rows = [[row, *cells] for row, _, _, *cells in summary(runs, name)]
+            result.append(tables.table(heading, headers, rows))
         if pairs := paired(runs, name) or against_first(runs, name):
             result.append(tables.table("differences", headers, pairs))
     return result
@@ -79,20 +84,16 @@ def paired(runs: Sequence[Record], table: str) -> list[list[str]]:
 
 
 def frontier(runs: Sequence[Record], table: str) -> list[list[str]]:
-    """A row a method by `FRONTIER_HEADERS`; costs are in those of the first."""
-    found = by_row(runs, table)
-    (first, *_), *_ = found.values()
+    """A row a method: gradients for each step of SGD, ρ, and what it came to."""
     rows = []
-    for row, of_row in found.items():
+    for row, of_row in by_row(runs, table).items():
         gradients = of_row[0]["gradients"] * of_row[0]["longer"]
-        seconds = [run["training_time_s"] / first["training_time_s"] for run in of_row]
+        rho = sum(run["rho"] for run in of_row) / len(of_row)
         cells = [
             tables.mean_and_interval(values, digits, factor, sign=False)
             for values, factor, digits in _values(of_row)[:3]
         ]
-        label = METHODS[row].label if row in METHODS else row
-        cost = [f"{gradients:.2f}", f"{sum(seconds) / len(seconds):.2f}"]
-        rows.append([label, *cost, *cells])
+        rows.append([METHODS[row].label, f"{gradients:.2f}", f"{rho:g}", *cells])
     return rows
 
 

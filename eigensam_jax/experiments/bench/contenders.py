@@ -17,7 +17,7 @@ ALPHA = 0.2
 LEARNING_RATE = 0.1
 MOMENTUM = BASE_OPTIMIZERS["sgd"].constants["momentum"]
 _TRACKERS = [name for name, entry in TRACKERS.items() if not entry.is_ceiling]
-NAMES = ("sgd", "sam", "optax_sam", *_TRACKERS)
+NAMES = ("sgd", "sam", "optax_sam", "sam_periodic", *_TRACKERS)
 
 
 class Contender(NamedTuple):
@@ -27,18 +27,20 @@ class Contender(NamedTuple):
       tx: the whole chain.
       extra_args: from the loss of a batch to what `tx.update` takes by keyword.
       interval: every so many steps it does more than on others, if above 1.
+      fixed_by: the argument of `tx.update` that says whether this is one of those.
     """
 
     tx: optax.GradientTransformationExtraArgs
     extra_args: Callable[[ValueFn], dict[str, Any]]
     interval: int = 1
+    fixed_by: str = "refresh"
 
 
 Step = Callable[[PyTree, PyTree, PyTree, Batch], tuple[PyTree, PyTree, jax.Array]]
 
 
 def make_contenders() -> dict[str, Contender]:
-    """SGD, SAM, optax's SAM, and Eigen-SAM by each tracker that one would train by."""
+    """SGD, SAM in three ways, and Eigen-SAM by each tracker that one would train by."""
     setups = {"sgd": Setup("sgd"), "sam": named("sam", RHO, ALPHA)}
     setups |= {name: named("eigen_sam", RHO, ALPHA, name) for name in _TRACKERS}
     by_value = lambda value_fn: {"value_fn": value_fn}
@@ -47,17 +49,21 @@ def make_contenders() -> dict[str, Contender]:
         name: Contender(make_optimizer(x, _sgd()), by_value, x.update_interval)
         for name, x in setups.items()
     }
+    periodic = named("sam_periodic", RHO, ALPHA)
+    contenders["sam_periodic"] = Contender(
+        make_optimizer(periodic, _sgd()), by_value, periodic.every, "perturb"
+    )
     contenders["optax_sam"] = Contender(_optax_sam(), by_gradient)
     return {name: contenders[name] for name in NAMES}
 
 
-def make_step(contender: Contender, loss: Loss, refresh: bool | None = None) -> Step:
+def make_step(contender: Contender, loss: Loss, is_due: bool | None = None) -> Step:
     """Builds (params, opt_state, other variables, batch) -> the first two, and L(w).
 
     Args:
       contender: the optimizer.
       loss: of its network.
-      refresh: as in `eigen_sam`: what a tracker does, where it is fixed.
+      is_due: whether a step is one of those that do more, where that is fixed.
     """
 
     def step(
@@ -65,8 +71,8 @@ def make_step(contender: Contender, loss: Loss, refresh: bool | None = None) -> 
     ) -> tuple[PyTree, PyTree, jax.Array]:
         value_fn = lambda p: loss(p, others, batch)
         extra_args = contender.extra_args(value_fn)
-        if refresh is not None:
-            extra_args["refresh"] = refresh
+        if is_due is not None:
+            extra_args[contender.fixed_by] = is_due
         value, grads = jax.value_and_grad(value_fn)(params)
         updates, opt_state = contender.tx.update(grads, opt_state, params, **extra_args)
         return optax.apply_updates(params, updates), opt_state, value

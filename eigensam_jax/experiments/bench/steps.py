@@ -94,12 +94,12 @@ def compile_steps(task: Task, contender: Contender) -> Steps:
     return Steps(default, plain, due, contender.interval)
 
 
-def compile_step(task: Task, contender: Contender, refresh: bool | None) -> Program:
+def compile_step(task: Task, contender: Contender, is_due: bool | None) -> Program:
     """One program; parameters and state are given away."""
     placed = task.placement
     state = jax.eval_shape(contender.tx.init, task.params)
     return programs.compile_program(
-        contenders.make_step(contender, task.loss, refresh),
+        contenders.make_step(contender, task.loss, is_due),
         task.params,
         placement.shapes(state, placed.replicated),
         task.others,

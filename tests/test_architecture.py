@@ -9,7 +9,7 @@ import eigensam_jax
 
 ROOT = Path(eigensam_jax.__file__).parent
 LAYERS = [  # the modules of `_update` have floors of their own
-    {"scalars"},
+    {"programs", "scalars"},
     {"tree_math"},
     {"devices"},
     {"hessian"},
@@ -17,7 +17,7 @@ LAYERS = [  # the modules of `_update` have floors of their own
     {"eigen", "masking", "perturbation", "rounding"},
     {"trackers"},
     {"update"},
-    {"transform"},
+    {"_periodic", "transform"},
     {"_info", "diagnostics", "linen", "nnx"},
     {"sde"},
     {"__init__"},

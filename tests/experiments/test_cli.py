@@ -83,7 +83,7 @@ def test_what_takes_the_steps_is_recorded(tmp_path, capsys):
         ("--resolution 64", "--resolution 64: mlp", "leave it out"),
         ("--dataset imagenet", "'imagenet'", "'digits', 'fashion_mnist', 'mnist'"),
         ("--model vgg", "'vgg'", "'mlp', 'cnn'"),
-        ("--optimizers sgd adam", "'adam'", "'sam', 'asam', 'eigen_sam_paper'"),
+        ("--optimizers sgd adam", "'adam'", "'asam', 'eigen_sam_paper'"),
         ("--optimizers sam_matched", "sam_matched", "name eigen_sam too"),
         ("--dataset mnist", "needs --data-dir", "four idx files"),
         ("--dataset mnist --data-dir nowhere", "nowhere", "four idx files"),
@@ -167,7 +167,10 @@ def test_python_dash_m_is_the_command():
 
 @pytest.mark.parametrize(
     "command",
-    ["", "compare", "accuracy", "ablate", "track", "spectrum", "sde", "bench"],
+    [
+        *("", "compare", "accuracy", "frontier", "ablate"),
+        *("track", "spectrum", "sde", "bench"),
+    ],
 )
 def test_help_fits_a_screen(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

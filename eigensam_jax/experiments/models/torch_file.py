@@ -34,15 +34,28 @@ _DTYPES = {
 
 
 class _Storage(NamedTuple):
-    """What the pickle says of a storage; its elements come later in the file."""
+    """What the pickle says of a storage; its elements come later in the file.
 
-    kind: str  # a key of `_DTYPES`
+    Attributes:
+      kind: a key of `_DTYPES`.
+      key: its name in the file.
+      size: how many elements.
+    """
+
+    kind: str
     key: str
     size: int
 
 
 class _Tensor(NamedTuple):
-    """A view of a storage, counted in elements."""
+    """A view of a storage, counted in elements.
+
+    Attributes:
+      storage: what it is a view of.
+      offset: where it begins.
+      shape: of the view.
+      strides: from one element to the next, along each axis.
+    """
 
     storage: _Storage
     offset: int

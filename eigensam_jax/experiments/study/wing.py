@@ -130,8 +130,7 @@ def _add_compare(subparsers: Any) -> None:
         metavar="NAME",
         nargs="+",
         choices=tuple(METHODS),
-        help=f"some of {', '.join(METHODS)}, where sam_matched is SAM at the radius "
-        f"that eigen_sam had [{' '.join(options.usual_methods('sgd'))}]",
+        help=f"some of {', '.join(METHODS)} [{' '.join(options.usual_methods('sgd'))}]",
     )
     options.add_runs(compare, _USUAL["compare"])
     options.add_method(compare)
@@ -161,10 +160,9 @@ def _add_frontier(subparsers: Any) -> None:
         "frontier",
         usage="%(prog)s [options]",
         help="what each method reaches at the same steps, and at the same cost",
-        description="Tune each method by as many trials on a tenth of the training "
-        "set, then train it for the same steps, and for as many as SAM's gradients "
-        "pay for. Leaves results.json and frontier.png in --out; the same command goes "
-        "on where it ended.",
+        description="Tune each method by as many trials, then train it for the same "
+        "steps, and for as many gradients as SAM takes. Leaves results.json and "
+        "frontier.png in --out; the same command goes on where it ended.",
     )
     names = [x for x in METHODS if METHODS[x].link is not None]
     frontier.add_argument(
@@ -172,8 +170,7 @@ def _add_frontier(subparsers: Any) -> None:
         metavar="NAME",
         nargs="+",
         choices=names,
-        help=f"some of {', '.join(names)}, beside the base optimizer "
-        f"[{' '.join(_ON_THE_FRONTIER)}]",
+        help=f"methods that perturb [{' '.join(_ON_THE_FRONTIER)}]",
     )
     options.add_runs(frontier, _USUAL["frontier"])
     for name, what in (("rhos", "ρ"), ("learning_rates", "of the base optimizer")):

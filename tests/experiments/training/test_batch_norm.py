@@ -218,7 +218,8 @@ def test_products_are_of_the_network_in_evaluation(dataset):
     ("name", "shape"),
     [
         pytest.param(name, shape, marks=pytest.mark.slow if is_slow else ())
-        for name in registry.MODELS
+        for name, model in registry.MODELS.items()
+        if not model.is_series
         for shape in ((8, 8, 1), (28, 28, 1), (32, 32, 3))
         for is_slow in [name in LARGE and shape == (28, 28, 1)]  # between the others
     ],

@@ -55,7 +55,9 @@ def periodic(
     since q changes slowly from step to step (LookSAM). Norms and inner products run
     over all parameters, also where `link` has a mask.
 
-    Put it first in the chain, in the place of `link`.
+    Put it first in the chain, in the place of `link`. Memory: q in the state, and on a
+    step that perturbs g is kept until g′ is there. Where the part of g′ orthogonal to g
+    is rounding, q is 0; a step that is not finite leaves q as it was.
 
     Args:
       link: what `sam`, `asam` or `eigen_sam` returns. It counts the steps that perturb:
@@ -89,6 +91,8 @@ def periodic(
       >>> for _ in range(2):
       ...     updates, state = tx.update(jax.grad(loss)(w), state, w, value_fn=loss)
       ...     w = optax.apply_updates(w, updates)
+      >>> int(state[0].num_steps), int(state[0].link.num_updates)  # one perturbed
+      (2, 1)
 
     References:
       Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aware

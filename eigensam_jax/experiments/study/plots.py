@@ -105,19 +105,20 @@ def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
 
     Full at the same steps, hollow at SAM's number of gradients. Bars are 95% intervals.
     """
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    figure.suptitle(f"{title}: bars are 95% intervals, hollow at SAM's gradients")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    text = f"{title}: full after the same steps, hollow after the same gradients"
+    figure.suptitle(f"{text}; bars are 95% intervals", x=0.01, ha="left")
     panels = figure.subplots(1, 2)
-    steps = len(by_row(runs, "steps"))
     for axes, key in zip(panels, (quality(runs)[0], "lambda_max"), strict=True):
         for table in FRONTIER:
-            for i, (name, of_row) in enumerate(by_row(runs, table).items()):
-                method = METHODS[name]
-                spent = [run["gradients"] * run["longer"] for run in of_row]
-                if table == "gradients":  # beside each other, not on each other
-                    spent = [x + 0.03 * (i - steps / 2) for x in spent]
+            found = by_row(runs, table)
+            for i, (name, of_row) in enumerate(found.items()):
+                if table == "gradients" and of_row[0]["longer"] == 1:
+                    continue  # the same runs
+                method, aside = METHODS[name], 0.03 * (i - len(found) / 2)
                 drawn = [
-                    run | {"spent": x} for run, x in zip(of_row, spent, strict=True)
+                    run | {"spent": run["gradients"] * run["longer"] + aside}
+                    for run in of_row
                 ]
                 label = method.label if table == "steps" else None
                 hollow = {"markerfacecolor": "white"} if table == "gradients" else {}
@@ -125,8 +126,10 @@ def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
         axes.set(xlabel="gradients for each step of SGD", title=_LABELS[key])
         axes.grid(alpha=0.3)
     panels[1].set_yscale("log")
+    panels[1].yaxis.set_major_formatter("{x:g}")
+    panels[1].yaxis.set_minor_formatter("{x:g}")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper")
+    figure.legend(handles, labels, loc="outside right center")
     images.save(figure, path)
 
 

@@ -113,6 +113,19 @@ def test_sharpness_compiles_its_product_once_and_sees_the_batch_of_now():
     assert len(programs_of(loss)) == 2
 
 
+def test_sharpness_sees_the_batch_of_now_where_programs_hold_it():
+    loss, w = LossOnABatch(), jnp.ones(3)
+    name = "jax_use_simplified_jaxpr_constants"
+    jax.config.update(name, True)
+    try:
+        for top in (4.0, 5.0, 7.0):
+            loss.batch = jnp.array([1.0, 2.0, top])
+            found = sharpness(loss, w).eigenvalue
+            np.testing.assert_allclose(found, 2 * top, rtol=1e-5)
+    finally:
+        jax.config.update(name, False)
+
+
 def programs_of(loss):
     return dict(programs._PROGRAMS[loss])
 

@@ -37,8 +37,9 @@ def compiled(
         return None
     text = str(jaxpr)
     kept: dict[str, Any] = {}
-    # An address stands for a Python function: another one may have it later.
-    if " at 0x" not in text:
+    # An address stands for a Python function, and another one may have it later; dots
+    # stand for numbers, which are written so where JAX keeps them in the program.
+    if " at 0x" not in text and "..." not in text:
         try:
             kept = _PROGRAMS.setdefault(owner, kept)
         except TypeError:  # what has no weak references or no hash is not kept

@@ -263,8 +263,8 @@ FUNCTIONS = {
     "tree_math.where": lambda p, v: tree_math.where(p["b"][0] > 0, v, v),
 }
 ON_THE_HOST = {
-    "diagnostics.check_gradient": lambda p, v: diagnostics.check_gradient(
-        jax.grad(clean)(p), p, value_fn=clean
+    "diagnostics.check_gradient": lambda p, v: np.float32(  # a number of Python
+        diagnostics.check_gradient(jax.grad(clean)(p), p, value_fn=clean)
     ),
     "sharpness (host loop)": lambda p, v: sharpness(clean, p, host_loop=True),
     "eigen.top_eigenpairs (host loop)": lambda p, v: eigen.top_eigenpairs(

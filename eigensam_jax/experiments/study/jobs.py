@@ -133,6 +133,8 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
                 checkpoints.write(path, state)
         held = curves["held_loss"]
         at = -1 if None in held else int(np.argmin(held))
+        if None in held:
+            del curves["held_loss"]
         return {
             "gradients": job.method.gradients(steps),
             "training_time_s": point.progress.seconds,

@@ -13,6 +13,7 @@ from eigensam_jax.experiments.registry import METHODS, matched
 from eigensam_jax.experiments.training.methods import Setup, named
 
 TUNING_SEED = 1_000  # which no other run has
+_ALWAYS = ("optimizer", "rho", "alpha", "tracker", "learning_rate", "seed")
 
 Record = dict[str, Any]
 
@@ -36,10 +37,16 @@ class Job(NamedTuple):
     longer: float = 1.0
 
     @property
-    def record(self) -> Record:
-        """What the record of this run says of it, field by field."""
+    def fields(self) -> Record:
+        """All that tells this run from others."""
         chosen = self._asdict()
         return {**chosen.pop("method")._asdict(), **chosen}
+
+    @property
+    def record(self) -> Record:
+        """What its record says of it: `_ALWAYS`, and what is not as usual."""
+        usual = Job(Setup(""), 0.0, 0).fields
+        return {k: x for k, x in self.fields.items() if k in _ALWAYS or x != usual[k]}
 
 
 class Entry(NamedTuple):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.records.tables import half_interval
 from eigensam_jax.experiments.registry import METHODS
-from eigensam_jax.experiments.study.tables import FRONTIER, by_row, quality
+from eigensam_jax.experiments.study.tables import FRONTIER, by_row, quality, spent
 
 Record = dict[str, Any]
 
@@ -113,13 +113,10 @@ def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
         for table in FRONTIER:
             found = by_row(runs, table)
             for i, (name, of_row) in enumerate(found.items()):
-                if table == "gradients" and of_row[0]["longer"] == 1:
+                if table == "gradients" and "longer" not in of_row[0]:
                     continue  # the same runs
                 method, aside = METHODS[name], 0.03 * (i - len(found) / 2)
-                drawn = [
-                    run | {"spent": run["gradients"] * run["longer"] + aside}
-                    for run in of_row
-                ]
+                drawn = [run | {"spent": spent(run) + aside} for run in of_row]
                 label = method.label if table == "steps" else None
                 hollow = {"markerfacecolor": "white"} if table == "gradients" else {}
                 _point(axes, drawn, "spent", method.colour, label, key, **hollow)

@@ -34,7 +34,7 @@ from eigensam_jax.experiments.study.plots import DRAW
 from eigensam_jax.experiments.training import loop, measures
 from eigensam_jax.experiments.training.methods import Setup
 
-_JOB = Job(Setup(""), 0.0, 0).record  # with defaults, for what older files lack
+_USUAL = Job(Setup(""), 0.0, 0).fields  # which a record does not say
 
 
 def run(config: Config, plan: Plan, kind: str, command: str) -> None:
@@ -149,7 +149,7 @@ def _records(
         task = bar.add_task("", total=total)
         for table, row, job in plan(done):
             bar.update(task, description=f"{table}: {row}, seed {job.seed}")
-            found = known.get(_place(table, row, job.record))
+            found = known.get(_place(table, row, job.fields))
             if found is None:
                 figures = done.get(job) or do(job)
                 found = {"table": table, "row": row, **figures}
@@ -161,7 +161,7 @@ def _records(
 
 def _place(table: str, row: str, run: Record) -> tuple[Any, ...]:
     """What tells a record from all others: its place, and what was run."""
-    return table, row, *(run.get(key, usual) for key, usual in _JOB.items())
+    return table, row, *(run.get(key, usual) for key, usual in _USUAL.items())
 
 
 class _Anything(dict[Job, Record]):

@@ -87,7 +87,7 @@ def frontier(runs: Sequence[Record], table: str) -> list[list[str]]:
     """A row a method: gradients for each step of SGD, ρ, and what it came to."""
     rows = []
     for row, of_row in by_row(runs, table).items():
-        gradients = of_row[0]["gradients"] * of_row[0]["longer"]
+        gradients = spent(of_row[0])
         rho = sum(run["rho"] for run in of_row) / len(of_row)
         cells = [
             tables.mean_and_interval(values, digits, factor, sign=False)
@@ -95,6 +95,11 @@ def frontier(runs: Sequence[Record], table: str) -> list[list[str]]:
         ]
         rows.append([METHODS[row].label, f"{gradients:.2f}", f"{rho:g}", *cells])
     return rows
+
+
+def spent(run: Record) -> float:
+    """The gradients that a run took, for each step of a run of the usual length."""
+    return float(run["gradients"] * run.get("longer", 1))
 
 
 def against_first(runs: Sequence[Record], table: str) -> list[list[str]]:

@@ -13,7 +13,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from links import LINKS
 from problems import SPECTRA, network, quadratic, symmetric
-from test_cost import WIDE, compiled, loss, memory, operations, traffic
+from test_cost import FUSES, WIDE, compiled, loss, memory, operations, traffic
 
 from eigensam_jax import eigen_sam, info, linen, periodic, sam, trackers
 from eigensam_jax._periodic import PeriodicState
@@ -394,7 +394,7 @@ def test_memory_beyond_that_of_the_link_is_one_vector():
     plain, of_sam = compiled(WIDE, optax.identity()), compiled(WIDE, sam(0.1))
     due, between = (compiled(WIDE, link, perturb=x) for x in (True, False))
     assert memory(due) - memory(of_sam) <= 1.2 * size
-    assert memory(between) - memory(plain) <= 0.05 * size
+    assert memory(between) - memory(plain) <= (0.05 if FUSES else 1.05) * size
 
 
 def test_a_donated_state_is_used_up():

@@ -156,8 +156,10 @@ def test_a_second_pass_for_the_norm_is_only_where_it_must_be():
     x = jnp.ones((512, 512))
     compiled = jax.jit(tree_math.norm).lower(x).compile()
     assert compiled.as_text().count(" while(") == 1
-    # The loop's body counts once, whether it runs or not.
-    assert compiled.cost_analysis()["bytes accessed"] < 2.05 * x.nbytes
+    # The loop's body counts once, whether it runs or not. (The compiler before copies
+    # what a loop reads.)
+    reads = 2.05 if jax.__version_info__ >= (0, 10, 2) else 3.05
+    assert compiled.cost_analysis()["bytes accessed"] < reads * x.nbytes
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (8, 50_000), (3, 4, 50_000)])

@@ -212,7 +212,7 @@ FUNCTIONS = {
     "hessian.hvp": lambda p, v: hessian.hvp(clean, p, v),
     "hessian.matvec": lambda p, v: hessian.matvec(jax.grad(clean), p)(v),
     "hessian.mean_matvec": lambda p, v: hessian.mean_matvec(loss, p, make_batches())(v),
-    "hessian.num_batches": lambda p, v: hessian.num_batches(make_batches()),
+    "hessian.num_batches": lambda p, v: np.int32(hessian.num_batches(make_batches())),
     "hessian.gauss_newton_matvec": lambda p, v: hessian.gauss_newton_matvec(
         predict, lambda y: jnp.sum(y**2), p
     )(v),

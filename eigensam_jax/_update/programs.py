@@ -22,16 +22,7 @@ def compiled(
     Returns:
       The compiled function; None where it depends on values that are traced.
     """
-    flat, treedef = jax.tree.flatten(example)
-    out: list[Any] = []
-
-    def of_leaves(*leaves: Any) -> list[Any]:
-        result = function(*jax.tree.unflatten(treedef, leaves))
-        results, structure = jax.tree.flatten(result)
-        out[:] = [structure]
-        return results
-
-    traced = jax.make_jaxpr(of_leaves)(*flat)
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*example)
     outside, jaxpr = list(traced.consts), traced.jaxpr
     if any(isinstance(x, jax.core.Tracer) for x in outside):
         return None
@@ -50,7 +41,7 @@ def compiled(
                 *leaves
             )
         )
-    program, (structure,) = kept[text], out
+    program, structure = kept[text], jax.tree.structure(shapes)
 
     def call(*arguments: Any) -> Any:
         leaves = jax.tree.leaves(arguments)

@@ -50,7 +50,7 @@ def make_problem(dataset: Dataset) -> Problem:
     few = slice(NUM_BATCHES * BATCH_SIZE)
     whole = dataset.train_images[few], dataset.train_labels[few]
     model = MLP(dataset.num_classes, WIDTH, jnp.tanh)
-    loss = losses.cross_entropy(model)
+    loss = losses.evaluation_loss(model)
     batches = jax.tree.map(
         lambda x: x.reshape(NUM_BATCHES, BATCH_SIZE, *x.shape[1:]), whole
     )

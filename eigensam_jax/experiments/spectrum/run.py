@@ -83,7 +83,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         try:
             trained = train(chosen, dataset, saved, keep)
             params, few = trained["params"], slice(chosen.examples)
-            matvec = measures.make_matvec(losses.cross_entropy(model))(
+            matvec = measures.make_matvec(losses.evaluation_loss(model))(
                 *(params, dataset.train_images[few]),
                 *(dataset.train_labels[few], trained["batch_stats"]),
             )

@@ -95,7 +95,7 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
         )
         model = registry.model(config.model, dataset.num_classes, config.resolution)
         few = min(LOOK_EXAMPLES, config.curvature_examples)
-        matvec_at = measures.make_matvec(losses.cross_entropy(model))
+        matvec_at = measures.make_matvec(losses.evaluation_loss(model))
         look, end = (
             measures.make_measure(
                 *(model, used, config.batch_size, examples),

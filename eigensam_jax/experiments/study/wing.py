@@ -125,13 +125,8 @@ def _add_compare(subparsers: Any) -> None:
         "at the same ρ and α. Leaves results.json and compare.png in --out; the same "
         "command goes on where it ended.",
     )
-    compare.add_argument(
-        "--optimizers",
-        metavar="NAME",
-        nargs="+",
-        choices=tuple(METHODS),
-        help=f"some of {', '.join(METHODS)} [{' '.join(options.usual_methods('sgd'))}]",
-    )
+    usual = f" [{' '.join(options.usual_methods('sgd'))}]"
+    options.add_choices(compare, "optimizers", tuple(METHODS), usual)
     options.add_runs(compare, _USUAL["compare"])
     options.add_method(compare)
     options.add_out(compare, "1 seed, 1 epoch: does it run at all?")
@@ -160,18 +155,12 @@ def _add_frontier(subparsers: Any) -> None:
         "frontier",
         usage="%(prog)s [options]",
         help="what each method reaches at the same steps, and at the same cost",
-        description="Tune each method by as many trials, then train it for the same "
-        "steps, and for as many gradients as SAM takes. Leaves results.json and "
-        "frontier.png in --out; the same command goes on where it ended.",
+        description="Tune all methods alike, train for the same steps, and for SAM's "
+        "gradients. Leaves results.json and frontier.png in --out; goes on from there.",
     )
     names = [x for x in METHODS if METHODS[x].link is not None]
-    frontier.add_argument(
-        "--optimizers",
-        metavar="NAME",
-        nargs="+",
-        choices=names,
-        help=f"methods that perturb [{' '.join(_ON_THE_FRONTIER)}]",
-    )
+    usual = f" [{' '.join(_ON_THE_FRONTIER)}]"
+    options.add_choices(frontier, "optimizers", names, usual)
     options.add_runs(frontier, _USUAL["frontier"])
     for name, what in (("rhos", "ρ"), ("learning_rates", "of the base optimizer")):
         options.add_grid(frontier, name, what, _USUAL["frontier"][name])
@@ -189,14 +178,8 @@ def _add_ablate(subparsers: Any) -> None:
     )
     options.add_runs(ablate, _USUAL["ablate"])
     tables = tuple(ablations.ABLATIONS)
-    ablate.add_argument(
-        "--tables",
-        metavar="NAME",
-        nargs="+",
-        choices=tables,
-        help=f"some of {', '.join(tables)} [all but the last two, of which "
-        "parts wants no batch normalisation, and norms wants some]",
-    )
+    few = " [all but the last two, of which parts wants no batch normalisation, and "
+    options.add_choices(ablate, "tables", tables, f"{few}norms wants some]")
     options.add_method(ablate, alpha=1.0, above=0)
     options.add_out(ablate, "1 seed, 1 epoch, one table: does it run at all?")
 

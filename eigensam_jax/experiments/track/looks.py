@@ -39,7 +39,7 @@ def make_tracked(
 
     Where that step refreshes it, the refresh is made here too, on the same batch.
     """
-    loss = losses.cross_entropy(model)
+    loss = losses.evaluation_loss(model)
     images, labels = dataset.train_images, dataset.train_labels
     per_epoch = len(labels) // batch_size
 
@@ -86,7 +86,7 @@ def make_measure(
     `start` is where the search for the top eigenvector begins. A training loss that is
     not finite raises FloatingPointError, and so does a Hessian whose top is not found.
     """
-    matvec_at = measures.make_matvec(losses.cross_entropy(model))
+    matvec_at = measures.make_matvec(losses.evaluation_loss(model))
     few = slice(measures.CURVATURE_EXAMPLES)
     images, labels = dataset.train_images[few], dataset.train_labels[few]
     tracked_by = make_tracked(model, dataset, batch_size, steps)

@@ -17,7 +17,7 @@ from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.registry import BASE_OPTIMIZERS, METHODS
 from eigensam_jax.experiments.training import methods
 from eigensam_jax.experiments.training import steps as training_steps
-from eigensam_jax.experiments.training.losses import cross_entropy, training_loss
+from eigensam_jax.experiments.training.losses import evaluation_loss, training_loss
 from eigensam_jax.experiments.training.methods import Setup
 from eigensam_jax.experiments.training.steps import Begin, TrainState
 
@@ -192,7 +192,7 @@ def make_run(
         return training_steps.take_step(
             *(tx, loss, state, examples, labels[batch]),
             *(refresh, structure.parts, acts),
-            cross_entropy(model),
+            evaluation_loss(model),
         )
 
     @cache

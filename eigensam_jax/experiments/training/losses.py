@@ -26,7 +26,7 @@ def each(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     return found
 
 
-def cross_entropy(model: nn.Module) -> Loss:
+def evaluation_loss(model: nn.Module) -> Loss:
     """(params, images, labels, batch_stats) -> the mean loss of the batch.
 
     In evaluation: batch normalisation, where there is any, is by `batch_stats`.

@@ -36,7 +36,7 @@ class Measurement(NamedTuple):
     """One look at a network.
 
     Attributes:
-      train_loss: mean cross-entropy over the training set.
+      train_loss: the mean over the training set.
       test_loss: of the test set.
       test_accuracy: fraction of the test set that is classified correctly; None for
         forecasts.
@@ -183,7 +183,7 @@ def make_measure(
         training images; 0 to leave it out, which makes it NaN.
     """
     loss, means = losses.training_loss(model), make_means(model)
-    matvec_at = matvec_at or make_matvec(losses.cross_entropy(model))
+    matvec_at = matvec_at or make_matvec(losses.evaluation_loss(model))
     images, labels = dataset.train_images, dataset.train_labels
     few = slice(examples)
 

@@ -81,7 +81,7 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     for key in ("train_loss", "test_accuracy"):
         assert run[key] == pytest.approx(trained[key], rel=1e-8)
     model = models.MLP(10)
-    loss = losses.cross_entropy(model)
+    loss = losses.evaluation_loss(model)
     batch = dataset.train_images[:300], dataset.train_labels[:300]
     matvec = measures.make_matvec(loss)(trained["params"], *batch)
     top = measures.top_eigenpair(matvec, trained["params"], None, 1e-3)
@@ -118,7 +118,7 @@ def test_the_product_is_that_of_all_images_at_once():
     dataset = registry.dataset("digits")
     model = models.MLP(10)
     params = model.init(jax.random.key(0), dataset.train_images[:1])["params"]
-    loss = losses.cross_entropy(model)
+    loss = losses.evaluation_loss(model)
     batch = dataset.train_images[:260], dataset.train_labels[:260]
     product = measures.make_matvec(loss)(params, *batch)  # a chunk, and a rest
     vector = jax.tree.map(jnp.ones_like, params)

@@ -74,7 +74,7 @@ def test_the_figures_are_those_of_the_network(quick, unbroken):
     sam = methods.Setup("sam", run["rho"])
     *_, end = quick(model, digits, keep, settings)(sam, 0)
     params = end.measurement
-    loss = losses.cross_entropy(model)
+    loss = losses.evaluation_loss(model)
     images, labels = digits.train_images, digits.train_labels
     value_fn = lambda p: loss(p, images, labels)
     np.testing.assert_allclose(run["train_loss"], value_fn(params), rtol=1e-5)

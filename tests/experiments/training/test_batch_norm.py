@@ -144,7 +144,7 @@ def test_a_tracker_follows_the_hessian_of_evaluation(dataset):
     first, stats = after.order[:16], start.batch_stats
     batch = dataset.train_images[first], dataset.train_labels[first]
     evaluation, training_loss = (
-        make(Tiny()) for make in (losses.cross_entropy, losses.training_loss)
+        make(Tiny()) for make in (losses.evaluation_loss, losses.training_loss)
     )
     ours, other = (
         dense_hessian(value_fn, start.params) @ before
@@ -203,7 +203,7 @@ def test_products_are_of_the_network_in_evaluation(dataset):
     variables = Tiny().init(jax.random.key(2), dataset.train_images[:1])
     params = variables["params"]
     stats = jax.tree.map(lambda x: 1.5 * x + 0.5, variables["batch_stats"])
-    loss = losses.cross_entropy(Tiny())
+    loss = losses.evaluation_loss(Tiny())
     batch = dataset.train_images, dataset.train_labels
     product = measures.make_matvec(loss)(params, *batch, stats)
     value_fn = lambda p: loss(p, dataset.train_images, dataset.train_labels, stats)

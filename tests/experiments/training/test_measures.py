@@ -41,7 +41,7 @@ def top_of(loss, params, batch, start=None):
 
 def test_the_top_eigenpair_is_that_of_the_dense_hessian(problem):
     model, dataset, params = problem
-    loss = losses.cross_entropy(model)
+    loss = losses.evaluation_loss(model)
     batch = dataset.train_images, dataset.train_labels
     top = top_of(loss, params, batch)
     values, vectors = np.linalg.eigh(dense_hessian(lambda p: loss(p, *batch), params))
@@ -55,7 +55,7 @@ def test_the_top_eigenpair_is_that_of_the_dense_hessian(problem):
 
 def test_a_negative_curvature_is_not_taken_for_the_top(problem):
     model, dataset, params = problem
-    loss = losses.cross_entropy(model)
+    loss = losses.evaluation_loss(model)
     minus = lambda p, x, y, stats=None: -loss(p, x, y, stats)
     batch = dataset.train_images, dataset.train_labels
     values = np.linalg.eigvalsh(dense_hessian(lambda p: minus(p, *batch), params))
@@ -74,7 +74,7 @@ def test_a_hessian_of_zeros_is_said(problem):
 def test_the_top_eigenpair_is_arpacks(problem):
     """By another library, in float64."""
     model, dataset, params = problem
-    loss = losses.cross_entropy(model)
+    loss = losses.evaluation_loss(model)
     batch = dataset.train_images, dataset.train_labels
     dense = dense_hessian(lambda p: loss(p, *batch), params)
     values, vectors = linalg.eigsh(np.asarray(dense, np.float64), k=1, which="LA")
@@ -88,7 +88,7 @@ def test_measure_against_a_naive_computation(problem, name, monkeypatch):
     monkeypatch.setattr(measures, "_CHUNK", 7)  # so that chunks are of unequal size
     monkeypatch.setattr(measures, "CHUNK", 7)
     model, dataset, params = problem
-    loss = losses.cross_entropy(model)
+    loss = losses.evaluation_loss(model)
     value_fn = lambda p: loss(p, dataset.train_images, dataset.train_labels)
     tx, alpha = optax.identity(), 0.7
     if name == "eigen_sam":

@@ -10,14 +10,12 @@ import os
 import jax
 from jax._src.interpreters import mlir
 
+from eigensam_jax.experiments.cli import compile_fast
+
 SETTINGS = {
     "jax_num_cpu_devices": 8,
-    "jax_disable_most_optimizations": True,
     "jax_persistent_cache_min_compile_time_secs": 0,
 }
-XLA_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"  # one module in place of many
-if jax.__version_info__ < (0, 11):  # the older way to make code, in half of the time
-    XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config):
@@ -25,9 +23,7 @@ def pytest_configure(config):
 
     What the environment sets stays: it is in force already.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if XLA_FLAGS not in flags:  # as it is in a worker
-        os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} {flags}"
+    compile_fast()
     cache = {"jax_compilation_cache_dir": str(config.cache.mkdir("jax"))}
     for name, value in (SETTINGS | cache).items():
         if name.upper() not in os.environ:

@@ -17,7 +17,6 @@ from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.wings import WINGS, add_commands
 
 _INTERRUPTED = 130
-_FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 
 def command() -> NoReturn:
@@ -37,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, 2 for a bad option, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = _parser().parse_args(arguments)
-    if getattr(chosen, "smoke", False) and _FAST not in os.environ:
-        config: Any = jax.config
-        config.update(_FAST.lower(), True)  # compiles in half of the time
+    if getattr(chosen, "smoke", False):
+        compile_fast()
     try:
         with options.extras():
             chosen.run(chosen, shlex.join(["eigensam", *arguments]))
@@ -50,6 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"eigensam {chosen.command}: interrupted", file=sys.stderr)
         return _INTERRUPTED
     return 0
+
+
+def compile_fast() -> None:
+    """Compiles in a quarter of the time what is run for seconds only.
+
+    Call it before JAX is first used. Flags that the environment sets stay in force.
+    """
+    flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+    if jax.__version_info__ < (0, 11):  # the older code generator
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([*(f for f in flags if f not in given), given])
+    name = "jax_disable_most_optimizations"
+    if name.upper() not in os.environ:
+        config: Any = jax.config
+        config.update(name, True)
+        os.environ[name.upper()] = "1"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,112 @@
+"""λ_max of the Hessian of a loss."""
+
+import jax
+from jax.typing import ArrayLike
+
+from eigensam_jax import eigen, hessian, tree_math
+from eigensam_jax._update import arguments, masking, programs
+from eigensam_jax._update.masking import Mask
+from eigensam_jax.eigen import Eigenpair
+from eigensam_jax.hessian import HvpMode, ValueFn
+from eigensam_jax.tree_math import PyTree
+
+
+def sharpness(
+    value_fn: ValueFn,
+    params: PyTree,
+    *,
+    mask: Mask = None,
+    tol: ArrayLike = 1e-3,
+    max_matvecs: int = 1000,
+    v0: PyTree | None = None,
+    hvp_mode: HvpMode = "forward_over_reverse",
+    host_loop: bool | None = None,
+) -> Eigenpair:
+    """Sharpness λ_max of the Hessian ∇²f(w), its algebraically largest eigenvalue.
+
+    By `eigen.top_eigenpairs`, from three Hessian-vector products on, most often about
+    ten. Call it outside `jit`: on a CPU its loop is then Python's around one compiled
+    product. The product is compiled once for a function object, and `value_fn` is
+    traced at each call, so that the batch that it closes over may change. Inside `jit`
+    the loop is in the program: on a CPU, convolutions are many times slower there.
+
+    For a data set or the Gauss–Newton matrix, hand a product to that solver:
+
+        matvec = hessian.mean_matvec(loss, params, batches)
+        eigen.top_eigenpairs(matvec, params, k=1, host_loop=callable(batches))
+
+    Args:
+      value_fn: f, a function of the parameters alone that returns a real scalar.
+      params: w, a tree of real arrays.
+      mask: which parameters, as in `sam`: λ_max is that of this block of the Hessian,
+        such as a layer's, and the eigenvector is zero elsewhere. All, by default.
+      tol: the residual, relative to |λ_max|, at which to stop. λ_max is then most often
+        right to about the square of it.
+      max_matvecs: the most Hessian-vector products, at least 1.
+      v0: where to start, such as the eigenvector that Eigen-SAM tracks or that of the
+        last measurement; by default at random.
+      hvp_mode: as in `hessian.matvec`. With "finite_difference", ask for no smaller
+        `tol` than its errors, or `max_matvecs` runs out.
+      host_loop: True for a loop of Python's around a compiled product, which can't be
+        jitted; False for a loop inside the program. None is True outside `jit` on a
+        CPU.
+
+    Returns:
+      An `eigen.Eigenpair`, a single one. Its residual is at most `tol` · |λ_max| unless
+      `max_matvecs` ran out or rounding allows no less. NaN where a product is not
+      finite.
+
+    Raises:
+      ValueError: for arguments that are none of the above.
+
+    Example:
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> f = lambda w: -5 * w["x"] ** 2 + w["y"] ** 2 + jnp.sin(w["x"])
+      >>> w = {"x": jnp.array(0.0), "y": jnp.array(3.0)}
+      >>> top = eigensam_jax.sharpness(f, w)  # the Hessian's are -10 and 2
+      >>> print(f"{top.eigenvalue:.3f}", bool(abs(top.eigenvector["y"]) > 0.999))
+      2.000 True
+
+    References:
+      Cohen, Kaur, Li, Kolter, Talwalkar, "Gradient Descent on Neural Networks Typically
+      Occurs at the Edge of Stability", ICLR 2021.
+    """
+    what, remedy = "a function of the parameters", ": call sharpness(value_fn, params)"
+    arguments.require(callable(value_fn), "value_fn", value_fn, what, remedy)
+    arguments.check_params(params)
+    arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
+    gradient = jax.grad(arguments.scalar_valued("value_fn", value_fn))
+
+    space = masking.subspace(mask, params)
+
+    def product(params: PyTree, vector: list[jax.Array]) -> list[jax.Array]:
+        """That of the block: vectors are lists of the leaves that `mask` selects."""
+        of_block = lambda w: space.select(gradient(space.merge(w, params)))
+        block = space.select(params)
+        along: list[jax.Array] = hessian.matvec(of_block, block, hvp_mode=hvp_mode)(
+            vector
+        )
+        return along
+
+    like = space.select(params)
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
+    if host_loop is None:
+        host_loop = jax.default_backend() == "cpu" and not is_traced
+    run = product
+    if host_loop:
+        known = programs.compiled(value_fn, product, params, tree_math.widen(like))
+        host_loop, run = known is not None, known or product
+    if v0 is not None:
+        v0 = arguments.like_params("v0", v0, params, "Start from a tree like params.")
+        v0 = space.select(v0)
+    pairs = eigen.top_eigenpairs(
+        lambda vector: run(params, vector),
+        like,
+        k=1,
+        tol=tol,
+        max_matvecs=max_matvecs,
+        v0=v0,
+        host_loop=host_loop,
+    )
+    top = Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
+    return top._replace(eigenvector=space.embed(top.eigenvector, params))

@@ -206,6 +206,8 @@ FUNCTIONS = {
     "eigen.spectral_density": lambda p, v: eigen.spectral_density(
         product(p), p, num_matvecs=3, num_samples=2
     ),
+    "eigen.trace": lambda p, v: eigen.trace(product(p), p, num_matvecs=8),
+    "eigen.diagonal": lambda p, v: eigen.diagonal(product(p), p, num_matvecs=8),
     "eigen.smooth_density": lambda p, v: eigen.smooth_density(
         eigen.SpectralDensity(v["w"], jnp.abs(v["w"])), jnp.linspace(-2, 2, 5), 0.1
     ),

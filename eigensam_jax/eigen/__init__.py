@@ -11,13 +11,17 @@ from eigensam_jax.eigen._solvers import (
     power_iteration,
     top_eigenpairs,
 )
+from eigensam_jax.eigen._trace import Estimate, diagonal, trace
 
 __all__ = [
     "Eigenpair",
+    "Estimate",
     "SpectralDensity",
+    "diagonal",
     "lanczos",
     "power_iteration",
     "smooth_density",
     "spectral_density",
     "top_eigenpairs",
+    "trace",
 ]

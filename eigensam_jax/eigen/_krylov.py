@@ -201,6 +201,12 @@ def _inner_products(basis: PyTree, vector: PyTree) -> jax.Array:
     return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(row, basis, vector))), axis=0)
 
 
+def rejected(basis: PyTree, vector: PyTree) -> PyTree:
+    """The part of `vector` orthogonal to an orthonormal `basis`."""
+    inside = combine(_inner_products(basis, vector), basis)
+    return tree_math.add_scaled(vector, -1, inside)
+
+
 def random_vector(key: jax.Array, like: PyTree) -> PyTree:
     """A normal random vector, whose direction is uniform, like zeros `like`.
 

@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -138,10 +138,11 @@ def mean_matvec(
     Args:
       value_fn: from the parameters and a batch to a scalar, the mean over the batch.
       params: w, a tree of real arrays.
-      batches: a tree of arrays with a leading axis over the batches, all of one size;
-        or a function without arguments, called once per product, that returns an
-        iterable of batches of any sizes, such as `lambda: [a, b]`. Then nᵢ is the
-        length of the first leaf of a batch, or 1 for a scalar.
+      batches: a tree of arrays with a leading axis over the batches, all of one size.
+        Or batches of any sizes, gone through once per product: a list of them (each a
+        tuple, dict or list), a loader that can be iterated over again, or a function
+        without arguments that returns an iterable. nᵢ is then the length of the first
+        leaf of a batch, or 1 for a scalar.
       hvp_mode: how the gradient is differentiated, see `matvec`.
 
     Returns:
@@ -159,6 +160,7 @@ def mean_matvec(
       6.0
     """
     _check_mode(hvp_mode)
+    batches = _repeatable(batches)
 
     def add(
         total: PyTree, params: PyTree, vector: PyTree, batch: PyTree, weight: int
@@ -203,6 +205,19 @@ def mean_matvec(
     return on_the_host
 
 
+def _is_list(batches: Any) -> bool:
+    """Whether it is a list of batches, not a tree of arrays that are stacked."""
+    return isinstance(batches, list) and not jax.tree_util.all_leaves(batches)
+
+
+def _repeatable(batches: Any) -> Any:
+    """A list of batches, or a loader, as a function; all else as it is."""
+    is_loader = jax.tree_util.all_leaves([batches]) and not hasattr(batches, "shape")
+    is_loader &= isinstance(batches, Iterable) and not isinstance(batches, Iterator)
+    is_loader &= not callable(batches)
+    return (lambda: batches) if is_loader or _is_list(batches) else batches
+
+
 def num_batches(batches: PyTree) -> int:
     """The common length of the leading axes of a tree of arrays, or a ValueError.
 
@@ -211,12 +226,14 @@ def num_batches(batches: PyTree) -> int:
     """
     leaves = jax.tree.leaves(batches, is_leaf=lambda x: isinstance(x, Iterator))
     axes = {np.shape(x)[:1] for x in leaves}
-    if len(axes) != 1 or not axes.isdisjoint({(), (0,)}):
+    if _is_list(batches) or len(axes) != 1 or not axes.isdisjoint({(), (0,)}):
         raise ValueError(
             "batches must be a tree of arrays with one leading axis, over the batches, "
-            f"got leaves with the leading axes {sorted(axes)}: stack batches of one "
-            "size, as in jax.tree.map(lambda *x: jnp.stack(x), *batches), or give "
-            "hessian.mean_matvec a function that returns an iterable of them."
+            f"got {type(batches).__name__} of leaves with the leading axes "
+            f"{sorted(axes)}: stack batches of one size, as in "
+            "jax.tree.map(lambda *x: jnp.stack(x), *batches). hessian.mean_matvec also "
+            "takes a list of batches, a loader, or a function that returns an iterable "
+            "of them: lambda: batches, where an iterator would be used up."
         )
     return int(axes.pop()[0])
 

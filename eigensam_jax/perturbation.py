@@ -103,26 +103,42 @@ def asam(
     grad_norm = tree_math.norm(grads)
     unit = tree_math.scale(tree_math.safe_inverse(grad_norm), grads)
 
-    def times_t(tree: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda x, w: (
-                x * (jnp.abs(w) + jnp.asarray(eta, w.dtype)).astype(x.dtype)
-                if scale_biases or jnp.ndim(w) > 1
-                else x
-            ),
-            tree,
-            tree_math.widen(params),
-        )
-
-    scaled = times_t(unit)
-    direction = times_t(scaled)
-    squares = tree_math.vdots((scaled, scaled), (direction, direction))
+    inside = scaled(unit, params, eta, scale_biases=scale_biases)
+    direction = scaled(inside, params, eta, scale_biases=scale_biases)
+    squares = tree_math.vdots((inside, inside), (direction, direction))
     scaled_norm, direction_norm = map(scalars.safe_sqrt, squares)
     inverse = tree_math.safe_inverse(scaled_norm)
     (factor,) = scalars.once(jnp.asarray(rho, grad_norm.dtype) * inverse)
     epsilon = tree_math.scale(factor, direction)
     norm = factor * direction_norm
     return _where_usable(inverse, Perturbation(epsilon, norm, grad_norm))
+
+
+def scaled(
+    tree: PyTree, params: PyTree, eta: ArrayLike, *, scale_biases: bool = False
+) -> PyTree:
+    """Element-wise product T x, with the T = |w| + η of `asam`.
+
+    Args:
+      tree: x, a tree of real arrays.
+      params: w, a tree of the same structure and shapes.
+      eta, scale_biases: as in `asam`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import perturbation
+      >>> perturbation.scaled(jnp.ones((1, 2)), jnp.array([[3.0, -4.0]]), eta=1.0)
+      Array([[4., 5.]], dtype=float32)
+    """
+    return jax.tree.map(
+        lambda x, w: (
+            x * (jnp.abs(w) + jnp.asarray(eta, w.dtype)).astype(x.dtype)
+            if scale_biases or jnp.ndim(w) > 1
+            else x
+        ),
+        tree,
+        tree_math.widen(params),
+    )
 
 
 def eigen_sam(

@@ -189,6 +189,19 @@ FUNCTIONS = {
         clean, p, tol=0.1, hvp_mode="finite_difference", max_matvecs=25
     ),
     "diagnostics.sharpness": lambda p, v: sharpness(clean, p, tol=0.1),
+    "diagnostics.sharpness_by_layer": lambda p, v: diagnostics.sharpness_by_layer(
+        clean, p, tol=0.1
+    ),
+    "diagnostics.sam_sharpness": lambda p, v: diagnostics.sam_sharpness(clean, p, 0.1),
+    "diagnostics.sam_sharpness (scaled)": lambda p, v: diagnostics.sam_sharpness(
+        clean, p, 0.1, eta=0.01
+    ),
+    "diagnostics.worst_case_sharpness": lambda p, v: diagnostics.worst_case_sharpness(
+        clean, p, 0.1, num_steps=2
+    ),
+    "diagnostics.average_sharpness": lambda p, v: diagnostics.average_sharpness(
+        clean, p, 0.1, num_samples=2
+    ),
     "diagnostics.alignment": lambda p, v: diagnostics.alignment(p, v),
     "diagnostics.alignment (zero)": lambda p, v: diagnostics.alignment(
         jax.tree.map(jnp.zeros_like, p), v
@@ -220,6 +233,7 @@ FUNCTIONS = {
     )(v),
     "perturbation.sam": lambda p, v: perturbation.sam(p, 0.1),
     "perturbation.asam": lambda p, v: perturbation.asam(p, p, 0.1, 0.01),
+    "perturbation.scaled": lambda p, v: perturbation.scaled(v, p, 0.01),
     "perturbation.eigen_sam": lambda p, v: perturbation.eigen_sam(p, v, 0.1, 0.5),
     "perturbation.eigen_sam (zero)": lambda p, v: perturbation.eigen_sam(
         jax.tree.map(jnp.zeros_like, p), v, 0.1, 0.5

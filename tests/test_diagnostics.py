@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.core import freeze
 from jax.flatten_util import ravel_pytree
 from problems import SPECTRA, dense_hessian, flatten, network, quadratic, symmetric
@@ -205,6 +206,38 @@ def test_sharpness_refuses_what_it_cannot_use():
         sharpness(loss, params, v0=params["out"])
     with pytest.raises(ValueError, match="value_fn must be a function of the param"):
         sharpness(params, loss)
+
+
+def test_sharpness_by_layer_is_that_of_the_dense_blocks():
+    params, loss = network()
+    dense = np.asarray(dense_hessian(loss, params))
+    found = diagnostics.sharpness_by_layer(loss, params, tol=1e-5)
+    assert [*found] == ["hidden", "out"]
+    sizes = [30, 18]  # the leaves are raveled in the same order
+    for top, size, start in zip(found.values(), sizes, (0, 30), strict=True):
+        values, vectors = np.linalg.eigh(dense[start : start + size, start:][:, :size])
+        np.testing.assert_allclose(top.eigenvalue, values[-1], rtol=1e-4)
+        np.testing.assert_allclose(
+            abs(flatten(top.eigenvector) @ vectors[:, -1]), 1, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("params", "names"),
+    [
+        ([{"w": 1.0, "b": 2.0}, {"w": 3.0}], ["0", "1"]),
+        ({"w": 1.0, "b": 2.0}, ["b", "w"]),
+        ({"params": {"a": {"c": {"w": 1.0}}, "d": 2.0}}, ["params/a/c", "params"]),
+        (nnx.state(nnx.List([nnx.Linear(1, 1, rngs=nnx.Rngs(0))])), ["0"]),
+        (1.0, [""]),
+    ],
+)
+def test_layers_are_named_by_what_holds_them(params, names):
+    params = jax.tree.map(jnp.asarray, params)
+    f = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
+    found = diagnostics.sharpness_by_layer(f, params)
+    assert [*found] == names
+    np.testing.assert_allclose([x.eigenvalue for x in found.values()], 2, rtol=1e-6)
 
 
 # --- alignment ------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import chex
 import jax
@@ -146,6 +147,34 @@ def test_mean_over_batches_is_the_hessian_of_the_whole_set(mode):
                 chex.assert_trees_all_equal_shapes_and_dtypes(actual, params)
                 error = np.linalg.norm(flatten(actual) - expected)
                 assert error <= rtol * np.linalg.norm(expected)
+
+
+class Loader:
+    """What can be iterated over again, as a loader of PyTorch can."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("form", [list, Loader])
+def test_batches_of_unequal_size_weigh_by_it(form):
+    """A list of tuples of one length would pass for a tree of stacked arrays."""
+    params, loss, data = regression()
+    expected = hessian.hvp(lambda p: loss(p, data), params, random_like(params, 0))
+    by_pair = lambda p, batch: loss(p, {"x": batch[0], "y": batch[1]})
+    for ends in ([0, 12, 24], [0, 10, 20, 24]):
+        pairs = [(data["x"][i:j], data["y"][i:j]) for i, j in itertools.pairwise(ends)]
+        product = hessian.mean_matvec(by_pair, params, form(pairs))
+        for _ in range(2):
+            found = product(random_like(params, 0))
+            chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="a list of batches, a loader, or a function"):
+        hessian.mean_matvec(by_pair, params, iter(pairs))
+    with pytest.raises(ValueError, match="stack batches of one size"):
+        hessian.num_batches(pairs[:2])
 
 
 def test_batches_of_scalars_weigh_alike():

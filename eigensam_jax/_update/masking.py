@@ -82,6 +82,19 @@ def subspace(mask: Mask, params: PyTree) -> Subspace:
     return Subspace(treedef, selected)
 
 
+def layers(params: PyTree) -> dict[str, PyTree]:
+    """A mask for each layer, the leaves that differ in the last part of their names."""
+    paths = [_names(path) for path, _ in jax.tree.leaves_with_path(params)]
+    names = ["/".join(path[:-1] or path) for path in paths]
+    treedef = jax.tree.structure(params)
+    if jax.tree_util.all_leaves([params]):
+        return {"": None}
+    return {
+        chosen: jax.tree.unflatten(treedef, [name == chosen for name in names])
+        for chosen in dict.fromkeys(names)
+    }
+
+
 def _is_function(mask: Mask) -> bool:
     """Whether to call it: a module of bools can be called and is a tree."""
     leaves = jax.tree.leaves(mask)

@@ -1,13 +1,71 @@
-"""Functions that are compiled once and traced at each use, so that no data is stale."""
+"""Loops of the program or of Python, and what these compile."""
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
+Carry = TypeVar("Carry")
 _PROGRAMS: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether any leaf is traced. Outside `jit` none is, and a loop compiles anew."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def while_loop(
+    host_loop: bool,
+    cond: Callable[[Carry], jax.Array],
+    body: Callable[[Carry], Carry],
+    carry: Carry,
+) -> Carry:
+    """`jax.lax.while_loop`, or with `host_loop` a Python loop."""
+    if not host_loop:
+        last: Carry = jax.lax.while_loop(cond, body, carry)
+        return last
+    while cond(carry):
+        carry = body(carry)
+    return carry
+
+
+def repeat(
+    host_loop: bool,
+    count: int,
+    body: Callable[[jax.Array, Carry], Carry],
+    carry: Carry,
+) -> Carry:
+    """`carry` after body(i, carry) for each i from 0 on, `count` of them."""
+    first = (jnp.zeros((), jnp.int32), carry)
+    step = lambda c: (c[0] + 1, body(*c))
+    return while_loop(host_loop, lambda c: c[0] < count, step, first)[1]
+
+
+def jitted(
+    host_loop: bool, function: Callable[..., Any], **options: Any
+) -> Callable[..., Any]:
+    """`function`, jitted if a Python loop is around it, which does not compile it."""
+    return jax.jit(function, **options) if host_loop else function
+
+
+def host_loop_of(
+    host_loop: bool | None,
+    owner: Callable[..., Any],
+    function: Callable[..., Any],
+    *example: Any,
+) -> tuple[bool, Callable[..., Any]]:
+    """Whether a loop is Python's, and what it calls for arguments like `example`.
+
+    None leaves the choice: Python's on a CPU outside `jit`, as XLA runs convolutions
+    many times slower inside a loop there. `compiled` says how `function` is kept.
+    """
+    if host_loop is None:
+        host_loop = jax.default_backend() == "cpu" and not is_traced(example)
+    known = compiled(owner, function, *example) if host_loop else None
+    return known is not None, known or function
 
 
 def compiled(

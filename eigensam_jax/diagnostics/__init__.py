@@ -1,6 +1,21 @@
-"""What to look at beside training: sharpness, alignment, a check of the gradient."""
+"""What to look at beside training: sharpness in several senses, alignment, checks."""
 
+from eigensam_jax.diagnostics._balls import (
+    WorstCase,
+    average_sharpness,
+    sam_sharpness,
+    worst_case_sharpness,
+)
 from eigensam_jax.diagnostics._gradient import alignment, check_gradient
-from eigensam_jax.diagnostics._sharpness import sharpness
+from eigensam_jax.diagnostics._sharpness import sharpness, sharpness_by_layer
 
-__all__ = ["alignment", "check_gradient", "sharpness"]
+__all__ = [
+    "WorstCase",
+    "alignment",
+    "average_sharpness",
+    "check_gradient",
+    "sam_sharpness",
+    "sharpness",
+    "sharpness_by_layer",
+    "worst_case_sharpness",
+]

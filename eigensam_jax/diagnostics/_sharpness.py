@@ -1,5 +1,7 @@
 """λ_max of the Hessian of a loss."""
 
+from typing import Any
+
 import jax
 from jax.typing import ArrayLike
 
@@ -89,13 +91,9 @@ def sharpness(
         return along
 
     like = space.select(params)
-    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
-    if host_loop is None:
-        host_loop = jax.default_backend() == "cpu" and not is_traced
-    run = product
-    if host_loop:
-        known = programs.compiled(value_fn, product, params, tree_math.widen(like))
-        host_loop, run = known is not None, known or product
+    host_loop, run = programs.host_loop_of(
+        host_loop, value_fn, product, params, tree_math.widen(like)
+    )
     if v0 is not None:
         v0 = arguments.like_params("v0", v0, params, "Start from a tree like params.")
         v0 = space.select(v0)
@@ -110,3 +108,44 @@ def sharpness(
     )
     top = Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
     return top._replace(eigenvector=space.embed(top.eigenvector, params))
+
+
+def sharpness_by_layer(
+    value_fn: ValueFn, params: PyTree, **options: Any
+) -> dict[str, Eigenpair]:
+    """Sharpness λ_max of each layer: that of its diagonal block of the Hessian.
+
+    A layer is what `params` holds together: leaves whose names differ in the last part
+    alone, such as "encoder/attention/kernel" and "encoder/attention/bias".
+
+    Args:
+      value_fn, params: as in `sharpness`.
+      **options: of `sharpness`, save for `mask` and `v0`.
+
+    Returns:
+      From the name of each layer, in the order of `params`, to its `Eigenpair`, whose
+      eigenvector is a list of the leaves of that layer. No λ_max of a block is larger
+      than that of the whole Hessian.
+
+    Raises:
+      ValueError: as `sharpness`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from eigensam_jax import diagnostics
+      >>> f = lambda p: jnp.sum(p["a"]["w"] ** 2) + 3 * jnp.sum(p["b"]["w"] ** 2)
+      >>> params = {"a": {"w": jnp.ones(2)}, "b": {"w": jnp.ones(3)}}
+      >>> for name, top in diagnostics.sharpness_by_layer(f, params).items():
+      ...     print(name, f"{top.eigenvalue:.2f}")
+      a 2.00
+      b 6.00
+
+    References:
+      Zhang, Bengio, Singer, "Are All Layers Created Equal?", JMLR 2022.
+    """
+    found = {}
+    for name, mask in masking.layers(params).items():
+        top = sharpness(value_fn, params, mask=mask, **options)
+        leaves = masking.subspace(mask, params).select(top.eigenvector)
+        found[name] = top._replace(eigenvector=leaves)
+    return found

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from eigensam_jax import tree_math
-from eigensam_jax._update import arguments
+from eigensam_jax._update import arguments, programs
 from eigensam_jax.eigen import _krylov
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
@@ -82,9 +82,9 @@ def spectral_density(
     arguments.check_positive_int("num_matvecs", num_matvecs, "products per sample")
     arguments.check_positive_int("num_samples", num_samples, "random vectors")
     key, like = jax.random.key(seed), tree_math.zeros_like(like)
-    start = _krylov.compiled(host_loop, _random_start, static_argnums=2)
-    get = _krylov.compiled(host_loop, _krylov.get)
-    grow = _krylov.compiled(host_loop, _krylov.grow, donate_argnums=1)
+    start = programs.jitted(host_loop, _random_start, static_argnums=2)
+    get = programs.jitted(host_loop, _krylov.get)
+    grow = programs.jitted(host_loop, _krylov.grow, donate_argnums=1)
 
     def product(i: jax.Array, space: _krylov.Tridiagonal) -> _krylov.Tridiagonal:
         grown: _krylov.Tridiagonal = grow(i, space, matvec(get(space.basis, i)))
@@ -92,7 +92,7 @@ def spectral_density(
 
     def sample(i: jax.Array, density: SpectralDensity) -> SpectralDensity:
         space = start(jax.random.fold_in(key, i), like, num_matvecs)
-        space = _krylov.repeat(host_loop, num_matvecs, product, space)
+        space = programs.repeat(host_loop, num_matvecs, product, space)
         matrix = _krylov.dense(space.diagonal, space.off_diagonal)
         values, vectors = _krylov.eigh(matrix)
         shares = vectors[0] ** 2
@@ -103,7 +103,7 @@ def spectral_density(
 
     dtype = tree_math.accumulation_dtype(like)
     empty = [jnp.zeros((num_samples, num_matvecs), dtype) for _ in range(2)]
-    return _krylov.repeat(host_loop, num_samples, sample, SpectralDensity(*empty))
+    return programs.repeat(host_loop, num_samples, sample, SpectralDensity(*empty))
 
 
 def _random_start(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eigensam_jax import tree_math
+from eigensam_jax._update import programs
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
@@ -50,38 +51,6 @@ class Extension(NamedTuple):
     length: jax.Array
 
 
-def while_loop(
-    host_loop: bool,
-    cond: Callable[[Carry], jax.Array],
-    body: Callable[[Carry], Carry],
-    carry: Carry,
-) -> Carry:
-    """`jax.lax.while_loop`, or with `host_loop` a Python loop."""
-    if not host_loop:
-        last: Carry = jax.lax.while_loop(cond, body, carry)
-        return last
-    while cond(carry):
-        carry = body(carry)
-    return carry
-
-
-def is_traced(tree: PyTree) -> bool:
-    """Whether any leaf is traced. Outside `jit` none is, and a loop compiles anew."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
-
-
-def repeat(
-    host_loop: bool,
-    count: int,
-    body: Callable[[jax.Array, Carry], Carry],
-    carry: Carry,
-) -> Carry:
-    """`carry` after body(i, carry) for each i from 0 on, `count` of them."""
-    first = (jnp.zeros((), jnp.int32), carry)
-    step = lambda c: (c[0] + 1, body(*c))
-    return while_loop(host_loop, lambda c: c[0] < count, step, first)[1]
-
-
 @contextlib.contextmanager
 def written_out() -> Iterator[None]:
     """Traces loops of products as written out: of a loop, XLA counts the body once."""
@@ -104,7 +73,7 @@ def repeat_products(
 
     Outside `jit` that is a Python loop: any other would compile anew at each call.
     """
-    if unroll and not is_traced(v):
+    if unroll and not programs.is_traced(v):
         for i in range(num):
             carry = body(i, carry)
         return carry
@@ -113,13 +82,6 @@ def repeat_products(
     write_out |= _WRITTEN_OUT.get()
     last: Carry = jax.lax.fori_loop(0, num, body, carry, unroll=write_out or None)
     return last
-
-
-def compiled(
-    host_loop: bool, function: Callable[..., Any], **options: Any
-) -> Callable[..., Any]:
-    """`function`, jitted if a Python loop is around it, which does not compile it."""
-    return jax.jit(function, **options) if host_loop else function
 
 
 def basis_of(vector: PyTree, num_vectors: int) -> PyTree:
@@ -183,7 +145,7 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
 
     zeros, one = jnp.zeros(num_vectors, norm.dtype), jnp.ones((), norm.dtype)
     start = Extension(put(basis, index, scaled), zeros, one)
-    if is_traced(start):
+    if programs.is_traced(start):
         basis, coefficients, length = jax.lax.fori_loop(0, 2, orthogonalise, start)
     else:
         basis, coefficients, length = orthogonalise(1, orthogonalise(0, start))

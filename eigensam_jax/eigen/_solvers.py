@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from eigensam_jax import tree_math
-from eigensam_jax._update import arguments
+from eigensam_jax._update import arguments, programs
 from eigensam_jax.eigen import _krylov, _thick_restart
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
@@ -236,7 +236,7 @@ def top_eigenpairs(
     if v0 is None:
         v0 = like
     v0 = arguments.like_params("v0", v0, like, "Start from a tree like `like`.")
-    compiled = partial(_krylov.compiled, host_loop)
+    compiled = partial(programs.jitted, host_loop)
     get, measured = compiled(_krylov.get), compiled(_measured)
     start = compiled(_thick_restart.start, static_argnums=0)
     advance = compiled(_thick_restart.advance, static_argnums=0, donate_argnums=1)
@@ -247,7 +247,7 @@ def top_eigenpairs(
         advanced: _thick_restart.Search = advance(plan, search, matvec(v), tol, key)
         return advanced
 
-    search = _krylov.while_loop(
+    search = programs.while_loop(
         host_loop,
         lambda s: ~s.done & (s.products < max_matvecs - num_checks),
         next_product,
@@ -262,7 +262,7 @@ def top_eigenpairs(
         checked: Eigenpair = measured(i, pairs, v, matvec(v))
         return checked
 
-    pairs = _krylov.repeat(host_loop, k, next_check, pairs)
+    pairs = programs.repeat(host_loop, k, next_check, pairs)
     rank = jnp.abs(pairs.eigenvalue) if plan.by_magnitude else pairs.eigenvalue
     order = jnp.argsort(rank, descending=True)
     return Eigenpair(*jax.tree.map(lambda x: x[order], pairs))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eigensam_jax import tree_math
-from eigensam_jax._update import arguments
+from eigensam_jax._update import arguments, programs
 from eigensam_jax.eigen import _krylov
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
@@ -153,7 +153,7 @@ def _estimated(
     valid = isinstance(rank, int | np.integer) and 0 <= rank <= most
     arguments.require(valid, "rank", rank, what, remedy)
     num_probes, key = num_matvecs - 2 * rank, jax.random.key(seed)
-    compiled = partial(_krylov.compiled, host_loop)
+    compiled = partial(programs.jitted, host_loop)
     get, extend = compiled(_krylov.get), compiled(_extended)
     normal, probe = compiled(_normal), compiled(_probe)
     added = compiled(_added, static_argnums=0)
@@ -174,9 +174,9 @@ def _estimated(
     known = exact, exact
     if rank:
         basis = _krylov.basis_of(like, rank)
-        basis = _krylov.repeat(host_loop, rank, grow, basis)
-        exact = _krylov.repeat(host_loop, rank, take, exact)
-    mean, square = _krylov.repeat(host_loop, num_probes, take_rest, known)
+        basis = programs.repeat(host_loop, rank, grow, basis)
+        exact = programs.repeat(host_loop, rank, take, exact)
+    mean, square = programs.repeat(host_loop, num_probes, take_rest, known)
     share = 1 / (num_probes * (num_probes - 1))
     error = jax.tree.map(lambda s: jnp.sqrt(share * s), square)
     return Estimate(tree_math.add_scaled(exact, 1, mean), error)

@@ -282,6 +282,9 @@ ON_THE_HOST = {
     "diagnostics.check_gradient": lambda p, v: np.float32(  # a number of Python
         diagnostics.check_gradient(jax.grad(clean)(p), p, value_fn=clean)
     ),
+    "diagnostics.report": lambda p, v: jax.tree.map(  # numbers of Python among them
+        np.float32, diagnostics.report(clean, p, num_matvecs=40)
+    ),
     "sharpness (host loop)": lambda p, v: sharpness(clean, p, host_loop=True),
     "eigen.top_eigenpairs (host loop)": lambda p, v: eigen.top_eigenpairs(
         product(p), p, **SOLVE, host_loop=True

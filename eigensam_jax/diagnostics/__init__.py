@@ -7,13 +7,16 @@ from eigensam_jax.diagnostics._balls import (
     worst_case_sharpness,
 )
 from eigensam_jax.diagnostics._gradient import alignment, check_gradient
+from eigensam_jax.diagnostics._report import Report, report
 from eigensam_jax.diagnostics._sharpness import sharpness, sharpness_by_layer
 
 __all__ = [
+    "Report",
     "WorstCase",
     "alignment",
     "average_sharpness",
     "check_gradient",
+    "report",
     "sam_sharpness",
     "sharpness",
     "sharpness_by_layer",

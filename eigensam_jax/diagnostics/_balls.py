@@ -9,7 +9,7 @@ m-sharpness is the mean over parts of a batch, each with a perturbation of its o
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,10 +73,17 @@ def sam_sharpness(
     References:
       Foret et al. and Kwon et al., as in `eigensam_jax.sam` and `eigensam_jax.asam`.
     """
-    value_at, zero = _in_ball(value_fn, params, rho, eta, scale_biases, mask)[:2]
-    value, slope = jax.value_and_grad(value_at, argnums=1)(params, zero)
-    rise: jax.Array = value_at(params, tree_math.scale(rho, _unit(slope))) - value
-    return rise
+    value_at, zero, _ = _in_ball(value_fn, params, rho, eta, scale_biases, mask)
+
+    def rise(params: PyTree, rho: jax.Array) -> Any:
+        value, slope = jax.value_and_grad(value_at, argnums=1)(params, zero)
+        return value_at(params, tree_math.scale(rho, _unit(slope))) - value
+
+    rho = jnp.asarray(rho, tree_math.accumulation_dtype(zero))
+    outside = not programs.is_traced((params, rho))
+    _, run = programs.host_loop_of(outside, value_fn, rise, params, rho)
+    found: jax.Array = run(params, rho)
+    return found
 
 
 def worst_case_sharpness(

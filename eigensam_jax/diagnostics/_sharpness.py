@@ -7,9 +7,9 @@ from jax.typing import ArrayLike
 
 from eigensam_jax import eigen, hessian, tree_math
 from eigensam_jax._update import arguments, masking, programs
-from eigensam_jax._update.masking import Mask
+from eigensam_jax._update.masking import Mask, Subspace
 from eigensam_jax.eigen import Eigenpair
-from eigensam_jax.hessian import HvpMode, ValueFn
+from eigensam_jax.hessian import HvpMode, Matvec, ValueFn
 from eigensam_jax.tree_math import PyTree
 
 
@@ -73,41 +73,55 @@ def sharpness(
       Cohen, Kaur, Li, Kolter, Talwalkar, "Gradient Descent on Neural Networks Typically
       Occurs at the Edge of Stability", ICLR 2021.
     """
-    what, remedy = "a function of the parameters", ": call sharpness(value_fn, params)"
+    host_loop, matvec, space = block(value_fn, params, mask, hvp_mode, host_loop)
+    if v0 is not None:
+        v0 = arguments.like_params("v0", v0, params, "Start from a tree like params.")
+        v0 = space.select(v0)
+    top = top_eigenpair(matvec, space.select(params), tol, max_matvecs, v0, host_loop)
+    return top._replace(eigenvector=space.embed(top.eigenvector, params))
+
+
+def block(
+    value_fn: ValueFn,
+    params: PyTree,
+    mask: Mask,
+    hvp_mode: HvpMode,
+    host_loop: bool | None,
+) -> tuple[bool, Matvec, Subspace]:
+    """The product with the block of a mask, on lists of its leaves.
+
+    Returns:
+      Whether to loop in Python, the product, and the subspace of the block.
+    """
+    what, remedy = "a function of the parameters", ": hand in value_fn, params"
     arguments.require(callable(value_fn), "value_fn", value_fn, what, remedy)
     arguments.check_params(params)
     arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
     gradient = jax.grad(arguments.scalar_valued("value_fn", value_fn))
-
     space = masking.subspace(mask, params)
 
-    def product(params: PyTree, vector: list[jax.Array]) -> list[jax.Array]:
-        """That of the block: vectors are lists of the leaves that `mask` selects."""
+    def product(params: PyTree, vector: list[jax.Array]) -> PyTree:
         of_block = lambda w: space.select(gradient(space.merge(w, params)))
-        block = space.select(params)
-        along: list[jax.Array] = hessian.matvec(of_block, block, hvp_mode=hvp_mode)(
-            vector
-        )
-        return along
+        within = space.select(params)
+        return hessian.matvec(of_block, within, hvp_mode=hvp_mode)(vector)
 
-    like = space.select(params)
-    host_loop, run = programs.host_loop_of(
-        host_loop, value_fn, product, params, tree_math.widen(like)
-    )
-    if v0 is not None:
-        v0 = arguments.like_params("v0", v0, params, "Start from a tree like params.")
-        v0 = space.select(v0)
-    pairs = eigen.top_eigenpairs(
-        lambda vector: run(params, vector),
-        like,
-        k=1,
-        tol=tol,
-        max_matvecs=max_matvecs,
-        v0=v0,
-        host_loop=host_loop,
-    )
-    top = Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
-    return top._replace(eigenvector=space.embed(top.eigenvector, params))
+    like = tree_math.widen(space.select(params))
+    host_loop, run = programs.host_loop_of(host_loop, value_fn, product, params, like)
+    return host_loop, lambda vector: run(params, vector), space
+
+
+def top_eigenpair(
+    matvec: Matvec,
+    like: PyTree,
+    tol: ArrayLike,
+    max_matvecs: int,
+    v0: PyTree | None,
+    host_loop: bool,
+) -> Eigenpair:
+    """The first of `eigen.top_eigenpairs`, without its axis."""
+    options: Any = {"tol": tol, "max_matvecs": max_matvecs, "v0": v0}
+    pairs = eigen.top_eigenpairs(matvec, like, k=1, host_loop=host_loop, **options)
+    return Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
 
 
 def sharpness_by_layer(

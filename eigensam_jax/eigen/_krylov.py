@@ -1,8 +1,7 @@
-"""Orthonormal bases on pytrees: what the Krylov methods of `eigen` are built of.
+"""Orthonormal bases on pytrees, for the Krylov methods of `eigen`.
 
-A basis is a tree like its vectors with a leading axis over the vectors q₀, q₁, …; a
-row of zeros stands for no vector. Everything is done leaf by leaf, so that leaves keep
-their sharding, and in float32 or wider.
+A basis is a tree like its vectors with a leading axis over the vectors q₀, q₁, …; a row
+of zeros is no vector. All is done leaf by leaf, so that leaves keep their sharding.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ class Tridiagonal(NamedTuple):
     """Orthonormal basis of a Krylov space, and the tridiagonal matrix of H in it.
 
     Attributes:
-      basis: the vectors qᵢ, one more of them than products; zero where there is none.
+      basis: the vectors qᵢ, one more than products; zero where there is none.
       diagonal: ⟨qᵢ, Hqᵢ⟩, shape (num_matvecs,).
       off_diagonal: ⟨qᵢ₊₁, Hqᵢ⟩, shape (num_matvecs,); the last leads out of the space.
     """
@@ -41,7 +40,7 @@ class Extension(NamedTuple):
 
     Attributes:
       basis: the basis with q, a unit vector, or zero where `length` is.
-      coefficients: the cᵢ, one for each row of the basis; 0 for the row of q.
+      coefficients: the cᵢ, one per row of the basis; 0 for the row of q.
       length: the norm of the part outside the basis; 0 where that is rounding error.
     """
 
@@ -56,7 +55,6 @@ def while_loop(
     body: Callable[[Carry], Carry],
     carry: Carry,
 ) -> Carry:
-    """`jax.lax.while_loop`, or with `host_loop` a Python loop."""
     if not host_loop:
         last: Carry = jax.lax.while_loop(cond, body, carry)
         return last
@@ -66,7 +64,7 @@ def while_loop(
 
 
 def is_traced(tree: PyTree) -> bool:
-    """Whether any leaf is traced. Outside `jit` none is, and a loop compiles anew."""
+    """Whether any leaf is traced; outside `jit` none is, and JAX loops compile anew."""
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
@@ -76,7 +74,7 @@ def repeat(
     body: Callable[[jax.Array, Carry], Carry],
     carry: Carry,
 ) -> Carry:
-    """`carry` after body(i, carry) for each i from 0 on, `count` of them."""
+    """`carry` after `body(i, carry)` for i = 0, …, count − 1."""
     first = (jnp.zeros((), jnp.int32), carry)
     step = lambda c: (c[0] + 1, body(*c))
     return while_loop(host_loop, lambda c: c[0] < count, step, first)[1]
@@ -84,7 +82,7 @@ def repeat(
 
 @contextlib.contextmanager
 def written_out() -> Iterator[None]:
-    """Traces loops of products as written out: of a loop, XLA counts the body once."""
+    """Unrolls loops of products traced here: XLA's cost analysis counts a body once."""
     token = _WRITTEN_OUT.set(True)
     try:
         yield
@@ -100,10 +98,7 @@ def repeat_products(
     matvec: Matvec,
     v: PyTree,
 ) -> Carry:
-    """A loop of `num` products, written out where `unroll` of `power_iteration` says.
-
-    Outside `jit` that is a Python loop: any other would compile anew at each call.
-    """
+    """A loop of `num` products, unrolled as `power_iteration` says."""
     if unroll and not is_traced(v):
         for i in range(num):
             carry = body(i, carry)
@@ -118,12 +113,11 @@ def repeat_products(
 def compiled(
     host_loop: bool, function: Callable[..., Any], **options: Any
 ) -> Callable[..., Any]:
-    """`function`, jitted if a Python loop is around it, which does not compile it."""
     return jax.jit(function, **options) if host_loop else function
 
 
 def basis_of(vector: PyTree, num_vectors: int) -> PyTree:
-    """`num_vectors` rows with the sharding of `vector`: that one first, then zeros."""
+    """`num_vectors` rows, sharded as `vector`: that one first, then zeros."""
     is_first = jnp.arange(num_vectors, dtype=jnp.int32) == 0
     return jax.tree.map(
         lambda x: jax.vmap(lambda here: jnp.where(here, x, 0))(is_first), vector
@@ -131,22 +125,17 @@ def basis_of(vector: PyTree, num_vectors: int) -> PyTree:
 
 
 def get(basis: PyTree, index: jax.Array | int) -> PyTree:
-    """The vector at `index`."""
     take = jax.lax.dynamic_index_in_dim  # indexing would check bounds for each leaf
     return jax.tree.map(lambda b: take(b, index, keepdims=False), basis)
 
 
 def put(basis: PyTree, index: jax.Array | int, vector: PyTree) -> PyTree:
-    """`basis` with `vector` at `index`."""
     update = jax.lax.dynamic_update_index_in_dim
     return jax.tree.map(lambda b, x: update(b, x, index, 0), basis, vector)
 
 
 def combine(coefficients: jax.Array, basis: PyTree) -> PyTree:
-    """Linear combinations of the vectors of `basis`.
-
-    Coefficients of shape (vectors,) give one vector, of shape (sums, vectors) a basis.
-    """
+    """The linear combination of the vectors of `basis`; of a matrix's rows, a basis."""
     return jax.tree.map(
         lambda b: jnp.tensordot(
             coefficients.astype(b.dtype), b, axes=1, precision="highest"
@@ -156,11 +145,7 @@ def combine(coefficients: jax.Array, basis: PyTree) -> PyTree:
 
 
 def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
-    """Orthogonalises `vector` against `basis` and writes it, normalised, at `index`.
-
-    Classical Gram–Schmidt, twice, which leaves it orthogonal up to rounding. The row at
-    `index` is the workspace, so that one matrix product both subtracts and normalises.
-    """
+    """Orthogonalises `vector` against `basis`, twice, and writes it at `index`."""
     vector = tree_math.cast_like(vector, basis)
     norm = tree_math.norm(vector)
     eps = np.finfo(norm.dtype).eps
@@ -194,7 +179,6 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
 
 
 def _inner_products(basis: PyTree, vector: PyTree) -> jax.Array:
-    """⟨qᵢ, x⟩ for every row of the basis, in the accumulation dtype."""
     dtype = tree_math.accumulation_dtype(vector)
     row = lambda b, x: jax.vmap(lambda q: jnp.sum(q * x))(b).astype(dtype)
     # Stacked: a chain of additions would be put into the loop over each leaf.
@@ -202,10 +186,7 @@ def _inner_products(basis: PyTree, vector: PyTree) -> jax.Array:
 
 
 def random_vector(key: jax.Array, like: PyTree) -> PyTree:
-    """A normal random vector, whose direction is uniform, like zeros `like`.
-
-    Added to these, so that it is sharded as they are.
-    """
+    """A normal random vector, added to the zeros `like` to be sharded as they are."""
     leaves, treedef = jax.tree.flatten(like)
     keys = jax.tree.unflatten(treedef, [*jax.random.split(key, len(leaves))])
     return jax.tree.map(
@@ -214,7 +195,7 @@ def random_vector(key: jax.Array, like: PyTree) -> PyTree:
 
 
 def tridiagonal(v0: PyTree, num_matvecs: int) -> Tridiagonal:
-    """The Krylov space of a vector before its first of `num_matvecs` products."""
+    """The Krylov space of `v0` before the first of `num_matvecs` products."""
     norm = tree_math.norm(v0)
     unit = tree_math.scale(tree_math.safe_inverse(norm), v0)
     zeros = (jnp.zeros(num_matvecs, norm.dtype) for _ in range(2))
@@ -222,7 +203,7 @@ def tridiagonal(v0: PyTree, num_matvecs: int) -> Tridiagonal:
 
 
 def grow(index: jax.Array | int, space: Tridiagonal, product: PyTree) -> Tridiagonal:
-    """The space and its matrix after the product with the vector at `index`."""
+    """The space after the product with the vector at `index`."""
     step = extend(space.basis, index + 1, product)
     return Tridiagonal(
         step.basis,
@@ -232,17 +213,12 @@ def grow(index: jax.Array | int, space: Tridiagonal, product: PyTree) -> Tridiag
 
 
 def dense(diagonal: jax.Array, off_diagonal: jax.Array) -> jax.Array:
-    """The symmetric tridiagonal matrix, less the last of `off_diagonal`."""
     beside = off_diagonal[:-1]
     return jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
 
 
 def eigh_known(matrix: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`eigh` of a matrix of which only the rows and columns in `known` are known.
-
-    The others must be zero; they come out first, as eigenvalues below all others, and
-    mix into no eigenvector of the known part.
-    """
+    """`eigh` of a matrix that is zero outside `known`, the known eigenpairs last."""
     bound = jax.lax.stop_gradient(jnp.abs(matrix).sum(1).max())
     below = -2 * jnp.where(bound > 0, bound, 1)
     return eigh(matrix + jnp.diag(jnp.where(known, 0, below)))
@@ -250,11 +226,7 @@ def eigh_known(matrix: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Arra
 
 @jax.custom_jvp
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues, ascending, and eigenvectors (columns) of a small symmetric matrix.
-
-    Derivatives dλᵢ = (VᵀdM V)ᵢᵢ and dV = V·(F ∘ VᵀdM V) are finite: Fᵢⱼ = 1/(λⱼ − λᵢ),
-    but 0 where eigenvalues agree up to rounding, whose vectors have no derivative.
-    """
+    """Ascending eigenvalues, and eigenvectors (columns), with finite derivatives."""
     values, vectors = jnp.linalg.eigh(matrix)
     return values, vectors
 

@@ -1,4 +1,4 @@
-"""The checks of what users hand in, and the errors that say what to do instead."""
+"""Checks of users' arguments, with errors that name the remedy."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +22,7 @@ _GRAD_REMEDY = "Return the gradient, or (value, gradient) as jax.value_and_grad 
 
 
 def require(valid: bool, name: str, value: Any, what: str, remedy: str = "") -> None:
-    """Refuses the value of the argument `name` unless it is `valid`."""
+    """Raises a ValueError for the argument `name` unless `valid`."""
     if not valid:
         raise ValueError(f"{name} must be {what}, got {value!r}{remedy}.")
 
@@ -32,22 +32,17 @@ def _is_number(value: Any) -> bool:
 
 
 def check_positive_int(name: str, value: int, meaning: str) -> None:
-    """Refuses a count that is not an integer of at least 1."""
     valid = isinstance(value, int | np.integer) and _is_number(value) and value >= 1
     remedy = f": the number of {meaning}"
     require(valid, name, value, "an integer of at least 1", remedy)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuses an unknown name."""
     require(value in choices, name, value, f"one of {choices}")
 
 
 def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
-    """Refuses a Python number that is negative or not finite, and what is no scalar.
-
-    Traced values, and schedules where they are allowed, pass: they are not known here.
-    """
+    """Refuses negative or non-finite numbers, and non-scalars; traced values pass."""
     is_traced = isinstance(value, jax.core.Tracer) and value.ndim == 0
     if is_traced or (schedule and callable(value)):
         return
@@ -58,13 +53,11 @@ def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
 
 
 def check_fraction(name: str, value: Any) -> None:
-    """Refuses anything but a number of at least 0 and less than 1."""
     valid = _is_number(value) and 0 <= float(value) < 1
     require(valid, name, value, "a number of at least 0 and less than 1")
 
 
 def check_floating(name: str, dtype: DTypeLike | None) -> None:
-    """Refuses a dtype that is not floating-point or has fewer than 16 bits."""
     try:
         known = jnp.dtype(jnp.float32 if dtype is None else dtype)
         valid = jnp.issubdtype(known, jnp.floating) and known.itemsize >= 2
@@ -75,7 +68,6 @@ def check_floating(name: str, dtype: DTypeLike | None) -> None:
 
 
 def check_axis_name(axis_name: AxisName, per_device: bool) -> None:
-    """Refuses names of axes that are none, and `per_device` where there are none."""
     names = devices.as_tuple(axis_name)
     is_name = all(isinstance(name, str) for name in names)
     valid = axis_name != () and is_name and len({*names}) == len(names)
@@ -91,10 +83,7 @@ def check_axis_name(axis_name: AxisName, per_device: bool) -> None:
 
 
 def check_varying(updates: PyTree, axes: Axes, per_device: bool) -> None:
-    """Refuses a mean with `per_device`, and without it gradients that differ.
-
-    Only `shard_map` with check_vma=True keeps track of that.
-    """
+    """Refuses means with `per_device`, and gradients that differ without it."""
     if per_device and (where := devices.replicated(updates, axes)):
         raise ValueError(
             f"updates are the same on all devices of the axes {where}, and "
@@ -118,7 +107,6 @@ def check_update(
     curvature_fn: ValueFn | None,
     refresh: bool | None,
 ) -> None:
-    """Refuses a call of `update` that lacks what a perturbed gradient needs."""
     if params is None:
         raise ValueError(
             f"update needs params, got None: the loss is perturbed there. Call {_CALL}"
@@ -145,11 +133,7 @@ def check_static(name: str, value: bool | None) -> None:
 
 
 def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None:
-    """Refuses parameters that are not real floating-point arrays, or have holes.
-
-    And float8 or narrower where it is perturbed: in the leaves that are `selected`, by
-    default all.
-    """
+    """Refuses holes, non-real leaves, and those narrower than 16 bits if `selected`."""
     is_hole = lambda x: isinstance(x, optax.MaskedNode)
     if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
         raise ValueError(
@@ -188,10 +172,7 @@ def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None
 
 
 def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
-    """`value_fn`, with an error unless it returns a scalar of this device's own batch.
-
-    The gradients of a mean over devices would be as many times too small.
-    """
+    """`value_fn`, with an error unless it returns the scalar of this device's batch."""
 
     def checked(params: PyTree) -> jax.Array:
         value: Any = _called(name, value_fn, params)
@@ -223,7 +204,7 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
 
 
 def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any:
-    """`function(params)`; what it raises gets a note on how it was called."""
+    """`function(params)`; errors get a note on how it was called."""
     try:
         return function(params)
     except Exception as error:
@@ -243,10 +224,7 @@ def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any
 
 
 def like_params(name: str, tree: PyTree, params: PyTree, remedy: str) -> PyTree:
-    """The leaves of `tree` in the structure of `params`, if names and shapes agree.
-
-    Trees that differ in their containers alone (a dict and a frozen dict) are alike.
-    """
+    """`tree` in the containers of `params`, if names and shapes agree."""
     got, expected = _shapes(tree), _shapes(params)
     if got != expected:
         raise ValueError(
@@ -265,11 +243,7 @@ def _shapes(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
 def gradient_function(
     value_fn: ValueFn | None, grad_fn: GradFn | None, axes: Axes = ()
 ) -> Callable[[PyTree], tuple[jax.Array, PyTree]]:
-    """`params -> (value, gradient)`; the value is 0 where `grad_fn` gives none.
-
-    What `grad_fn` returns is a gradient if it is a tree like `params`. If not, it may
-    be a pair of a scalar and such a tree. No tree is both.
-    """
+    """`params -> (value, gradient)`; the value is 0 where `grad_fn` gives none."""
     if grad_fn is None:
         assert value_fn is not None  # check_update has seen to it
         return jax.value_and_grad(scalar_valued("value_fn", value_fn, axes))

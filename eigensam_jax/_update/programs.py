@@ -13,14 +13,10 @@ _PROGRAMS: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDicti
 def compiled(
     owner: Callable[..., Any], function: Callable[..., Any], *example: Any
 ) -> Callable[..., Any] | None:
-    """`function`, compiled for arguments like `example`.
+    """`function`, compiled for arguments like `example`; None if it depends on tracers.
 
-    The program is kept as long as `owner` lives, and used again where a new trace of
-    `function` comes to the same operations. What these read from outside, such as the
-    batch in a closure, are arguments of the program.
-
-    Returns:
-      The compiled function; None where it depends on values that are traced.
+    Kept as long as `owner` lives, and reused if a new trace has the same operations.
+    Closed-over arrays, such as the batch, are arguments of the program.
     """
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*example)
     outside, jaxpr = list(traced.consts), traced.jaxpr

@@ -19,14 +19,14 @@ from eigensam_jax.tree_math import PyTree
 
 
 class Info(NamedTuple):
-    """What the last step did; nothing of it is carried on. Scalars, 0 before the first.
+    """Scalars of the last step, not carried on; 0 before the first.
 
     With `per_device` each is the mean over the devices.
 
     Attributes:
       grad_norm: ‖g‖ over the perturbed parameters.
       perturbation_norm: ‖ε‖.
-      perturbed_value: L(w + ε); 0 where `grad_fn` returns gradients alone.
+      perturbed_value: L(w + ε); 0 if `grad_fn` returns gradients alone.
       alignment: |⟨ε, v⟩|/‖ε‖; None for `sam` and `asam`.
     """
 
@@ -43,7 +43,7 @@ class SharpnessAwareState(NamedTuple):
       num_updates: number of updates so far, int32.
       tracker: the tracker's state, with the fields `eigenvector`, `eigenvalue` and
         `residual`; None for `sam` and `asam`.
-      info: what the last step did, to look at.
+      info: an `Info` about the last step.
     """
 
     num_updates: jax.Array
@@ -60,10 +60,7 @@ def sharpness_aware(
     hvp_mode: HvpMode = "forward_over_reverse",
     eigenvector_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """∇L(w) becomes ∇L(w + ε), ε = rule(num_updates, g, w, the tracker's state).
-
-    `rule` and `tracker` see the leaves that `mask` selects, as lists.
-    """
+    """∇L(w) becomes ∇L(w + ε), ε = rule(number, g, w, tracked) in the masked leaves."""
     masking.check(mask)
     arguments.check_axis_name(axis_name, per_device)
     axes = devices.as_tuple(axis_name)
@@ -217,7 +214,6 @@ def sharpness_aware(
 
 
 def _is_due(number: jax.Array, interval: int | None) -> jax.Array | bool:
-    """Whether the step of this number is one of every `interval`."""
     if interval is None or interval == 1:
         return interval == 1
     due: jax.Array = number % interval == 0
@@ -225,10 +221,7 @@ def _is_due(number: jax.Array, interval: int | None) -> jax.Array | bool:
 
 
 def _unit(info: Info) -> jax.Array:
-    """What changes of the gradient are multiplied by: 1, or 1/‖g‖ beyond 10^±9.
-
-    0 where there is no perturbation, so that the change is but rounding.
-    """
+    """The scale of observed changes: 1, or 1/‖g‖ beyond 10^±9; 0 where ε = 0."""
     size = info.grad_norm
     is_far = (size < 1e-9) | (size > 1e9)
     unit = jnp.where(is_far, tree_math.safe_inverse(size), 1)
@@ -257,10 +250,7 @@ def _check_state(state: Any, has_tracker: bool) -> None:
 def _mean_matvec(
     grad_fn: GradFn, params: PyTree, space: Subspace, axes: Axes, hvp_mode: HvpMode
 ) -> Matvec:
-    """The Hessian-vector product of the subspace: the mean of the devices' own.
-
-    A derivative of a mean over devices would not be right in all modes of `shard_map`.
-    """
+    """The Hessian-vector product of the subspace, averaged over devices."""
 
     def mean_product(vector: PyTree) -> PyTree:
         # Else a solver's loop would keep all activations of the gradient at hand.

@@ -65,7 +65,7 @@ def info(opt_state: PyTree) -> StepInfo:
     (state,) = found.values()
     tracked = (getattr(state.tracker, x, None) for x in ("eigenvalue", "residual"))
     values: list[Any] = [
-        # `nnx.Optimizer` makes variables of arrays: the array alone.
+        # `nnx.Optimizer` wraps arrays in variables: take the array.
         None if x is None else jax.tree.leaves(x)[0]
         for x in (*state.info, *tracked)
     ]

@@ -13,8 +13,8 @@ from eigensam_jax._update import arguments, scalars
 from eigensam_jax._update.update import SharpnessAwareState
 from eigensam_jax.tree_math import PyTree
 
-# Below this multiple of its dtype's precision, the part of a gradient orthogonal to
-# another one is rounding. A heuristic.
+# Below this multiple of the dtype's precision, the part of a gradient orthogonal to
+# another one counts as rounding error. A heuristic.
 _ROUNDING = 4
 
 

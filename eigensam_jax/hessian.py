@@ -158,7 +158,7 @@ def mean_matvec(
 
         return scanned
 
-    # One jit for all products: a step jitted by the caller could not hold the loop.
+    # One jit for all products: the caller cannot jit this loop.
     jitted = jax.jit(add)
 
     def on_the_host(vector: PyTree) -> PyTree:
@@ -169,7 +169,7 @@ def mean_matvec(
             )
         total, count = tree_math.zeros_like(params), 0
         for batch in batches():
-            # Dispatch would run ahead and have many batches on the device at once.
+            # Else dispatch runs ahead, with many batches on the device at once.
             jax.block_until_ready(total)  # type: ignore[no-untyped-call]
             first, *_ = (*jax.tree.leaves(batch), 0)
             weight = (*np.shape(first), 1)[0]

@@ -55,8 +55,8 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
       1
     """
 
-    # By keyword and without a class attribute: subclasses may add fields without
-    # defaults, and declare this one anew, as Flax's ImageNet example does.
+    # Keyword-only, without a class attribute: subclasses may add fields without
+    # defaults or redeclare this one, as Flax's ImageNet example does.
     batch_stats: flax.core.FrozenDict[str, Any] | dict[str, Any] | None = struct.field(
         default_factory=lambda: None, kw_only=True
     )  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
             for name, function in given.items()
             if function is not None
         }
-        # Flax's own takes what is left of a transformation that has its arguments.
+        # Flax's own method gets a transformation with its arguments bound.
         update = partial(
             optax.with_extra_args_support(self.tx).update,
             **functions,

@@ -56,7 +56,7 @@ def value_fn(
     """
     parts: Any = nnx.split(model, wrt, ...)
     graphdef, _, rest = parts
-    rest = jax.tree.map(lambda x: x, rest)  # its variables, not those of the model
+    rest = jax.tree.map(lambda x: x, rest)  # copies of the model's variables
     args = nnx.clone(args)
 
     def value(params: PyTree) -> jax.Array:

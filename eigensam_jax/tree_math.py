@@ -32,8 +32,7 @@ from eigensam_jax._update import scalars
 PyTree = Any
 Tree = TypeVar("Tree")
 
-# The longest row that is summed in one go: the rounding errors of a plain float32 sum
-# grow with its length.
+# The longest row summed in one go: rounding errors of a float32 sum grow with length.
 _LONGEST_ROW = 2**16
 
 
@@ -60,6 +59,7 @@ def zeros_like(tree: PyTree) -> PyTree:
     def zeros(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         if isinstance(x, jax.ShapeDtypeStruct):
             x = jnp.zeros(x.shape, x.dtype, device=x.sharding)
+        # A selection from x keeps its sharding under `jit`.
         return jnp.where(False, widen(x), 0)
 
     return jax.tree.map(zeros, tree)
@@ -92,8 +92,8 @@ def _vdots(pairs: tuple[tuple[PyTree, PyTree], ...]) -> tuple[jax.Array, ...]:
     ]
     if not sums:
         return (jnp.zeros((), dtype),) * len(pairs)
-    # A sum for each pair would be a chain of additions as long as there are leaves,
-    # and XLA would put it into every loop over a leaf that needs the total.
+    # One reduction: XLA would repeat a chain of additions over leaves in every loop
+    # over a leaf that needs the total.
     return _reduce([jnp.stack(of_pair) for of_pair in zip(*sums, strict=True)], [0])
 
 
@@ -155,7 +155,7 @@ def _norm(tree: PyTree) -> jax.Array:
 
     def attempt(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         divisor, *_ = carry
-        # Divided: of a product with a constant k, XLA would make (c·c)·(k·k).
+        # A quotient: XLA would turn a product with a constant k into (c·c)·(k·k).
         scaled = jax.tree.map(lambda x: x / divisor.astype(x.dtype), tree)
         squared = vdot(scaled, scaled)
         rescaled = jnp.where(squared < low, one / step, one)
@@ -167,7 +167,7 @@ def _norm(tree: PyTree) -> jax.Array:
     if not isinstance(first[1], jax.core.Tracer):
         divisor, squared, _ = first if first[2] else attempt(first)
     else:
-        # A loop, so that the sums over all leaves are in the program once.
+        # A loop, so that the program contains the sums over all leaves once.
         start = map(
             scalars.varying, (one, one, one > 1), map(scalars.varies_over, first)
         )

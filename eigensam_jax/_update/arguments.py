@@ -245,12 +245,13 @@ def gradient_function(
 ) -> Callable[[PyTree], tuple[jax.Array, PyTree]]:
     """`params -> (value, gradient)`; the value is 0 where `grad_fn` gives none."""
     if grad_fn is None:
-        assert value_fn is not None  # check_update has seen to it
+        assert value_fn is not None  # by check_update
         return jax.value_and_grad(scalar_valued("value_fn", value_fn, axes))
 
     def value_and_gradient(params: PyTree) -> tuple[jax.Array, PyTree]:
         value = jnp.zeros((), tree_math.accumulation_dtype(params))
         result = _called("grad_fn", grad_fn, params)
+        # A result unlike params must be such a pair. No tree is both.
         is_pair = isinstance(result, tuple | list) and len(result) == 2
         if is_pair and _shapes(result) != _shapes(params):
             first, rest = result

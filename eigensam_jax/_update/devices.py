@@ -56,7 +56,7 @@ def differing(tree: PyTree, axes: Axes) -> Axes:
 
 def replicated(tree: PyTree, axes: Axes) -> Axes:
     """The axes over which some leaf is known to be the same on all devices."""
-    # Where nothing is kept of what varies, a cast does not make it vary.
+    # Without check_vma a cast does not make a value vary.
     known = varies_over(as_own(jnp.zeros(()), axes))
     leaves = jax.tree.leaves(tree)
     return tuple(

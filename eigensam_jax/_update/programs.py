@@ -24,12 +24,12 @@ def compiled(
         return None
     text = str(jaxpr)
     kept: dict[str, Any] = {}
-    # An address stands for a Python function, and another one may have it later; dots
-    # stand for numbers, which are written so where JAX keeps them in the program.
+    # An address identifies a Python function only while it lives; dots abbreviate
+    # numbers that JAX keeps in the program.
     if " at 0x" not in text and "..." not in text:
         try:
             kept = _PROGRAMS.setdefault(owner, kept)
-        except TypeError:  # what has no weak references or no hash is not kept
+        except TypeError:  # no weak reference, or no hash
             kept = {}
     if text not in kept:
         kept[text] = jax.jit(

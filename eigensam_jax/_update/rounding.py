@@ -18,7 +18,7 @@ from eigensam_jax import tree_math
 from eigensam_jax.tree_math import PyTree
 
 _MANTISSA_BITS = 23  # of float32
-_DITHER_BITS = 12  # with the 11 that float16 has, still exact in float32
+_DITHER_BITS = 12  # with float16's 11 still exact in float32
 
 
 def add(weights: PyTree, epsilon: PyTree, count: jax.Array) -> PyTree:
@@ -60,7 +60,7 @@ def spread_like(tree: PyTree, seed: jax.Array) -> PyTree:
         position = jnp.arange(1, x.size + 1, dtype=jnp.int32).reshape(x.shape)
         # Multiples of the golden ratio in units of 2⁻³², which wrap around.
         turns = (position + seed * 65_537) * jnp.int32(-1_640_531_527)
-        # Added to zeros, the numbers are sharded as these.
+        # Added to zeros, so that they are sharded as x.
         return jnp.add(jnp.where(False, x, 0), turns.astype(x.dtype) * 2.0**-31)
 
     return jax.tree.map(spread, tree)
@@ -83,7 +83,7 @@ def _rounded(x: jax.Array, dtype: jnp.dtype, count: jax.Array) -> jax.Array:
     )
     spacing = jnp.maximum(power * float(finfo.eps), smallest)
     magnitude = jnp.floor(jnp.abs(x) / spacing + uniform) * spacing
-    magnitude = jnp.minimum(magnitude, float(finfo.max))  # what is finite stays so
+    magnitude = jnp.minimum(magnitude, float(finfo.max))  # finite stays finite
     dithered = jnp.copysign(magnitude, x).astype(dtype)
     return jnp.where(nearest.astype(x.dtype) == x, nearest, dithered)
 

@@ -97,7 +97,7 @@ def sharpness_aware(
     def init_fn(params: PyTree) -> SharpnessAwareState:
         space = masking.subspace(mask, params)
         arguments.check_params(params, space.selected)
-        # A buffer for each scalar: one that stood for two could not be donated.
+        # One buffer per scalar: a shared one could not be donated.
         zeros = [jnp.zeros((), tree_math.accumulation_dtype(params)) for _ in range(4)]
         info, tracked = Info(*zeros), None
         if tracker is None:
@@ -144,7 +144,7 @@ def sharpness_aware(
                 "It is of another tracker or of other parameters: make it by "
                 "tx.init(params), and keep what the rest of the chain has.",
             )
-            # As the tracker sees it: vectors of the subspace, unrounded.
+            # The tracker sees vectors of the subspace in their full dtype.
             wide = vectors(space, params)
             own = {
                 name: tree_math.cast_like(space.select(getattr(tracked, name)), like)
@@ -157,7 +157,7 @@ def sharpness_aware(
                     arguments.scalar_valued("curvature_fn", curvature_fn, axes)
                 )
             matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
-            # Inside the branch that decides by itself, that would be of no use.
+            # Useless inside a `cond`, where loops are slow anyway.
             matvec.unroll = bool(refresh)  # type: ignore[attr-defined]
             if tracker.refresh_interval is not None and weights:
                 due = _is_due(number, tracker.refresh_interval)
@@ -184,12 +184,12 @@ def sharpness_aware(
                 after = space.select(own_updates if per_device else new_updates)
                 unit = _unit(info)
                 change = tree_math.scale(unit, tree_math.add_scaled(after, -1, grads))
-                # Sums accumulate in the dtypes of v, whatever gradients have.
+                # Sums accumulate in the dtypes of v, not of the gradients.
                 change = tree_math.cast_like(change, tracked.eigenvector)
                 assert step.projection is not None  # as there is a tracker
                 projection, radius = unit * step.projection, unit * step.norm
                 if per_device:
-                    # Without the signs, those of different devices would cancel.
+                    # Without the signs, different devices would cancel.
                     sign = jnp.where(projection < 0, -1, 1).astype(unit.dtype)
                     change, projection, radius = devices.mean(
                         (tree_math.scale(sign, change), sign * projection, radius), axes
@@ -253,7 +253,7 @@ def _mean_matvec(
     """The Hessian-vector product of the subspace, averaged over devices."""
 
     def mean_product(vector: PyTree) -> PyTree:
-        # Else a solver's loop would keep all activations of the gradient at hand.
+        # Keeps a solver's loop from storing all activations of the gradient.
         at, v = jax.lax.optimization_barrier((params, vector))  # type: ignore[no-untyped-call]
         at, v = devices.as_own((at, v), axes)
 
@@ -261,6 +261,7 @@ def _mean_matvec(
             return space.select(grad_fn(space.merge(weights, at)))
 
         own = hessian.matvec(grad_in_subspace, space.select(at), hvp_mode=hvp_mode)(v)
+        # The derivative of a mean is wrong in some modes of `shard_map`.
         return devices.mean(own, axes)
 
     return mean_product

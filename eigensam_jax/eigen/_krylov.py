@@ -125,7 +125,7 @@ def basis_of(vector: PyTree, num_vectors: int) -> PyTree:
 
 
 def get(basis: PyTree, index: jax.Array | int) -> PyTree:
-    take = jax.lax.dynamic_index_in_dim  # indexing would check bounds for each leaf
+    take = jax.lax.dynamic_index_in_dim  # indexing checks bounds
     return jax.tree.map(lambda b: take(b, index, keepdims=False), basis)
 
 
@@ -156,23 +156,24 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
     def orthogonalise(_: int, step: Extension) -> Extension:
         products = _inner_products(step.basis, get(step.basis, index))
         along = jnp.where(is_new, 0, products)
-        # ‖x‖² − Σ⟨qᵢ,x⟩². The first time it may be mere rounding, and then only scales.
+        # ‖x‖² − Σ⟨qᵢ,x⟩²; at first it may be mere rounding, which only scales.
         square = products[index] - jnp.sum(along**2)
         rest = jnp.sqrt(jnp.maximum(square, eps))
         length = step.length * rest
-        # Two lengths at their bounds make eps: such a vector was inside the space.
+        # Two lengths at their lower bounds make eps: the vector is in the space.
         scale = jnp.where(length <= 10 * eps, 0, 1 / rest)
         row = combine(scale * jnp.where(is_new, 1, -along), step.basis)
         coefficients = step.coefficients + step.length * along
         return Extension(put(step.basis, index, row), coefficients, length)
 
     zeros, one = jnp.zeros(num_vectors, norm.dtype), jnp.ones((), norm.dtype)
+    # The row at `index` is the workspace: one product subtracts and normalises.
     start = Extension(put(basis, index, scaled), zeros, one)
     if is_traced(start):
         basis, coefficients, length = jax.lax.fori_loop(0, 2, orthogonalise, start)
     else:
         basis, coefficients, length = orthogonalise(1, orthogonalise(0, start))
-    # A norm that is not finite is not hidden.
+    # A non-finite norm must show.
     is_inside = (length <= 10 * eps) & jnp.isfinite(norm)
     length = jnp.where(is_inside, 0, norm * length)
     return Extension(basis, norm * coefficients, length)
@@ -181,7 +182,7 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
 def _inner_products(basis: PyTree, vector: PyTree) -> jax.Array:
     dtype = tree_math.accumulation_dtype(vector)
     row = lambda b, x: jax.vmap(lambda q: jnp.sum(q * x))(b).astype(dtype)
-    # Stacked: a chain of additions would be put into the loop over each leaf.
+    # Stacked: XLA would repeat a chain of additions in the loop over each leaf.
     return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(row, basis, vector))), axis=0)
 
 
@@ -241,6 +242,7 @@ def _eigh_jvp(
         gaps = values[None, :] - values[:, None]
         rounding = 10 * np.finfo(values.dtype).eps * jnp.abs(values).max()
         distinct = jnp.abs(gaps) > rounding
+        # 0 where eigenvalues agree, whose vectors have no derivative.
         factors = jnp.where(distinct, 1 / jnp.where(distinct, gaps, 1), 0)
         moved = vectors @ (factors * inside)
     return (values, vectors), (jnp.diagonal(inside), moved)

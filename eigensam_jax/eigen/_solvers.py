@@ -75,7 +75,7 @@ def power_iteration(
     before, after, length = _krylov.repeat_products(
         num_matvecs, body, (v0, v0, zero), unroll, matvec, v0
     )
-    # Hv = length · after, so that λ = length · cosine.
+    # Hv = length · after, so λ = length · cosine.
     cosine = tree_math.vdot(before, after)
     sine = tree_math.norm(tree_math.add_scaled(after, -cosine, before))
     return Eigenpair(after, length * cosine, length * sine)
@@ -118,13 +118,13 @@ def lanczos(
         matvec,
         v0,
     )
-    # A zero says that the space was exhausted: there is no basis vector after it.
+    # After a zero the space was exhausted: no basis vector follows.
     known = jnp.cumsum(off_diagonal[:-1] == 0) == 0
     known = jnp.append(jnp.ones((), bool), known)
     diagonal = jnp.where(known, diagonal, 0)
     values, vectors = _krylov.eigh_known(_krylov.dense(diagonal, off_diagonal), known)
     bottom, top, weights = jnp.minimum(values[0], 0), values[-1], vectors[:, -1]
-    # H y = λ y + beyond · q, with q the basis vector that the last product led to.
+    # H y = λ y + beyond · q, with q the last basis vector.
     beyond = off_diagonal[-1] * weights[-1]
     beyond_shifted = beyond * tree_math.safe_inverse(top - bottom)
     weights = jnp.append(weights, beyond_shifted) / jnp.hypot(1, beyond_shifted)

@@ -73,7 +73,7 @@ def start(plan: Plan, v0: PyTree, key: jax.Array) -> Search:
     anywhere = _krylov.random_vector(key, tree_math.zeros_like(v0))
     is_anywhere = tree_math.norm(v0) == 0
     first = tree_math.where(is_anywhere, anywhere, v0)
-    # A start that is near an eigenvector may be near one that is not wanted.
+    # A given start may be near an unwanted eigenvector.
     judge_from = jnp.where(is_anywhere, min(plan.k + 2, plan.size), plan.size)
     return Search(
         basis=_krylov.tridiagonal(first, plan.size).basis,
@@ -164,6 +164,8 @@ def _judge(
     converged = jnp.all(residuals[:k] <= target)
     if k == 1 or plan.complete or not plan.thorough:
         return converged, jnp.zeros((), bool), jnp.ones((), bool)
+    # Copies of an eigenvalue are found by fresh starts, until one finds nothing new
+    # and the best of the rest is known to be no better.
     new = rank[k - 1] > least + target
     gap = rank[k - 1] - rank[k]
     return converged, new, residuals[k] <= jnp.maximum(target, gap)

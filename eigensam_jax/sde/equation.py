@@ -131,7 +131,7 @@ def coefficients(
     select: Callable[[Coefficients], Any] = lambda both: both,
 ) -> Any:
     """The `Coefficients`, or what `select` takes of them, in one pass, unchecked."""
-    # Σ ξ_γ (g_γ − E[g]) = Σ (ξ_γ − mean ξ) g_γ: one pass does.
+    # One pass: Σ ξ_γ (g_γ − E[g]) = Σ (ξ_γ − mean ξ) g_γ.
     weights = (increments - increments.mean()) * hessian.num_batches(batches) ** 0.5
 
     def at(pair: tuple[PyTree, jax.Array]) -> Any:

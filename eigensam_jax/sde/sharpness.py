@@ -15,7 +15,7 @@ from eigensam_jax.sde import equation, expansion
 from eigensam_jax.sde.expansion import BatchValueFn
 from eigensam_jax.tree_math import PyTree
 
-_MAX_ITERATIONS = 500  # of conjugate gradients, a product of all batches each
+_MAX_ITERATIONS = 500  # of conjugate gradients; each is a product of all batches
 
 
 class SharpnessRates(NamedTuple):

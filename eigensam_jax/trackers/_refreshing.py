@@ -103,7 +103,7 @@ def _refreshing(
         is_traced = isinstance(state.eigenvalue, jax.core.Tracer)
         unroll = getattr(matvec, "unroll", False) or not is_traced
         new = EigenpairState(*solve(matvec, start, num_matvecs, unroll=unroll))
-        # Of a Hessian that is zero there is no top eigenvector.
+        # A zero Hessian has no top eigenvector.
         found = (new.eigenvalue != 0) | (new.residual > 0)
         found &= jnp.isfinite(new.eigenvalue) & jnp.isfinite(new.residual)
         return tree_math.where(found, new, state)

@@ -86,7 +86,7 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
     arguments.check_positive_int("update_interval", update_interval, between)
     arguments.check_fraction("decay", decay)
     arguments.check_fraction("gain", gain)
-    decay, gain = float(decay), float(gain)  # NumPy's would widen the state
+    decay, gain = float(decay), float(gain)  # NumPy's numbers would widen the state
 
     def init(params: PyTree) -> RitzState:
         dtype = tree_math.accumulation_dtype(params)
@@ -105,7 +105,7 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
         unit = tree_math.scale(tree_math.safe_inverse(length), product)
         cosines = jnp.stack(tree_math.vdots((v, unit), (p, unit)))
         sine = scalars.safe_sqrt(1 - cosines[0] ** 2)
-        # Of the first products the mean; then an average with a memory.
+        # The mean of the first products, then an exponential average.
         rate = jnp.maximum(gain, 1 / (1 + turns).astype(length.dtype))
         residual = jnp.where(turn == 0, length * sine, state.residual)
         curvature = _averaged(state.curvature, turn, length * cosines, rate)
@@ -144,7 +144,7 @@ def _turned(state: RitzState, difference: PyTree, decay: float) -> RitzState:
     vv, vp, pp, vx, px, xx = tree_math.vdots(
         (v, v), (v, p), (p, p), (v, x), (p, x), (x, x)
     )
-    # (v, p) times `basis` is orthonormal: else rounding would add up over the steps.
+    # (v, p) times `basis` is orthonormal, so that rounding does not add up.
     scale_v, scale_x = scalars.safe_rsqrt(jnp.stack([vv, xx]))
     scale_p = scalars.safe_rsqrt(pp - (scale_v * vp) ** 2)
     entries = [scale_v, -scale_p * vp * scale_v**2, 0 * vp, scale_p]
@@ -159,19 +159,19 @@ def _turned(state: RitzState, difference: PyTree, decay: float) -> RitzState:
     scatter += (1 - decay) * jnp.outer(coordinates, coordinates)
     usable = (scale_x > 0) & jnp.all(jnp.isfinite(scatter))
     plane = _krylov.eigh(jnp.where(usable, scatter, 0))[1][:, :0:-1]
-    # Before the first product, nothing but the scatter ranks the directions.
+    # Before the first product only the scatter ranks the directions.
     curvature = jnp.pad(state.curvature, (0, 1))
     ranked = jnp.where(state.num_products > 0, curvature, scatter)
     ranked = jnp.where(usable, plane.T @ ranked @ plane, 0)
     axes = plane @ _krylov.eigh(ranked)[1][:, ::-1]  # (v, p) in (v, p, q)
-    # Eigenvectors have no sign of their own: they keep the one they had, or take x's.
+    # Eigenvectors have no sign of their own: keep the old one, or take x's.
     known = jnp.stack([scale_v, scale_p]) > 0
     kept = jnp.where(known, jnp.diagonal(axes), axes[2])
     axes = jnp.where(kept < 0, -axes, axes)
 
     on_x = axes[2] * tree_math.safe_inverse(outside)
     on_vp = basis @ (axes[:2] - jnp.outer(inside, on_x))
-    # A row of it says how much of v, p and x goes into the new v, or the new p.
+    # Row by row, the weights of v, p and x in the new v and the new p.
     weights = jnp.concatenate([on_vp, scale_x * on_x[None]]).T
     weights = jnp.where(usable, weights, jnp.eye(2, 3, dtype=weights.dtype))
     rows = scalars.once(*weights.ravel()).reshape(2, 3)
@@ -184,8 +184,7 @@ def _turned(state: RitzState, difference: PyTree, decay: float) -> RitzState:
             *(old, v, p, x),
         )
 
-    # What is known of the curvature turns with the plane, and is not projected: that
-    # would shrink it a little on every step.
+    # The curvature turns with the plane. Projecting it would shrink it on every step.
     turn = _nearest_rotation(axes[:2])
     curvature = turn.T @ state.curvature @ turn
     scatter = axes.T @ scatter @ axes
@@ -206,7 +205,7 @@ def _nearest_rotation(matrix: jax.Array) -> jax.Array:
     (a, b), (c, d) = matrix
     sign = jnp.where(a * d < b * c, -1, 1).astype(matrix.dtype)
     both = matrix + sign * jnp.stack([d, -c, -b, a]).reshape(2, 2)
-    # Its columns are orthogonal and of one length.
+    # Its columns are orthogonal and equally long.
     inverse = scalars.safe_rsqrt(jnp.sum(both[:, 0] ** 2))
     identity = jnp.eye(2, dtype=both.dtype)
     return jnp.where(inverse > 0, both * inverse, identity)

@@ -83,7 +83,7 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
     between = "steps from one observation to the next"
     arguments.check_positive_int("update_interval", update_interval, between)
     arguments.check_fraction("decay", decay)
-    decay = float(decay)  # one of NumPy's would widen the state
+    decay = float(decay)  # a NumPy number would widen the state
 
     def init(params: PyTree) -> SecantState:
         dtype = tree_math.accumulation_dtype(params)
@@ -102,11 +102,11 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
         per_length, per_radius = tree_math.safe_inverse(lengths)
         sign = jnp.where(projection < 0, -1, 1).astype(product.dtype)
         weight = (1 - decay) * sign * per_length
-        # ‖decay·v + weight·d‖², so that the norm takes no pass of its own.
+        # ‖decay·v + weight·d‖², without another pass.
         squared = decay**2 * v_squared + 2 * decay * weight * product + (1 - decay) ** 2
         inverse = scalars.safe_rsqrt(squared)
 
-        # All that is said of v is of the v of this step: nothing, before there is one.
+        # The moments describe this step's v; 0 before there is one.
         along = jnp.where(v_squared > 0, projection * per_radius, 0)
         size = sign * d_squared * per_length
         seen = [along, product * per_radius, size * per_radius, product * per_length]

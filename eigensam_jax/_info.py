@@ -59,8 +59,7 @@ def info(opt_state: PyTree) -> StepInfo:
         raise ValueError(
             "opt_state must contain the state of one sam, asam or eigen_sam, got "
             f"{len(found)}{' at ' if found else ''}{', '.join(found)}. Give the state "
-            "as tx.init(params) makes it and tx.update returns it; of several links, "
-            "the state of one."
+            "that tx.init or tx.update returned; with several links, the state of one."
         )
     (state,) = found.values()
     tracked = (getattr(state.tracker, x, None) for x in ("eigenvalue", "residual"))

@@ -165,7 +165,7 @@ def _check_state(state: Any, reuses: bool) -> None:
     valid = isinstance(state, PeriodicState)
     if not valid or (state.orthogonal is None) == reuses:
         raise ValueError(
-            f"opt_state must be of this periodic(…), got a {type(state).__name__}"
-            f"{' of another reuse' if valid else ''}: make it by tx.init(params) of "
-            "the same chain."
+            "opt_state must be the state of this periodic(…), got a "
+            f"{type(state).__name__}{' with another reuse' if valid else ''}: make it "
+            "by tx.init(params) of the same chain."
         )

@@ -170,10 +170,10 @@ def check_gradient(
     if value_fn is None and grad_fn is None:
         raise ValueError(
             "check_gradient needs value_fn or grad_fn, got neither: give the one that "
-            "tx.update is given."
+            "you give tx.update."
         )
     updates = arguments.like_params(
-        "updates", updates, params, "Hand in what tx.update is given."
+        "updates", updates, params, "Give what you give tx.update."
     )
     if rtol is None:
         leaves = jax.tree.leaves((updates, params))
@@ -208,6 +208,6 @@ def _check_values(*trees: PyTree) -> None:
     unknown = (jax.core.Tracer, jax.ShapeDtypeStruct)
     if any(isinstance(x, unknown) for x in jax.tree.leaves(trees)):
         raise ValueError(
-            "check_gradient needs values, got traced arrays or shapes alone: call it "
-            "once, outside jit and eval_shape."
+            "check_gradient needs values, got traced arrays or shapes: call it once, "
+            "outside jit and eval_shape."
         )

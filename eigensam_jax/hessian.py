@@ -101,10 +101,10 @@ def _noted() -> Iterator[None]:
     except Exception as error:
         if re.search("differentia|autodiff|jvp|vjp", str(error), re.IGNORECASE):
             error.add_note(
-                "An operation of the loss can't be differentiated twice like this. Of "
-                "the other values of hvp_mode, 'reverse_over_reverse' needs no forward "
-                "derivative and 'finite_difference' needs the gradient alone. "
-                "trackers.secant() makes no Hessian-vector products."
+                "An operation of the loss can't be differentiated twice in this "
+                "hvp_mode. 'reverse_over_reverse' needs no forward derivative, and "
+                "'finite_difference' needs the gradient only. trackers.secant() makes "
+                "no Hessian-vector products."
             )
         raise
 
@@ -165,7 +165,7 @@ def mean_matvec(
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vector)):
             raise ValueError(
                 "a product with batches from a function can't be traced: call it "
-                "outside jit, from a solver with host_loop=True, or give arrays."
+                "outside jit, by a solver with host_loop=True, or give arrays."
             )
         total, count = tree_math.zeros_like(params), 0
         for batch in batches():
@@ -177,7 +177,7 @@ def mean_matvec(
         if count == 0:
             raise ValueError(
                 "batches() must return at least one batch each time it is called, got "
-                "none: an iterator that is used up gives nothing."
+                "none: return a new iterator from each call, not an exhausted one."
             )
         return tree_math.scale(1 / count, total)
 

@@ -251,7 +251,7 @@ def _at(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike
     now = jnp.asarray(value(count) if callable(value) else value)
     if now.shape != ():
         raise ValueError(
-            f"{name} must be a scalar at each step, got the shape {now.shape}: let the "
-            "schedule return one number."
+            f"{name} must be a scalar at each step, got the shape {now.shape}: return "
+            "one number from the schedule."
         )
     return jnp.where((now > 0) & jnp.isfinite(now), now, 0)

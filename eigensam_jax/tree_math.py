@@ -111,8 +111,8 @@ def _vdots_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:
     if x.shape != y.shape:
         raise ValueError(
-            "an inner product is of trees with the same shapes, got leaves of "
-            f"{x.shape} and {y.shape}."
+            "an inner product needs trees of the same shapes, got leaves of "
+            f"{x.shape} and {y.shape}: give two trees like the parameters."
         )
     dtype = accumulation_dtype((x, y))
     return x.astype(dtype) * y.astype(dtype)

@@ -76,9 +76,8 @@ def check_axis_name(axis_name: AxisName, per_device: bool) -> None:
     require(valid, "axis_name", axis_name, what, remedy)
     if per_device and not names:
         raise ValueError(
-            "per_device=True needs axis_name, got None: name the axis over which each "
-            "device is to perturb by itself. On one device, jax.vmap with an axis_name "
-            "over groups of the batch does it."
+            "per_device=True needs axis_name, got None: name the axis of the devices. "
+            "On one device, use jax.vmap with an axis_name over groups of the batch."
         )
 
 
@@ -86,17 +85,17 @@ def check_varying(updates: PyTree, axes: Axes, per_device: bool) -> None:
     """Refuses means with `per_device`, and gradients that differ without it."""
     if per_device and (where := devices.replicated(updates, axes)):
         raise ValueError(
-            f"updates are the same on all devices of the axes {where}, and "
-            "per_device=True wants each device's own: take the gradient with respect "
+            f"updates are the same on all devices of the axes {where}, but "
+            "per_device=True needs each device's own: take the gradient with respect "
             f"to jax.lax.pcast(params, {where}, to='varying'), without a mean. (With "
             "respect to replicated params it is the sum over devices.)"
         )
     if not per_device and (where := devices.differing(updates, axes)):
         raise ValueError(
-            f"updates differ between devices of the axes {where}: hand in "
-            f"jax.lax.pmean(grads, {where}), or give per_device=True for a "
-            "perturbation by each device. (Parameters that are sharded by hand are not "
-            "supported: leave them to jit.)"
+            f"updates differ between devices of the axes {where}: give "
+            f"jax.lax.pmean(grads, {where}), or per_device=True for one perturbation "
+            "per device. (Manually sharded parameters are not supported: leave them to "
+            "jit.)"
         )
 
 
@@ -109,14 +108,14 @@ def check_update(
 ) -> None:
     if params is None:
         raise ValueError(
-            f"update needs params, got None: the loss is perturbed there. Call {_CALL}"
+            f"update needs params, got None: it perturbs them. Call {_CALL}"
         )
     if value_fn is None and grad_fn is None:
         raise ValueError(
             "update needs value_fn or grad_fn, got neither: the gradient is taken "
             f"again at the perturbed parameters. Call {_CALL} (If you did, a wrapper "
-            "dropped it: flax's TrainState.apply_gradients does, and "
-            "eigensam_jax.linen.TrainState's does not.)"
+            "dropped it, as flax's TrainState.apply_gradients does: use "
+            "eigensam_jax.linen.TrainState.)"
         )
     functions = {"value_fn": value_fn, "grad_fn": grad_fn, "curvature_fn": curvature_fn}
     for name, function in functions.items():
@@ -138,8 +137,8 @@ def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None
     if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
         raise ValueError(
             "params have holes (optax.MaskedNode): optax.masked or optax.partition is "
-            "around this transformation, and the loss needs all parameters. Give it "
-            "mask=... instead, and put the wrapper around what follows it."
+            "around this transformation, but the loss needs all parameters. Give "
+            "mask=... instead, and put the wrapper around the links after this one."
         )
     leaves = jax.tree.leaves_with_path(params)
     perturbed = (True,) * len(leaves) if selected is None else selected
@@ -148,20 +147,20 @@ def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None
         dtype = getattr(leaf, "dtype", known)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             remedy = (
-                "keep other leaves out of the parameters, by eqx.partition(model, "
-                "eqx.is_inexact_array) of an equinox module, by wrt=nnx.Param of a "
+                "keep other leaves out of the parameters, with eqx.partition(model, "
+                "eqx.is_inexact_array) for an equinox module, or wrt=nnx.Param for a "
                 "Flax nnx model"
             )
         elif not jnp.issubdtype(dtype, jnp.floating):
             remedy = (
                 "split complex ones into real and imaginary parts, and join them by "
                 "jax.lax.complex in the loss (optax.contrib.split_real_and_imaginary "
-                "does not hand on value_fn)"
+                "does not pass value_fn on)"
             )
         elif chosen and dtype.itemsize < 2:
             remedy = (
-                "it holds no perturbation. Keep the parameter in bfloat16 or wider and "
-                "cast it in the loss, or leave it out by a mask"
+                "it is too coarse to perturb. Keep the parameter in bfloat16 or wider "
+                "and cast it in the loss, or exclude it by a mask"
             )
         else:
             continue
@@ -187,15 +186,15 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
             else:
                 got = f"a {type(value).__name__} with the shapes {shapes}"
                 remedy = (
-                    "return the loss alone. Of a loss with auxiliary output it is the "
+                    "return the loss alone. If the loss has auxiliary output, take the "
                     f"first part, {name}=lambda p: loss(p, batch)[0]"
                 )
             raise ValueError(f"{name} must return a scalar, got {got}: {remedy}.")
         if where := devices.replicated(value, axes):
             raise ValueError(
                 f"{name} is the same on all devices of the axes {where}, so it averages"
-                " over them itself: return the loss of each device's own batch, whose "
-                "gradients are averaged here, or leave axis_name out."
+                " over them itself: return the loss of each device's own batch, as its "
+                "gradients are averaged here, or omit axis_name."
             )
         scalar: jax.Array = value
         return scalar
@@ -210,14 +209,14 @@ def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any
     except Exception as error:
         example = "jax.grad(loss)(p, batch)" if name == "grad_fn" else "loss(p, batch)"
         error.add_note(
-            f"{name} was called with the parameters alone. What else it needs, such as "
-            f"the batch, goes into a closure, {name}=lambda p: {example}. If "
-            "the parameters have another structure than yours, a wrapper that changes "
-            "it, such as optax.flatten, is around this transformation: put it around "
-            "what follows it in the chain. Of a Flax nnx model, make value_fn by "
-            "eigensam_jax.nnx.value_fn, with the wrt of the optimizer; nnx.Rngs that "
-            "the loss draws from are an argument there. Of an equinox module, join "
-            f"the parameters with the rest of it, {name}=lambda p: "
+            f"{name} was called with the parameters alone. Put other arguments, such "
+            f"as the batch, into a closure, {name}=lambda p: {example}. If the "
+            "parameters have another structure than yours, a wrapper such as "
+            "optax.flatten is around this transformation: put it around the links "
+            "after this one. With a Flax nnx model, make value_fn by "
+            "eigensam_jax.nnx.value_fn, with the wrt of the optimizer and the nnx.Rngs "
+            "of the loss as an argument. With an equinox module, combine it again, "
+            f"{name}=lambda p: "
             f"{example.replace('p,', 'eqx.combine(p, static),')}."
         )
         raise

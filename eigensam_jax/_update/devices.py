@@ -27,8 +27,8 @@ def check_bound(axes: Axes) -> None:
         except NameError as error:
             raise ValueError(
                 f"axis_name {name!r} is not an axis here: call update inside jax.pmap, "
-                "jax.shard_map or jax.vmap over it, or leave axis_name out. Under jit "
-                "with sharded arrays it is not needed."
+                "jax.shard_map or jax.vmap over it, or leave axis_name out, as under "
+                "jit with sharded arrays."
             ) from error
 
 

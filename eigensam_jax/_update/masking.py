@@ -16,12 +16,12 @@ Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 _REMEDY = (
     "Give a tree of bools like the parameters or a prefix of them, for example "
-    '{"encoder": True, "head": False}, or a function that makes one from them.'
+    '{"encoder": True, "head": False}, or a function from the parameters to one.'
 )
 _FILTERS = (
-    "A filter of Flax nnx is no mask: nnx.Optimizer hands over arrays without their "
-    "types. Make bools from the model, jax.tree.map(lambda v: isinstance(v, Kind), "
-    "nnx.state(model, wrt), is_leaf=lambda v: isinstance(v, nnx.Variable))."
+    "A filter of Flax nnx is not a mask: nnx.Optimizer passes arrays without their "
+    "variable types. Make bools from the model: jax.tree.map(lambda v: isinstance(v, "
+    "Kind), nnx.state(model, wrt), is_leaf=lambda v: isinstance(v, nnx.Variable))."
 )
 
 
@@ -116,7 +116,7 @@ def _broadcast(mask: PyTree, params: PyTree) -> tuple[bool, ...]:
         uncovered = (x for x, on_it in zip(paths, found, strict=True) if not on_it)
         unused = (path for path in bools if path not in found)
         raise ValueError(
-            "mask is not a prefix of the parameters, as there is no bool for "
+            "mask is not a prefix of the parameters, got no bool for "
             f"{_joined(uncovered)}, and no parameter for {_joined(unused)}. {_REMEDY}"
         )
     return tuple(bool(bools[on_it]) for on_it in found if on_it is not None)

@@ -124,7 +124,7 @@ def sharpness_aware(
         space = masking.subspace(mask, params)
         arguments.check_params(params, space.selected)
         updates = arguments.like_params(
-            "updates", updates, params, "Hand in jax.grad(value_fn)(params) as it is."
+            "updates", updates, params, "Give jax.grad(value_fn)(params) unchanged."
         )
         _check_state(state, tracker is not None)
         devices.check_bound(axes)
@@ -141,8 +141,8 @@ def sharpness_aware(
                 "the tracker's part of opt_state",
                 tracked,
                 jax.eval_shape(lambda p: start(p, space), params),
-                "It is of another tracker or of other parameters: make it by "
-                "tx.init(params), and keep what the rest of the chain has.",
+                "It belongs to another tracker or to other parameters: make it by "
+                "tx.init(params), and keep the state of the rest of the chain.",
             )
             # The tracker sees vectors of the subspace in their full dtype.
             wide = vectors(space, params)
@@ -157,7 +157,7 @@ def sharpness_aware(
                     arguments.scalar_valued("curvature_fn", curvature_fn, axes)
                 )
             matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
-            # Useless inside a `cond`, where loops are slow anyway.
+            # No use inside a `cond`, where convolutions are slow anyway.
             matvec.unroll = bool(refresh)  # type: ignore[attr-defined]
             if tracker.refresh_interval is not None and weights:
                 due = _is_due(number, tracker.refresh_interval)
@@ -241,9 +241,9 @@ def _check_state(state: Any, has_tracker: bool) -> None:
     else:
         return
     raise ValueError(
-        f"opt_state must be of this transformation, got {got}: make it by "
-        "tx.init(params) of the same chain. Of a checkpoint of another one, keep the "
-        "rest: (tx.init(params)[0], *old_state[1:])."
+        f"opt_state must be the state of this transformation, got {got}: make it by "
+        "tx.init(params) of the same chain. With a checkpoint of another link, keep "
+        "the rest: (tx.init(params)[0], *old_state[1:])."
     )
 
 

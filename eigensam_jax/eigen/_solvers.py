@@ -201,7 +201,7 @@ def top_eigenpairs(
     arguments.check_positive_int("max_matvecs", max_matvecs, "matrix-vector products")
     num_checks = k if thorough else 0
     what = f"at least {k + num_checks} for k = {k}"
-    remedy = ": as many products span a space"
+    remedy = ": allow more products or ask for fewer eigenpairs"
     valid = max_matvecs >= k + num_checks
     arguments.require(valid, "max_matvecs", max_matvecs, what, remedy)
     plan = _thick_restart.plan(k, dimension, which == "magnitude", thorough)

@@ -224,5 +224,5 @@ def _eigenvector(
     if eigenvector is None:
         return top_eigenpair(value_fn, params, batches, tol).eigenvector
     return arguments.like_params(
-        "eigenvector", eigenvector, params, "Give a unit tree, such as sharpness's."
+        "eigenvector", eigenvector, params, "Give a unit tree, as sharpness returns."
     )

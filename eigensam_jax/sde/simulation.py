@@ -115,8 +115,9 @@ def make_step(
         arguments.check_params(params)
         if (state.eigenvector is None) != equation.is_sam(alpha):
             raise ValueError(
-                f"state was started for another method than alpha={alpha!r}: make it "
-                "by sde.start(params, alpha)."
+                f"state must be started for alpha={alpha!r}, got one "
+                f"with{'out' if state.eigenvector is None else ''} an eigenvector: "
+                "make it by sde.start(params, alpha)."
             )
         eigenvector = eigenvalue = residual = None
         if state.eigenvector is not None:
@@ -192,7 +193,7 @@ def simulate(
       1992.
     """
     arguments.check_positive_int("num_steps", num_steps, "steps of SAM")
-    arguments.check_positive_int("substeps", substeps, "steps of Euler's to each")
+    arguments.check_positive_int("substeps", substeps, "Euler steps per step of SAM")
     one_step = make_step(
         value_fn, batches, rho=rho, eta=eta, order=order, alpha=alpha, tol=tol
     )

@@ -1,4 +1,4 @@
-"""Any of the links on every few steps only, with its perturbation reused in between."""
+"""Any of the links on every few steps only, with its gradient reused in between."""
 
 from typing import Any, NamedTuple
 
@@ -41,16 +41,17 @@ def periodic(
     """A link on every `interval`-th step only: 1 + 1/interval gradients a step.
 
     Step 0 and every `interval`-th step after it are those of `link`. They also store
-    the direction q of the perturbed gradient g′ orthogonal to the plain gradient g. The
-    other steps compute no second gradient and take g + reuse·‖g‖·q, as q changes slowly
-    (LookSAM):
+    the direction q of the part of the perturbed gradient g′ orthogonal to the plain
+    gradient g:
 
         q = (g′ − ⟨g′,u⟩u)/‖g′ − ⟨g′,u⟩u‖,   u = g/‖g‖.
 
-    Norms and inner products run over all parameters, also if `link` has a mask. q is 0
-    if that part of g′ is rounding error; a non-finite step leaves q unchanged. Put it
-    first in the chain, in place of `link`. Memory: q, and g during a perturbed step.
-    Under `jax.vmap` over a state both kinds of steps are computed each time.
+    The other steps compute no second gradient. They take g + reuse·‖g‖·q, as q changes
+    slowly (LookSAM). Norms and inner products run over all parameters, also if `link`
+    has a mask. q is 0 if that part of g′ is rounding error; a non-finite step leaves q
+    unchanged. Put it first in the chain, in place of `link`. Memory: q, and g during a
+    perturbed step. Under `jax.vmap` over a state both kinds of steps are computed each
+    time.
 
     Args:
       link: what `sam`, `asam` or `eigen_sam` returns. Its schedules and its tracker's
@@ -64,7 +65,7 @@ def periodic(
       An `optax.GradientTransformationExtraArgs` with a `PeriodicState`; `info` reports
       the last perturbed step. `update` takes the arguments of `link`'s and `perturb`, a
       Python bool that fixes at trace time whether the step is perturbed, so that the
-      program has no branch: give `step % interval == 0` as a static argument, for
+      program has no branch. Give it `step % interval == 0` as a static argument for
       networks with convolutions on a CPU, which XLA runs ten times slower in a branch.
 
     Raises:

@@ -32,11 +32,11 @@ def sharpness(
 ) -> Eigenpair:
     """Sharpness λ_max of the Hessian ∇²f(w), its algebraically largest eigenvalue.
 
-    By `eigen.top_eigenpairs`, with about ten Hessian-vector products. Call it outside
-    `jit`: on a CPU it then loops in Python around one product, compiled once per
-    `value_fn` object but traced at each call, so the batch in its closure may change.
-    Inside `jit`, convolutions are many times slower on a CPU. For a data set or the
-    Gauss–Newton matrix, call the solver:
+    Found by `eigen.top_eigenpairs`, with about ten Hessian-vector products. Call it
+    outside `jit`: on a CPU it then loops in Python around one product, compiled once
+    per `value_fn` object and traced at each call, so that the batch in its closure may
+    change. Inside `jit`, convolutions are many times slower on a CPU. For a data set or
+    the Gauss–Newton matrix, call the solver:
 
         matvec = hessian.mean_matvec(loss, params, batches)
         eigen.top_eigenpairs(matvec, params, k=1, host_loop=callable(batches))
@@ -47,8 +47,8 @@ def sharpness(
       mask: as in `sam`, for λ_max of a block of the Hessian, such as a layer's.
       tol, max_matvecs: as in `eigen.top_eigenpairs`.
       v0: the start, such as the v of Eigen-SAM or of the last call; by default random.
-      hvp_mode: as in `hessian.matvec`. With "finite_difference", a `tol` below its
-        errors is never reached.
+      hvp_mode: as in `hessian.matvec`. "finite_difference" never reaches a `tol` below
+        its errors.
       host_loop: True loops in Python around a compiled product and cannot be jitted;
         False loops inside the program. None is True outside `jit` on a CPU.
 

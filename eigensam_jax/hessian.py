@@ -118,18 +118,18 @@ def mean_matvec(
 ) -> Matvec:
     """Builds v ↦ Σ nᵢ ∇²fᵢ(w)·v / Σ nᵢ, the Hessian of a data set, batch by batch.
 
-    fᵢ is the mean loss of batch i and nᵢ its number of examples. The activations of one
-    batch are in memory at a time.
+    fᵢ is the mean loss of batch i and nᵢ its number of examples. Only one batch at a
+    time has its activations in memory.
 
     Args:
       value_fn: (params, batch) -> scalar, the mean loss over the batch.
       params: w, a tree of real arrays.
       batches: a tree of arrays with a leading axis over batches of one size, which is
-        scanned; XLA's CPU backend runs convolutions many times slower there. Or a
+        scanned. XLA's CPU backend runs convolutions many times slower there. Or a
         function, called once per product, that returns an iterable of batches of any
-        sizes, such as `lambda: [a, b]`: they may stay on the host, nᵢ is the length of
-        a batch's first leaf (1 for a scalar), and the product cannot be jitted (use
-        `host_loop=True`).
+        sizes, such as `lambda: [a, b]`. They may stay on the host, nᵢ is the length of
+        a batch's first leaf (1 for a scalar), and the product cannot be jitted: use
+        `host_loop=True`.
       hvp_mode: how the gradient is differentiated, see `matvec`.
 
     Example:

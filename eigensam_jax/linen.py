@@ -30,8 +30,8 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
     with the same scales in both passes.
 
     Attributes:
-      batch_stats: running statistics of batch normalisation, or whatever else the
-        network keeps beside its parameters; None if nothing.
+      batch_stats: statistics of batch normalisation or other state of the network, or
+        None.
 
     Example:
       >>> import eigensam_jax, flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -100,7 +100,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
 
 
 def _of_perturbed(function: Callable[..., Any], params: PyTree) -> Callable[..., Any]:
-    """`function` of the part of `params` that a link sees; of gradients, that part."""
+    """`function`, restricted to the part of `params` that a link sees."""
     if not _is_overwritten(params):
         return function
     perturbed = lambda x: x["params"] if _is_overwritten(x) else x

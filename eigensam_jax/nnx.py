@@ -25,7 +25,8 @@ def value_fn(
     start from the batch statistics and random counts of that pass, so dropout draws the
     same masks. The clean pass alone changes the live model and `nnx.Rngs`. State that
     the loss changes must be its argument, not in a closure, as Flax requires inside a
-    gradient. A `grad_fn` is `jax.grad` of the function built here, not `nnx.grad`.
+    gradient. The result takes `nnx.state(model, wrt)`, or parameters as the optimizer
+    gives them. For a `grad_fn`, use `jax.grad` of it, not `nnx.grad`.
 
     Args:
       model: the live model.
@@ -33,10 +34,6 @@ def value_fn(
       *args: what else `loss_fn` takes, such as `nnx.Rngs` and the batch; nnx objects
         are copied for each call.
       wrt: which variables are parameters, as in `nnx.Optimizer`.
-
-    Returns:
-      A pure function of the parameters, given as `nnx.state(model, wrt)` or as the
-      optimizer gives them.
 
     Example:
       >>> import eigensam_jax, jax.numpy as jnp, optax

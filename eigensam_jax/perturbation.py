@@ -154,7 +154,7 @@ def eigen_sam(
 
 
 def _where_usable(inverse: jax.Array, perturbation: Perturbation) -> Perturbation:
-    """Zeros for all but `grad_norm` where `inverse` is 0: there is no direction."""
+    """Zeros for all but `grad_norm` where `inverse` is 0, as there is no direction."""
     zeros = jax.tree.map(jnp.zeros_like, perturbation)
     kept: Perturbation = tree_math.where(inverse > 0, perturbation, zeros)
     return kept._replace(grad_norm=perturbation.grad_norm)

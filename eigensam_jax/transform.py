@@ -4,11 +4,11 @@ Each replaces ∇L(w) by ∇L(w + ε) and must be the first link of an `optax.ch
 
     tx.update(grads, opt_state, params, value_fn=lambda p: loss(p, batch))
 
-`grads` must be the gradient of `value_fn` at `params`: same batch, dropout mask and
-loss scale. Links before it, such as clipping, are lost, as the output is a gradient
-taken anew at w + ε. `optax.MultiSteps` around the chain keeps only the last
-micro-batch's perturbation: pass the whole batch's gradient and a `grad_fn` over
-micro-batches.
+`grads` must be the gradient of `value_fn` at `params`, with the same batch, dropout
+mask and loss scale. Links before it, such as clipping, have no lasting effect: the
+output is a new gradient at w + ε. `optax.MultiSteps` around the chain keeps only the
+last micro-batch's perturbation. Pass the gradient of the whole batch instead, and a
+`grad_fn` that loops over micro-batches.
 
 Under `jax.jit` with sharded arrays nothing is needed, nor under `jax.shard_map` if the
 loss is the mean over the devices, `jax.lax.pmean(loss, axis)`. Under `jax.pmap`, under
@@ -19,7 +19,7 @@ then the loss of each device's own batch, and `updates` the mean of its gradient
     grads = jax.lax.pmean(jax.grad(value_fn)(own), "data")
 
 Without `pcast` the gradient is already the sum over n devices and its mean n times too
-large: the secant tracker would follow the gradient instead of v.
+large. The secant tracker would then follow the gradient instead of v.
 """
 
 from typing import Any
@@ -50,39 +50,38 @@ def sam(
     """Sharpness-aware minimization: ∇L(w) becomes ∇L(w + ρ·g/‖g‖).
 
     First in the chain; one more gradient per step. The norm runs over all perturbed
-    parameters. Those in bfloat16 and float16 are rounded stochastically, as most of ε
-    is below a weight's last bit. `update` has forward and reverse derivatives; at a
+    parameters. Those in bfloat16 and float16 are rounded stochastically, since most of
+    ε is below a weight's last bit. `update` has forward and reverse derivatives. At a
     zero gradient ε and its derivatives are 0.
 
     Args:
-      rho: radius ρ ≥ 0, or a schedule of the number of updates so far, of which
-        negative and non-finite values count as 0. ‖ε‖ = ρ whatever the scale of the
-        loss.
+      rho: radius ρ ≥ 0, or a schedule of the number of updates so far; its negative and
+        non-finite values count as 0. ‖ε‖ = ρ whatever the scale of the loss.
       mask: the parameters to perturb, by default all: a tree of bools like the
         parameters, a prefix of one, or a function from the parameters to either. ε is
         zero elsewhere, and norms leave the rest out.
       axis_name: the axis or axes of `pmap`, `shard_map` or `vmap` over which batches
-        differ, a name or a tuple of names, over which everything inside is averaged.
-        `value_fn`, `grad_fn` and `curvature_fn` then receive varying parameters and
+        differ, a name or a tuple of names. Everything computed inside is averaged over
+        them. `value_fn`, `grad_fn` and `curvature_fn` receive varying parameters and
         return the results of one device's batch.
       per_device: whether each device perturbs by its own gradient (m-sharpness), which
-        saves a collective. `updates` are then each device's own gradient, the output
-        the mean of the gradients at w + εᵢ. Wrappers that branch on their `updates`,
-        such as `optax.apply_if_finite`, belong after this link: around it, devices can
-        deadlock.
+        saves a collective. `updates` are then each device's own gradient, and the
+        output is the mean of the gradients at w + εᵢ. Put wrappers that branch on their
+        `updates`, such as `optax.apply_if_finite`, after this link: around it, devices
+        can deadlock.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `SharpnessAwareState`, read by
       `info`. `update` needs `params` and, by keyword, `value_fn`: params -> scalar, the
       loss on the current batch; or `grad_fn`: params -> gradient tree or (value,
-      gradient tree), for micro-batches or loss scaling, used if both are given. Other
-      arguments are ignored. The output has the structure of `params` and the dtypes of
-      the gradients passed in.
+      gradient tree), for micro-batches or loss scaling. `grad_fn` is used if both are
+      given. Other arguments are ignored. The output has the structure of `params` and
+      the dtypes of the gradients passed in.
 
     Raises:
-      ValueError: for invalid options, parameters that are not real floating-point
-        arrays, and arguments of `update` that are missing, do not fit the parameters,
-        or are averaged over devices when they must not be, or the reverse.
+      ValueError: for invalid options, for parameters that are not real floating-point
+        arrays, and for arguments of `update` that are missing, do not fit the
+        parameters, or are wrongly averaged, or not averaged, over devices.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
@@ -115,9 +114,9 @@ def asam(
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptive SAM: ∇L(w) becomes ∇L(w + ρ·T²g/‖Tg‖) with T = |w| + η, element-wise.
 
-    Results and errors are those of `sam`. ρ is relative to the weights, about ten times
-    that of `sam`. On biases, the leaves of one axis or none, T is 1, as in the authors'
-    code (published ρ: 0.5).
+    Results and errors are those of `sam`. ρ is relative to the weights, so it is about
+    ten times that of `sam`. T is 1 on biases, the leaves of one axis or none, as in the
+    authors' code (their published ρ is 0.5).
 
     Args:
       rho: ρ, as in `sam`.
@@ -167,24 +166,24 @@ def eigen_sam(
 
         ∇L(w) becomes ∇L(w + ε),   ε = ρ·(u + α·sign⟨g,v⟩·v⊥),   u = g/‖g‖
 
-    with v⊥ = v − ⟨u,v⟩u, not renormalised. ‖ε‖ = ρ·√(1 + α²(1 − ⟨u,v⟩²)) is a little
-    more than ρ: compare with `sam` at that radius. The step is that of `sam` until
-    there is a v, and while λ is certainly negative. `alpha=0` is `sam` bit for bit,
-    with v tracked.
+    Here v⊥ = v − ⟨u,v⟩u is not renormalised, so ‖ε‖ = ρ·√(1 + α²(1 − ⟨u,v⟩²)) is a
+    little more than ρ. Compare with `sam` at that radius. The step is that of `sam`
+    until there is a v, and while λ is certainly negative. `alpha=0` is `sam` bit for
+    bit, with v tracked.
 
     The paper's method is `eigen_sam(0.1, 0.2, trackers.power_iteration())`. The default
-    α is larger, as 0.2 never lowered λ_max significantly below SAM's at equal radius in
-    our measurements. The paper's code differs: until it has a v it perturbs by ρ·g,
-    unnormalised; it counts the steps between refreshes within an epoch, takes the
-    Hessian in evaluation mode (here by `curvature_fn`), does not detect negative
-    eigenvalues, and does not save v.
+    α is larger because 0.2 never lowered λ_max significantly below SAM's at equal
+    radius in our measurements. The paper's code differs: it perturbs by ρ·g,
+    unnormalised, until it has a v; counts the steps between refreshes within an epoch;
+    takes the Hessian in evaluation mode (here by `curvature_fn`); does not detect
+    negative eigenvalues; and does not save v.
 
     The Hessian is that of `curvature_fn`, if given; else the Jacobian of `grad_fn`, if
     given; else that of `value_fn`. Later links, such as weight decay, are not in it.
     Cost: one more gradient per step, one vector like the parameters in float32 or
-    wider, and the tracker's. Trackers that make Hessian-vector products need several
-    times the memory of a gradient, reserved on every step; a `curvature_fn` of a
-    quarter of the batch needs less.
+    wider, and the tracker's cost. Trackers that make Hessian-vector products need
+    several times the memory of a gradient, reserved on every step; a `curvature_fn` of
+    a quarter of the batch needs less.
 
     Args:
       rho: radius ρ of SAM's part, as in `sam`.
@@ -193,8 +192,8 @@ def eigen_sam(
       tracker: what keeps v up to date, see `eigensam_jax.trackers`.
       mask: as in `sam`. v and the Hessian are those of the perturbed parameters.
       axis_name: as in `sam`. Hessian-vector products are averaged as well.
-      per_device: as in `sam`. The Hessian is still that of the whole batch, and what
-        the tracker observes is averaged, by a collective as large as a gradient.
+      per_device: as in `sam`. The Hessian is still that of the whole batch. What the
+        tracker observes is averaged, by a collective as large as a gradient.
       hvp_mode: how Hessian-vector products are made, see `hessian.matvec`. The default
         is the fastest; the others are for kernels that lack its derivatives.
       eigenvector_dtype: the dtype in which the tracker's vectors are stored,
@@ -202,12 +201,12 @@ def eigen_sam(
         `jnp.bfloat16` halves their memory; sums with them stay in float32.
 
     Returns:
-      As `sam`, and `update` takes two more keyword arguments. `curvature_fn`:
+      As `sam`. `update` takes two more keyword arguments. `curvature_fn`:
       params -> scalar, the loss whose Hessian is tracked, if another one. `refresh`: a
       Python bool that fixes at trace time whether the tracker does what it does every
       `update_interval` steps, so that the program has no branch. Give it
-      `step % update_interval == 0`, as False on every step never refreshes.
-      `info(opt_state)` reports the last step;
+      `step % update_interval == 0`; False on every step never refreshes.
+      `info(opt_state)` reports the last step, and
       `optax.tree.get(opt_state, "eigenvector")` is v.
 
     Example:

@@ -74,11 +74,8 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def vdots(*pairs: tuple[PyTree, PyTree]) -> tuple[jax.Array, ...]:
-    """Inner products ⟨a, b⟩ of several pairs of trees of one structure.
-
-    As `vdot` of each, but each leaf is read once. (A leaf of one axis, or whose last
-    axis is longer than 65,536, takes a loop for each pair.)
-    """
+    """Inner products ⟨a, b⟩ of pairs of trees of one structure, each leaf read once."""
+    # Except leaves of one axis or with a long last axis, which take a loop per pair.
     return _vdots(pairs)
 
 
@@ -140,8 +137,8 @@ def _add(x: tuple[jax.Array, ...], y: tuple[jax.Array, ...]) -> tuple[jax.Array,
 def norm(tree: PyTree) -> jax.Array:
     """Euclidean norm ‖x‖ = √⟨x, x⟩ over all leaves, in the accumulation dtype.
 
-    Squares that over- or underflow are summed again, rescaled. At 0 its derivative is
-    0.
+    Squares that over- or underflow are rescaled and summed again. Its derivative is 0
+    at 0.
     """
     return _norm(widen(tree))
 
@@ -188,11 +185,9 @@ def safe_inverse(x: jax.Array) -> jax.Array:
 
 
 def safe_divide(x: ArrayLike, y: jax.Array) -> jax.Array:
-    """x/y where y is positive and finite, else 0.
-
-    To scale a tree, prefer a quotient to a product with an inverse: XLA would repeat
-    the sum over all leaves in the loop over each leaf, and take minutes to compile.
-    """
+    """x/y where y is positive and finite, else 0."""
+    # To scale a tree, prefer a quotient to a product with an inverse: XLA would repeat
+    # the sum over all leaves in the loop over each leaf, and take minutes to compile.
     usable = (y > 0) & jnp.isfinite(y)
     return jnp.where(usable, x / jnp.where(usable, y, 1), 0)
 

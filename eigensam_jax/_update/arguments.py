@@ -22,7 +22,6 @@ _GRAD_REMEDY = "Return the gradient, or (value, gradient) as jax.value_and_grad 
 
 
 def require(valid: bool, name: str, value: Any, what: str, remedy: str = "") -> None:
-    """Raises a ValueError for the argument `name` unless `valid`."""
     if not valid:
         raise ValueError(f"{name} must be {what}, got {value!r}{remedy}.")
 
@@ -132,7 +131,7 @@ def check_static(name: str, value: bool | None) -> None:
 
 
 def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None:
-    """Refuses holes, non-real leaves, and those narrower than 16 bits if `selected`."""
+    """Refuses holes, non-real leaves, and `selected` ones narrower than 16 bits."""
     is_hole = lambda x: isinstance(x, optax.MaskedNode)
     if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
         raise ValueError(

@@ -41,7 +41,7 @@ def mean(tree: Tree, axes: Axes) -> Tree:
 
 
 def as_own(tree: Tree, axes: Axes) -> Tree:
-    """`tree`, varying over the axes: its gradients are each device's own, not a sum."""
+    """`tree`, varying over the axes, with gradients per device instead of their sum."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     mapped = tuple(a for a in axes if a in manual)
     result: Tree = jax.tree.map(lambda x: varying(x, mapped), tree)

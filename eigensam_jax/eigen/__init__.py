@@ -1,6 +1,6 @@
 """Eigen-solvers that need a matrix H only as products with vectors.
 
-An argument outside its range raises a ValueError.
+They raise a ValueError for an invalid argument.
 """
 
 from eigensam_jax.eigen._density import (

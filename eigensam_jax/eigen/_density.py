@@ -112,8 +112,7 @@ def smooth_density(
     Args:
       density: what `spectral_density` returned.
       grid: the points t, of any shape.
-      width: standard deviation of the Gaussians N, above 0 and wider than the grid's
-        steps.
+      width: standard deviation of the Gaussians N, above 0 and wider than grid steps.
 
     Example:
       >>> import jax.numpy as jnp

@@ -135,7 +135,7 @@ def put(basis: PyTree, index: jax.Array | int, vector: PyTree) -> PyTree:
 
 
 def combine(coefficients: jax.Array, basis: PyTree) -> PyTree:
-    """The linear combination of the vectors of `basis`; of a matrix's rows, a basis."""
+    """The linear combination of the vectors of `basis`; for a matrix, one per row."""
     return jax.tree.map(
         lambda b: jnp.tensordot(
             coefficients.astype(b.dtype), b, axes=1, precision="highest"
@@ -173,7 +173,7 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
         basis, coefficients, length = jax.lax.fori_loop(0, 2, orthogonalise, start)
     else:
         basis, coefficients, length = orthogonalise(1, orthogonalise(0, start))
-    # A non-finite norm must show.
+    # A non-finite norm stays visible.
     is_inside = (length <= 10 * eps) & jnp.isfinite(norm)
     length = jnp.where(is_inside, 0, norm * length)
     return Extension(basis, norm * coefficients, length)

@@ -88,10 +88,10 @@ def lanczos(
 
     Maximises the Rayleigh quotient ⟨y, Hy⟩ over the Krylov space of v0, Hv0, …, H^(m−1)
     v0, which contains the result of m − 1 power iterations. `eigenvalue` and `residual`
-    are those of y. `eigenvector` is (H − μ)y, normalised, with μ the smallest Ritz
-    value or 0, whichever is smaller: one shifted power iteration further, for no
-    further product. Holds m + 3 vectors and does 4m² vector operations, so use a few
-    dozen products at most.
+    are those of y. `eigenvector` is (H − μ)y, normalised, with μ the smaller of 0 and
+    the smallest Ritz value: one shifted power iteration further, for no further
+    product. The method holds m + 3 vectors and does 4m² vector operations. Use it for a
+    few dozen products at most.
 
     Args:
       matvec, v0: as in `power_iteration`.

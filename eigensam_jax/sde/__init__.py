@@ -25,8 +25,8 @@ with v = v₁(X) the exact top eigenvector of the Hessian of E[f_γ] at X.
 Assumptions, not checked: f_γ has three continuous derivatives (tanh, GELU or softplus,
 not ReLU); ∇f_γ ≠ 0 (here u_γ = 0 for a zero gradient); and for Eigen-SAM λ₁ is simple
 and ⟨∇f_γ, v⟩ ≠ 0. Order 2 is the equation of Compagnoni et al., order 3 that of Luo et
-al. This project's own, and unproved, are Eigen-SAM's equation, Σ of the gradients at
-x + ε_γ without expansion in ρ, and Itô's term in `sharpness_rates`.
+al. Three parts are this project's own and unproved: Eigen-SAM's equation, Σ of the
+gradients at x + ε_γ without expansion in ρ, and Itô's term in `sharpness_rates`.
 
 The functions return trees like the parameters, in float32 or the leaf's dtype if wider,
 and raise a ValueError for an invalid argument.

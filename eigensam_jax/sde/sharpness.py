@@ -149,10 +149,10 @@ def sharpness_rates(
         dE[λ]/dt = ⟨∇λ, b⟩ + (η/2)·tr(Σ∇²λ)
 
     With one batch, `third` is −(ρ²/2)⟨∇λ, ∇³f[u, u]⟩. It is −(ρ²/2)‖∇λ‖², SAM's pull on
-    λ_max, only if u = ±v: hence the interest in alignment. The trace is exact, as the
-    mean over γ of ∇²λ[c_γ, c_γ] with the centred gradients c_γ, a linear system each.
-    It grows without bound as λ₂ approaches λ_max, where λ_max has no second derivative.
-    The mean change of λ in a step of SAM has one more term, (η²/2)·∇²λ[b, b].
+    λ_max, only if u = ±v: therefore alignment matters. The trace is the exact mean over
+    γ of ∇²λ[c_γ, c_γ] with the centred gradients c_γ, a linear system each. It grows
+    without bound as λ₂ approaches λ_max, which then has no second derivative. In a step
+    of SAM the mean change of λ has one more term, (η²/2)·∇²λ[b, b].
 
     Args:
       value_fn, params, batches, rho: as in `drift`.

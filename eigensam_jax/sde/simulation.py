@@ -81,22 +81,19 @@ def make_step(
     alpha: ArrayLike = 0.0,
     tol: ArrayLike = equation.TOLERANCE,
 ) -> Step:
-    """Builds one_step(key, state, dt) -> (state, info), Euler and Maruyama's:
+    """Builds one_step(key, state, dt) -> (state, info), by Euler and Maruyama's method:
 
         X ← X + b(X)·dt + √(η·dt)·Bξ,    ξ ~ N(0, 1)^N,  BBᵀ = Σ(X).
 
     With dt = η it is a step of SAM with the drift expanded and the noise Gaussian;
-    smaller dt approach the equation. Costs a `drift`, and a gradient per batch for the
-    noise.
+    smaller dt approach the equation. It costs a `drift` and a gradient per batch for
+    the noise. `one_step` is not jitted. It takes a typed key, a `State` of `start` for
+    the same α, and a number dt.
 
     Args:
       value_fn, batches, rho: as in `drift`.
       eta: η, the step size of the discrete method, which scales the noise.
       order, alpha, tol: as in `drift`. Unless `alpha` is 0, each step searches for v.
-
-    Returns:
-      The function `one_step`, not jitted, of a typed key, a `State` of `start` for the
-      same α, and a number dt.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp
@@ -157,8 +154,7 @@ def simulate(
 ) -> tuple[State, Any]:
     """A path over the time of `num_steps` steps of SAM, under `jax.lax.scan`.
 
-    Continue with the returned state and another key. For several paths, `jax.vmap` over
-    keys.
+    Continue with the returned state and a new key. `jax.vmap` over keys for several.
 
     Args:
       key: a typed key, which determines the path.

@@ -6,7 +6,7 @@
     state = tracker.refresh(state, matvec)                              # before ε
     state = tracker.observe(state, gradient_change, projection, radius)  # after it
 
-Those below raise a ValueError for an argument outside its range.
+The functions below return a `Tracker` and raise a ValueError for an invalid argument.
 """
 
 from eigensam_jax.trackers._refreshing import EigenpairState, lanczos, power_iteration

@@ -37,12 +37,12 @@ def power_iteration(
 ) -> Tracker:
     """The paper's tracker: a few power iterations at intervals.
 
-    On step 0 and every `update_interval` steps, v ← Hv/‖Hv‖ is repeated `num_matvecs`
-    times on the current batch, from the last v or at first a random one. This finds the
-    eigenvalue of largest magnitude. If that is certainly negative, λ + residual < 0,
-    `eigen_sam` leaves v out until the next refresh. A refresh that is non-finite, or of
-    a zero Hessian, leaves the state unchanged; before the first success v is 0. Keeps
-    one vector like the parameters, in an `EigenpairState`.
+    At step 0 and every `update_interval` steps, v ← Hv/‖Hv‖ is repeated `num_matvecs`
+    times on the current batch. It starts from the last v, the first time from a random
+    one. It finds the eigenvalue of largest magnitude. If that is certainly negative,
+    λ + residual < 0, `eigen_sam` leaves v out until the next refresh. A refresh that is
+    non-finite, or of a zero Hessian, leaves the state unchanged. v is 0 until one
+    succeeds. The state is an `EigenpairState`, with one vector like the parameters.
 
     Args:
       num_matvecs: Hessian-vector products per refresh, at least 1.
@@ -63,9 +63,10 @@ def power_iteration(
 def lanczos(num_matvecs: int = 5, update_interval: int = 100, seed: int = 0) -> Tracker:
     """A warm-started Lanczos iteration at intervals, also for indefinite Hessians.
 
-    As `power_iteration`, by `eigen.lanczos`: for as many products, the best vector in
-    the Krylov space of the last v. It finds the algebraically largest eigenvalue,
-    whatever negative curvature there is. A refresh needs `num_matvecs` + 3 vectors.
+    As `power_iteration`, with `eigen.lanczos` in its place. It takes the best vector of
+    the Krylov space of the last v, for the same number of products. It finds the
+    algebraically largest eigenvalue, also beside strong negative curvature. A refresh
+    needs `num_matvecs` + 3 vectors.
 
     Args:
       num_matvecs, update_interval, seed: as in `power_iteration`.

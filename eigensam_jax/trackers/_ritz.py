@@ -42,24 +42,25 @@ class RitzState(NamedTuple):
 
 
 def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> Tracker:
-    """Rayleigh–Ritz in a plane that follows the gradients, with few exact products.
+    """Rayleigh–Ritz in a plane that follows the gradients; this project's own tracker.
 
-    As in `secant`, each step's d = ∇L(w + ε) − ∇L(w) ≈ Hε is averaged, here into its
-    two top principal components. They lie among the top eigenvectors, but their order
-    also depends on how gradients scatter. So every `update_interval` steps the Hessian
-    is multiplied by one of the two, in turns, and the product averaged into a 2 × 2
-    matrix, the Hessian within their plane. Its top eigenvector is v; before the first
-    product, the top component.
+    The plane is spanned by the two top principal components of
+    d = ∇L(w + ε) − ∇L(w) ≈ Hε, averaged over the steps. They lie among the top
+    eigenvectors, but their order also depends on how gradients scatter. So every
+    `update_interval` steps the Hessian is multiplied by one of the two, in turns. The
+    products are averaged into a 2 × 2 matrix, the Hessian within the plane. Its top
+    eigenvector is v; before the first product, v is the top component. The state is a
+    `RitzState`.
 
-    The first step is plain SAM. Non-finite values leave the state, a `RitzState`,
-    unchanged. If two negative eigenvalues, each larger in magnitude than every positive
-    one, fill the plane, λ + residual < 0 and `eigen_sam` leaves v out. Derivatives do
-    not pass through axes whose eigenvalues agree up to rounding.
+    The first step is plain SAM. Non-finite values leave the state unchanged. Two
+    negative eigenvalues, each larger in magnitude than every positive one, can fill the
+    plane. Then λ + residual < 0 and `eigen_sam` leaves v out. Derivatives do not pass
+    through axes whose eigenvalues agree up to rounding.
 
-    Cost: a Hessian-vector product every `update_interval` steps (wasted on step 0, as
-    there is no v yet), two vectors like the parameters, and eleven more passes over
-    them per step than `secant`. Under `jax.vmap` every step pays for a product, as both
-    sides of the branch run: fix `refresh` there, or use `secant`.
+    Cost: a Hessian-vector product every `update_interval` steps (that of step 0 is
+    wasted, as there is no v yet), two vectors like the parameters, and eleven more
+    passes over them per step than `secant`. Under `jax.vmap` both sides of the branch
+    run, so every step pays for a product: fix `refresh` there, or use `secant`.
 
     Args:
       update_interval: steps from one product to the next, at least 1.
@@ -79,8 +80,7 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
       True
 
     References:
-      This project's own, by Rayleigh–Ritz: Golub and Van Loan, "Matrix Computations",
-      4th edition, section 8.1, 2013.
+      Golub and Van Loan, "Matrix Computations", 4th edition, 2013, section 8.1.
     """
     between = "steps from one product to the next"
     arguments.check_positive_int("update_interval", update_interval, between)

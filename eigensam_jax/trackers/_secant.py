@@ -34,31 +34,30 @@ class SecantState(NamedTuple):
 
 
 def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
-    """The default tracker: averages SAM's gradient differences, without products.
+    """The default tracker, this project's own: averages SAM's gradient differences.
 
-    The two gradients of a step differ by d = ∇L(w + ε) − ∇L(w) = Hε + O(ρ²), a
-    Hessian-vector product with the perturbation, which contains v. It is averaged into
-    v,
+    The two gradients of a step differ by d = ∇L(w + ε) − ∇L(w) = Hε + O(ρ²), the
+    Hessian times a perturbation that contains v. v averages these products:
 
-        v ← (decay·v + (1 − decay)·sign⟨v,ε⟩·d/‖d‖) / ‖…‖,
+        v ← (decay·v + (1 − decay)·sign⟨v,ε⟩·d/‖d‖) / ‖…‖.
 
-    a power iteration on a fresh batch at each step, shifted by about decay/(1 − decay)
-    times the largest eigenvalue, so that it finds the algebraically largest one. (With
-    the sign of ⟨v,d⟩ it would find strong negative ones.) The first step, with v = 0,
-    is plain SAM. v converges to the top eigenvector if perturbations scatter equally
-    along all eigenvectors, or α is large. At small α it leans to directions along which
-    gradients scatter more.
+    This is a power iteration on a fresh batch at each step, shifted by about
+    decay/(1 − decay) times the largest eigenvalue. So it finds the algebraically
+    largest one; the sign of ⟨v,d⟩ would admit strong negative ones. The first step,
+    with v = 0, is plain SAM. v converges to the top eigenvector if perturbations
+    scatter equally along all eigenvectors, or α is large. At small α, v leans towards
+    directions along which gradients scatter more.
 
-    λ is the least-squares slope of ⟨v,d⟩ over ⟨v,ε⟩, each step divided by its ‖ε‖:
-    unbiased, but one batch of a thousand times the curvature shows in it for over a
-    hundred steps. So v is left out not by λ but while the agreement is negative, the
-    average of ⟨v,ε⟩⟨v,d⟩/(‖ε‖‖d‖), in which each step counts for at most 1. `residual`
-    exceeds ‖Hv − λv‖ unless ε is along v.
+    λ is the least-squares slope of ⟨v,d⟩ over ⟨v,ε⟩, each step divided by its ‖ε‖. It
+    is unbiased, but one batch of a thousand times the curvature shows in it for over a
+    hundred steps. So the agreement decides whether v is used: the average of
+    ⟨v,ε⟩⟨v,d⟩/(‖ε‖‖d‖), in which each step counts for at most 1. v is left out while it
+    is negative. `residual` exceeds ‖Hv − λv‖ unless ε is along v.
 
-    It needs gradients only: `grad_fn` alone will do, or a loss without a second
-    derivative. A zero or non-finite gradient leaves the state, a `SecantState`,
-    unchanged. With bfloat16 parameters λ is less exact, as ε is rounded where the
-    gradient is taken but not in ⟨v,ε⟩. Cost: one vector like the parameters; ten more
+    The tracker works with `grad_fn` alone and for losses without a second derivative. A
+    zero or non-finite gradient leaves the state, a `SecantState`, unchanged. With
+    bfloat16 parameters λ is less exact: ε is rounded where the gradient is taken but
+    not in ⟨v,ε⟩. Cost: no extra product, one vector like the parameters, and ten more
     passes over them than `sam` per observation.
 
     Args:

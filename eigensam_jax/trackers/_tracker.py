@@ -24,18 +24,18 @@ class Tracker(NamedTuple):
         them are in float32 or wider. Structure, shapes and dtypes of a state never
         change.
       refresh: `refresh(state, matvec) -> state`, before the perturbation. `matvec` maps
-        a list like `params` to its product with the Hessian; its attribute `unroll`,
+        a list like `params` to its product with the Hessian. Its attribute `unroll`,
         for `eigen.power_iteration`, is True if the caller has fixed the refresh.
       observe: `observe(state, gradient_change, projection, radius) -> state`, after it,
         with d = ∇L(w + ε) − ∇L(w) = Hε + O(‖ε‖²), ⟨ε, v⟩ and ‖ε‖. Where ‖∇L(w)‖ is
         beyond 10^±9 all three are divided by it, which leaves their ratios unchanged. A
-        d that is zero, as where ε is, or non-finite must leave the state unchanged.
+        zero or non-finite d must leave the state unchanged; d is zero where ε is.
       refresh_interval: steps between refreshes, from step 0 on; None for never.
       observe_interval: the same for `observe`.
 
     With `per_device`, `gradient_change` and `projection` are the means over devices of
     s·dᵢ and s·⟨εᵢ, v⟩ with s = sign⟨εᵢ, v⟩. The new state must be the same on all
-    devices, which it is if it depends on the arguments alone.
+    devices. It is if it depends on the arguments alone.
     """
 
     init: Callable[[PyTree], TrackerState]

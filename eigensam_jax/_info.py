@@ -1,4 +1,4 @@
-"""What the last step did, read from the optimizer state of any chain."""
+"""A report of the last step, from the optimizer state of any chain."""
 
 from typing import Any, NamedTuple
 
@@ -11,16 +11,16 @@ from eigensam_jax.tree_math import PyTree
 class StepInfo(NamedTuple):
     """What the last step did, as scalars; 0 before the first step.
 
-    Of a state under `vmap` or `pmap` they have its axes. The last three are None for
-    `sam` and `asam`.
+    The last three are None for `sam` and `asam`. Under `vmap` or `pmap` each has the
+    state's axes.
 
     Attributes:
       grad_norm: ‖g‖ over the perturbed parameters.
       perturbation_norm: ‖ε‖.
-      perturbed_value: L(w + ε), where the loss is known.
+      perturbed_value: L(w + ε); 0 if `grad_fn` returns gradients alone.
       alignment: |⟨ε,v⟩|/‖ε‖ with the tracked v, which may be far from the true one.
       eigenvalue: the tracker's estimate of λ.
-      residual: its error, as the tracker's state says.
+      residual: the tracker's estimate of its error.
     """
 
     grad_norm: jax.Array
@@ -34,24 +34,16 @@ class StepInfo(NamedTuple):
 def info(opt_state: PyTree) -> StepInfo:
     """What the last step of `sam`, `asam` or `eigen_sam` did.
 
-    The state of the link is found by its type, inside any chain and wrapper. What the
-    parameters are called does not matter, as it does for `optax.tree.get`.
-
     Args:
-      opt_state: the state of the whole chain, or a tree that contains it: the
-        `opt_state` of `linen.TrainState`, or of `nnx.Optimizer`, of which the plain
-        arrays come out.
-
-    Returns:
-      A `StepInfo` of scalars. Outside of `jit`, `float` makes numbers of them.
+      opt_state: the state of any chain or wrapper, or a tree that contains it: the link
+        is found by its type. That of `linen.TrainState` and of `nnx.Optimizer` will do.
 
     Raises:
-      ValueError: if there is no such link in `opt_state`, or more than one.
+      ValueError: if `opt_state` contains no such link, or more than one.
 
     Example:
-      >>> import eigensam_jax, jax, jax.numpy as jnp, optax
-      >>> tx = optax.chain(eigensam_jax.sam(rho=0.1), optax.sgd(0.5))
-      >>> loss = lambda w: jnp.sum(w**2)
+      >>> import eigensam_jax, jax, jax.numpy as jnp
+      >>> tx, loss = eigensam_jax.sam(rho=0.1), lambda w: jnp.sum(w**2)
       >>> w = jnp.array([3.0, 4.0])
       >>> _, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
       >>> print(f"{eigensam_jax.info(state).grad_norm:.1f}")
@@ -67,13 +59,12 @@ def info(opt_state: PyTree) -> StepInfo:
         raise ValueError(
             "opt_state must contain the state of one sam, asam or eigen_sam, got "
             f"{len(found)}{' at ' if found else ''}{', '.join(found)}. Give the state "
-            "as tx.init(params) makes it and tx.update returns it; of several links, "
-            "the state of one."
+            "that tx.init or tx.update returned; with several links, the state of one."
         )
     (state,) = found.values()
     tracked = (getattr(state.tracker, x, None) for x in ("eigenvalue", "residual"))
     values: list[Any] = [
-        # `nnx.Optimizer` makes variables of arrays: the array alone.
+        # `nnx.Optimizer` wraps arrays in variables: take the array.
         None if x is None else jax.tree.leaves(x)[0]
         for x in (*state.info, *tracked)
     ]

@@ -1,4 +1,4 @@
-"""Any of the links on every few steps only, and what it found reused in between."""
+"""Any of the links on every few steps only, with its gradient reused in between."""
 
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ from eigensam_jax._update import arguments, scalars
 from eigensam_jax._update.update import SharpnessAwareState
 from eigensam_jax.tree_math import PyTree
 
-# Below this multiple of its dtype's precision, the part of a gradient orthogonal to
-# another one is rounding. A heuristic.
+# Below this multiple of the dtype's precision, the part of a gradient orthogonal to
+# another one counts as rounding error. A heuristic.
 _ROUNDING = 4
 
 
@@ -22,12 +22,10 @@ class PeriodicState(NamedTuple):
     """State of `periodic`.
 
     Attributes:
-      num_steps: number of steps so far, those that perturb and the others, int32.
-      link: the state of the link, a `SharpnessAwareState`, as the last step that
-        perturbed left it.
-      orthogonal: q, the direction of the last perturbed gradient's part orthogonal to
-        the plain gradient: of norm 1, or 0 where there is none; like the parameters, in
-        their dtypes. None if `reuse` is 0 or `interval` is 1.
+      num_steps: number of steps so far, perturbed or not, int32.
+      link: the link's `SharpnessAwareState` after the last perturbed step.
+      orthogonal: q, of norm 1 or 0, like the parameters in their dtypes; None if
+        `reuse` is 0 or `interval` is 1.
     """
 
     num_steps: jax.Array
@@ -42,56 +40,45 @@ def periodic(
 ) -> optax.GradientTransformationExtraArgs:
     """A link on every `interval`-th step only: 1 + 1/interval gradients a step.
 
-    On step 0 and every `interval`-th after it, the step is that of `link`. It also
-    keeps the direction q of the part of the perturbed gradient g′ that is orthogonal to
-    the plain gradient g:
+    Step 0 and every `interval`-th step after it are those of `link`. They also store
+    the direction q of the part of the perturbed gradient g′ orthogonal to the plain
+    gradient g:
 
         q = (g′ − ⟨g′,u⟩u)/‖g′ − ⟨g′,u⟩u‖,   u = g/‖g‖.
 
-    The steps between compute no second gradient. They take
-
-        g + reuse·‖g‖·q,
-
-    since q changes slowly from step to step (LookSAM). Norms and inner products run
-    over all parameters, also where `link` has a mask.
-
-    Put it first in the chain, in the place of `link`. Memory: q in the state, and on a
-    step that perturbs g is kept until g′ is there. Where the part of g′ orthogonal to g
-    is rounding, q is 0; a step that is not finite leaves q as it was.
+    The other steps compute no second gradient. They take g + reuse·‖g‖·q, as q changes
+    slowly (LookSAM). Norms and inner products run over all parameters, also if `link`
+    has a mask. q is 0 if that part of g′ is rounding error; a non-finite step leaves q
+    unchanged. Put it first in the chain, in place of `link`. Memory: q, and g during a
+    perturbed step. Under `jax.vmap` over a state both kinds of steps are computed each
+    time.
 
     Args:
-      link: what `sam`, `asam` or `eigen_sam` returns. It counts the steps that perturb:
-        its schedules of ρ and α and the intervals of its tracker run over them alone.
-        With the interval 5, a schedule of all steps is `lambda n: schedule(5 * n)`.
-      interval: steps from one that perturbs to the next, at least 1, where every step
-        is that of `link`, bit for bit.
-      reuse: the weight of q, at least 0. With 0 the steps between are those without
-        `link`, as by `optax.conditionally_transform`, and the state has no q.
+      link: what `sam`, `asam` or `eigen_sam` returns. Its schedules and its tracker's
+        intervals count perturbed steps alone: with interval 5, a schedule of all steps
+        is `lambda n: schedule(5 * n)`.
+      interval: steps between perturbed steps, at least 1, which is `link` bit for bit.
+      reuse: the weight of q, at least 0. With 0 the other steps use g, as by
+        `optax.conditionally_transform`, and the state has no q.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with the arguments of `link`'s
-      `update`, and `perturb`, a Python bool that fixes at trace time whether the step
-      is one that perturbs, so that the program has no branch: give
-      `perturb=step % interval == 0`, as a static argument of the jitted step. Use it on
-      CPUs for networks with convolutions, which XLA runs ten times slower in a branch.
-      Its state is a `PeriodicState`; `info` reads what the last step that perturbed
-      did. Under `jax.vmap` over a state, both kinds of steps are computed each time.
+      An `optax.GradientTransformationExtraArgs` with a `PeriodicState`; `info` reports
+      the last perturbed step. `update` takes the arguments of `link`'s and `perturb`, a
+      Python bool that fixes at trace time whether the step is perturbed, so that the
+      program has no branch. Give it `step % interval == 0` as a static argument for
+      networks with convolutions on a CPU, which XLA runs ten times slower in a branch.
 
     Raises:
-      ValueError: for an `interval` that is no positive integer or a negative `reuse`;
-        from `init`, if `link` is not one of the three; from `update`, as `link`.
+      ValueError: for an invalid `link`, `interval` or `reuse`; in `update`, as `link`.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
-      >>> link = eigensam_jax.periodic(eigensam_jax.sam(rho=1.0), 2, reuse=0.5)
-      >>> tx = optax.chain(link, optax.sgd(0.5))
-      >>> loss = lambda w: w[0] ** 2 + w[0] * w[1] ** 2
-      >>> w = jnp.array([1.0, 0.0])
+      >>> tx = eigensam_jax.periodic(eigensam_jax.sam(rho=1.0), interval=2)
+      >>> w, loss = jnp.array([1.0, 0.0]), lambda w: w[0] ** 2 + w[0] * w[1] ** 2
       >>> state = tx.init(w)
       >>> for _ in range(2):
       ...     updates, state = tx.update(jax.grad(loss)(w), state, w, value_fn=loss)
-      ...     w = optax.apply_updates(w, updates)
-      >>> int(state[0].num_steps), int(state[0].link.num_updates)  # one perturbed
+      >>> int(state.num_steps), int(state.link.num_updates)  # one perturbed
       (2, 1)
 
     References:
@@ -160,7 +147,6 @@ def periodic(
 
 
 def _orthogonal(perturbed: PyTree, grads: PyTree, before: PyTree) -> PyTree:
-    """The new q; what it was `before`, if the step was not finite."""
     inverse = tree_math.safe_inverse(tree_math.norm(grads))
     unit, relative = (tree_math.scale(inverse, x) for x in (grads, perturbed))
     along, squared = tree_math.vdots((relative, unit), (relative, relative))
@@ -180,7 +166,7 @@ def _check_state(state: Any, reuses: bool) -> None:
     valid = isinstance(state, PeriodicState)
     if not valid or (state.orthogonal is None) == reuses:
         raise ValueError(
-            f"opt_state must be of this periodic(…), got a {type(state).__name__}"
-            f"{' of another reuse' if valid else ''}: make it by tx.init(params) of "
-            "the same chain."
+            "opt_state must be the state of this periodic(…), got a "
+            f"{type(state).__name__}{' with another reuse' if valid else ''}: make it "
+            "by tx.init(params) of the same chain."
         )

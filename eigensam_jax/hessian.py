@@ -1,4 +1,8 @@
-"""Products with the Hessian and the Gauss–Newton matrix, without ever forming them."""
+"""Matrix-free products with the Hessian and the Gauss–Newton matrix.
+
+A product is a tree like the parameters, in float32 or the leaf's dtype if wider. An
+unknown `hvp_mode` or unusable batches raise a ValueError.
+"""
 
 import contextlib
 import re
@@ -30,21 +34,13 @@ def hvp(
 
     Args:
       value_fn: f, a function of the parameters alone that returns a real scalar.
-      params: w, a tree of real arrays.
-      vector: v, a tree like `params`, cast to their dtypes.
+      params, vector: w and v, trees of real arrays; v is cast to the dtypes of w.
       hvp_mode: how the gradient is differentiated, see `matvec`.
 
-    Returns:
-      The product, a tree like `params`, in float32 or in the leaf's dtype if wider.
-
-    Raises:
-      ValueError: for an unknown `hvp_mode`.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import hessian
+      >>> import eigensam_jax, jax.numpy as jnp
       >>> f = lambda w: w[0] ** 2 * w[1]
-      >>> hessian.hvp(f, jnp.array([1.0, 3.0]), jnp.array([1.0, 0.0]))
+      >>> eigensam_jax.hessian.hvp(f, jnp.array([1.0, 3.0]), jnp.array([1.0, 0.0]))
       Array([6., 2.], dtype=float32)
 
     References:
@@ -56,38 +52,30 @@ def hvp(
 def matvec(
     grad_fn: GradFn, params: PyTree, *, hvp_mode: HvpMode = "forward_over_reverse"
 ) -> Matvec:
-    """Builds v ↦ ∇²f(w)·v from the gradient function of f.
+    """Builds v ↦ ∇²f(w)·v from the gradient function of f, for the solvers of `eigen`.
 
-    What the solvers of `eigensam_jax.eigen` take. Each call differentiates anew: a
-    linearisation would hold all activations between products. By `hvp_mode`,
-    "forward_over_reverse" is the `jax.jvp` of the gradient, for about the operations
-    and memory of two gradients. "reverse_over_reverse" is its `jax.vjp`, the same since
-    H is symmetric: for a kernel whose custom backward pass is itself a
-    `jax.custom_vjp`, which has no forward derivative. It is as fast on dense networks,
-    several times slower on convolutional ones. "finite_difference", two gradients, is
-    for a kernel with no second derivative:
+    Each call differentiates anew: a linearisation would hold all activations between
+    products. "forward_over_reverse" is the `jax.jvp` of the gradient, for about the
+    operations and memory of two gradients. "reverse_over_reverse" is its `jax.vjp`,
+    equal since H is symmetric, for kernels whose custom backward pass is itself a
+    `jax.custom_vjp` and so has no forward derivative. It is as fast on dense networks
+    and several times slower on convolutional ones. "finite_difference", two gradients,
+    is for kernels without a second derivative:
 
         Hv ≈ ‖v‖·(∇f(w + h·v/‖v‖) − ∇f(w − h·v/‖v‖))/(2h),   h = eps^⅓,
 
-    with eps that of the coarsest dtype in `params`: errors of about eps·‖∇f‖/h + h².
-    It is unreliable in bfloat16 and with ReLU, where the gradient jumps.
+    with eps that of the coarsest dtype in `params` and errors of about eps·‖∇f‖/h + h².
+    It is unreliable in bfloat16, and with ReLU, where the gradient jumps.
 
     Args:
       grad_fn: ∇f, a function of the parameters alone, such as `jax.grad(value_fn)`.
       params: w, a tree of real arrays.
       hvp_mode: "forward_over_reverse", "reverse_over_reverse" or "finite_difference".
 
-    Returns:
-      A function from a tree like `params` to a tree like `params`, as `hvp`.
-
-    Raises:
-      ValueError: for an unknown `hvp_mode`.
-
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from eigensam_jax import hessian
-      >>> product = hessian.matvec(jax.grad(lambda w: w**3), jnp.array(2.0))
-      >>> float(product(jnp.array(1.0)))
+      >>> import eigensam_jax, jax, jax.numpy as jnp
+      >>> cube, w = (lambda w: w**3), jnp.array(2.0)
+      >>> float(eigensam_jax.hessian.matvec(jax.grad(cube), w)(jnp.array(1.0)))
       12.0
     """
     _check_mode(hvp_mode)
@@ -107,16 +95,16 @@ def matvec(
 
 @contextlib.contextmanager
 def _noted() -> Iterator[None]:
-    """Adds to JAX's error, where an operation lacks a derivative, what to do."""
+    """Adds a remedy to JAX's error where an operation lacks a derivative."""
     try:
         yield
     except Exception as error:
         if re.search("differentia|autodiff|jvp|vjp", str(error), re.IGNORECASE):
             error.add_note(
-                "An operation of the loss can't be differentiated twice like this. Of "
-                "the other values of hvp_mode, 'reverse_over_reverse' needs no forward "
-                "derivative and 'finite_difference' needs the gradient alone. "
-                "trackers.secant() makes no Hessian-vector products."
+                "An operation of the loss can't be differentiated twice in this "
+                "hvp_mode. 'reverse_over_reverse' needs no forward derivative, and "
+                "'finite_difference' needs the gradient only. trackers.secant() makes "
+                "no Hessian-vector products."
             )
         raise
 
@@ -130,33 +118,26 @@ def mean_matvec(
 ) -> Matvec:
     """Builds v ↦ Σ nᵢ ∇²fᵢ(w)·v / Σ nᵢ, the Hessian of a data set, batch by batch.
 
-    fᵢ is the mean loss of batch i and nᵢ the number of its examples. One batch has its
-    activations alive at a time. Arrays are scanned, in which XLA's CPU backend runs
-    convolutions many times slower. A function leaves the data on the host, and each
-    batch makes one jitted product: outside `jit`, for a solver with `host_loop=True`.
+    fᵢ is the mean loss of batch i and nᵢ its number of examples. Only one batch at a
+    time has its activations in memory.
 
     Args:
-      value_fn: from the parameters and a batch to a scalar, the mean over the batch.
+      value_fn: (params, batch) -> scalar, the mean loss over the batch.
       params: w, a tree of real arrays.
-      batches: a tree of arrays with a leading axis over the batches, all of one size.
-        Or batches of any sizes, gone through once per product: a list of them (each a
-        tuple, dict or list), a loader that can be iterated over again, or a function
-        without arguments that returns an iterable. nᵢ is then the length of the first
-        leaf of a batch, or 1 for a scalar.
+      batches: a tree of arrays with a leading axis over batches of one size, which is
+        scanned. XLA's CPU backend runs convolutions many times slower there. Or batches
+        of any sizes, gone through once per product: a list of them (each a tuple, dict
+        or list), a loader that can be iterated over again, or a function that returns
+        an iterable, such as `lambda: [a, b]`. They may stay on the host, nᵢ is the
+        length of a batch's first leaf (1 for a scalar), and the product cannot be
+        jitted: use `host_loop=True`.
       hvp_mode: how the gradient is differentiated, see `matvec`.
 
-    Returns:
-      A function from a tree like `params` to a tree like `params`, as `hvp`.
-
-    Raises:
-      ValueError: for an unknown `hvp_mode` and unusable `batches`.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import hessian
+      >>> import eigensam_jax, jax.numpy as jnp
       >>> f, x = (lambda w, x: jnp.mean(x) * w**2), jnp.array([1.0, 2.0, 3.0, 6.0])
-      >>> product = hessian.mean_matvec(f, jnp.array(1.0), lambda: [x[:3], x[3:]])
-      >>> float(product(jnp.array(1.0)))
+      >>> w, batches = jnp.array(1.0), lambda: [x[:3], x[3:]]
+      >>> float(eigensam_jax.hessian.mean_matvec(f, w, batches)(jnp.array(1.0)))
       6.0
     """
     _check_mode(hvp_mode)
@@ -179,18 +160,18 @@ def mean_matvec(
 
         return scanned
 
-    # One jit for all products: a step jitted by the caller could not hold the loop.
+    # One jit for all products: the caller cannot jit this loop.
     jitted = jax.jit(add)
 
     def on_the_host(vector: PyTree) -> PyTree:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vector)):
             raise ValueError(
                 "a product with batches from a function can't be traced: call it "
-                "outside jit, from a solver with host_loop=True, or give arrays."
+                "outside jit, by a solver with host_loop=True, or give arrays."
             )
         total, count = tree_math.zeros_like(params), 0
         for batch in batches():
-            # Dispatch would run ahead and have many batches on the device at once.
+            # Else dispatch runs ahead, with many batches on the device at once.
             jax.block_until_ready(total)  # type: ignore[no-untyped-call]
             first, *_ = (*jax.tree.leaves(batch), 0)
             weight = (*np.shape(first), 1)[0]
@@ -198,7 +179,7 @@ def mean_matvec(
         if count == 0:
             raise ValueError(
                 "batches() must return at least one batch each time it is called, got "
-                "none: an iterator that is used up gives nothing."
+                "none: return a new iterator from each call, not an exhausted one."
             )
         return tree_math.scale(1 / count, total)
 
@@ -247,28 +228,20 @@ def gauss_newton_matvec(
 ) -> Matvec:
     """Builds v ↦ Jᵀ ∇²ℓ J v, the generalised Gauss–Newton matrix of ℓ(f(w)).
 
-    With J the Jacobian of f at w, it is the Hessian without the curvature of the model,
-    Σ ∂ℓ/∂fᵢ ∇²fᵢ: positive semidefinite for an ℓ that is convex in the outputs, and the
-    Fisher information matrix for a cross entropy of logits.
+    With J the Jacobian of f at w, it is the Hessian less the model's curvature Σ ∂ℓ/∂fᵢ
+    ∇²fᵢ: positive semidefinite if ℓ is convex in the outputs, and the Fisher
+    information matrix for the cross entropy of logits.
 
     Args:
       predict_fn: f, from the parameters to the outputs, a tree of real arrays.
-      loss_fn: ℓ, from these outputs to a scalar.
-      params, hvp_mode: as in `matvec`; also J v is made by that mode.
-
-    Returns:
-      A function from a tree like `params` to a tree like `params`, as `hvp`.
-
-    Raises:
-      ValueError: for an unknown `hvp_mode`.
+      loss_fn: ℓ, from the outputs to a scalar.
+      params, hvp_mode: as in `matvec`; J v is made in that mode too.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import hessian
-      >>> predict, loss = (lambda w: w**2), (lambda y: jnp.sum(y**2))
-      >>> product = hessian.gauss_newton_matvec(predict, loss, jnp.array([1.0, 2.0]))
-      >>> product(jnp.array([1.0, 1.0]))  # (2w)² · 2; the Hessian has 12w²
-      Array([ 8., 32.], dtype=float32)
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> f, loss, w = (lambda w: w**2), (lambda y: jnp.sum(y**2)), jnp.ones(2)
+      >>> eigensam_jax.hessian.gauss_newton_matvec(f, loss, w)(jnp.array([1.0, 2.0]))
+      Array([ 8., 16.], dtype=float32)
 
     References:
       Schraudolph, "Fast curvature matrix-vector products for second-order gradient

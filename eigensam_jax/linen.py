@@ -1,4 +1,4 @@
-"""Flax linen: a `TrainState` that hands the loss on to the transformation."""
+"""Flax linen: a `TrainState` that passes the loss on to the transformation."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,36 +16,29 @@ from eigensam_jax.tree_math import PyTree
 
 
 class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
-    """Flax's `TrainState`, with batch statistics and a loss for the transformation.
+    """Flax's `TrainState` with batch statistics, and a loss for the transformation.
 
-    Flax's own `apply_gradients` keeps every keyword argument for itself. Made by the
-    same `create`; `optax.sgd` and others that need no loss do not notice.
+    Flax's own `apply_gradients` does not pass keyword arguments on. `create` is the
+    same, and transformations that need no loss, such as `optax.sgd`, work as before.
 
-    In a network with batch normalisation, `value_fn` must leave the statistics alone,
-    as below: those of the clean pass are kept, those of the perturbed one dropped. In
-    one with dropout, draw the key once a step, outside the loss, so that both passes
-    have the same mask. On a mesh, put the whole state there, `jax.device_put(state,
-    replicated)`, or the second step compiles again, as with Flax's own.
-
-    Parameters that their "gradient" overwrites, such as the scales of fp8 layers, are
-    treated as by Flax's own: the link and the optimizer see `params["params"]` alone,
-    and the clean gradient overwrites the rest. The functions given here get all of
-    `params`, in both passes with the same scales.
+    With batch normalisation, `value_fn` must not update the statistics, as below: those
+    of the clean pass are kept. With dropout, draw the key once a step, outside the
+    loss, so that both passes have the same mask. On a mesh, put the whole state there,
+    `jax.device_put(state, replicated)`, or the second step compiles again. Parameters
+    that their "gradient" overwrites, such as fp8 scales, are treated as by Flax: the
+    chain sees `params["params"]` alone, and the functions given here all of `params`,
+    with the same scales in both passes.
 
     Attributes:
-      batch_stats: running statistics of batch normalisation, or whatever else the
-        network keeps beside its parameters; None where it has none.
+      batch_stats: statistics of batch normalisation or other state of the network, or
+        None.
 
     Example:
       >>> import eigensam_jax, flax.linen as nn, jax, jax.numpy as jnp, optax
       >>> from eigensam_jax.linen import TrainState
-      >>> class Network(nn.Module):
-      ...     @nn.compact
-      ...     def __call__(self, x):
-      ...         return nn.Dense(1)(nn.BatchNorm(use_running_average=False)(x))
-      >>> model, x = Network(), jnp.arange(8.0).reshape(4, 2)
-      >>> variables = model.init(jax.random.key(0), x)
+      >>> model, x = nn.BatchNorm(use_running_average=False), jnp.arange(4.0)[:, None]
       >>> tx = optax.chain(eigensam_jax.eigen_sam(), optax.sgd(0.1))
+      >>> variables = model.init(jax.random.key(0), x)
       >>> state = TrainState.create(apply_fn=model.apply, tx=tx, **variables)
       >>> @jax.jit
       ... def train_step(state, x):
@@ -53,17 +46,17 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
       ...         variables = {"params": params, "batch_stats": state.batch_stats}
       ...         y, new = state.apply_fn(variables, x, mutable=["batch_stats"])
       ...         return jnp.mean((y - 1) ** 2), new["batch_stats"]
-      ...
       ...     grads, stats = jax.grad(loss_fn, has_aux=True)(state.params)
+      ...     value_fn = lambda p: loss_fn(p)[0]
       ...     return state.apply_gradients(
-      ...         grads=grads, value_fn=lambda p: loss_fn(p)[0], batch_stats=stats
+      ...         grads=grads, value_fn=value_fn, batch_stats=stats
       ...     )
       >>> int(train_step(state, x).step)
       1
     """
 
-    # By keyword and without a class attribute: subclasses may add fields without
-    # defaults, and declare this one anew, as Flax's ImageNet example does.
+    # Keyword-only, without a class attribute: subclasses may add fields without
+    # defaults or redeclare this one, as Flax's ImageNet example does.
     batch_stats: flax.core.FrozenDict[str, Any] | dict[str, Any] | None = struct.field(
         default_factory=lambda: None, kw_only=True
     )  # type: ignore[no-untyped-call]
@@ -83,15 +76,9 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
         Args:
           grads: the gradient of `value_fn` at `self.params`.
           value_fn, grad_fn, curvature_fn: as in `update`, see `eigensam_jax.eigen_sam`.
-          extra_args: further arguments of the transformation by name, for example
+          extra_args: other arguments of the transformation, such as
             `{"refresh": True}`, or `{"value": loss}` for `reduce_on_plateau`.
           **fields: fields of the state to replace, such as `batch_stats`.
-
-        Returns:
-          The new state, of which `step` is one more.
-
-        Raises:
-          ValueError: as the transformation does.
         """
         given = {"value_fn": value_fn, "grad_fn": grad_fn, "curvature_fn": curvature_fn}
         functions = {
@@ -99,7 +86,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
             for name, function in given.items()
             if function is not None
         }
-        # Flax's own takes what is left of a transformation that has its arguments.
+        # Flax's own method gets a transformation with its arguments bound.
         update = partial(
             optax.with_extra_args_support(self.tx).update,
             **functions,
@@ -113,7 +100,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
 
 
 def _of_perturbed(function: Callable[..., Any], params: PyTree) -> Callable[..., Any]:
-    """`function` of what a link sees of `params`; of gradients, the same part."""
+    """`function`, restricted to the part of `params` that a link sees."""
     if not _is_overwritten(params):
         return function
     perturbed = lambda x: x["params"] if _is_overwritten(x) else x
@@ -123,5 +110,4 @@ def _of_perturbed(function: Callable[..., Any], params: PyTree) -> Callable[...,
 
 
 def _is_overwritten(tree: PyTree) -> bool:
-    """Whether a part of these parameters is overwritten by its gradient."""
     return isinstance(tree, Mapping) and OVERWRITE_WITH_GRADIENT in tree

@@ -18,52 +18,42 @@ def value_fn(
     *args: Any,
     wrt: Any = nnx.Param,
 ) -> ValueFn:
-    """Builds params -> `loss_fn` of a copy of `model` that has these parameters.
+    """Builds params -> `loss_fn` of a copy of `model` with these parameters.
 
-    What `nnx.Optimizer.update(model, grads, value_fn=...)` hands to the transformation.
-    Give it what `nnx.grad(loss_fn)` is given, and make it before the clean pass: the
-    copies then have the batch statistics and the counts of random numbers that this
-    pass starts from, so that dropout draws the same masks in both. The live model and
-    `nnx.Rngs` move by the clean pass alone. (What the loss reads and moves must be its
-    argument: inside a gradient Flax refuses to move what a closure holds.)
-
-    Where a `grad_fn` is wanted, it is `jax.grad` of this function, not `nnx.grad`.
+    For `nnx.Optimizer.update(model, grads, value_fn=...)`. Give it what
+    `nnx.grad(loss_fn)` is given, and call it before the clean pass: the copies then
+    start from the batch statistics and random counts of that pass, so dropout draws the
+    same masks. The clean pass alone changes the live model and `nnx.Rngs`. State that
+    the loss changes must be its argument, not in a closure, as Flax requires inside a
+    gradient. The result takes `nnx.state(model, wrt)`, or parameters as the optimizer
+    gives them. For a `grad_fn`, use `jax.grad` of it, not `nnx.grad`.
 
     Args:
       model: the live model.
-      loss_fn: from a model and `args` to a scalar, the loss on the current batch.
-      *args: what else `loss_fn` takes, such as `nnx.Rngs` and the batch. Those of nnx
-        are copied for each call, as the model is.
+      loss_fn: (model, *args) -> scalar, the loss on the current batch.
+      *args: what else `loss_fn` takes, such as `nnx.Rngs` and the batch; nnx objects
+        are copied for each call.
       wrt: which variables are parameters, as in `nnx.Optimizer`.
-
-    Returns:
-      A pure function of the parameters, which may be given as `nnx.state(model, wrt)`
-      or as that optimizer gives them.
 
     Example:
       >>> import eigensam_jax, jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> from eigensam_jax.nnx import value_fn
-      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> model, rngs = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), nnx.Rngs(1)
       >>> tx = optax.chain(eigensam_jax.eigen_sam(), optax.sgd(0.1))
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> def loss_fn(model, rngs, x):
-      ...     x = nnx.Dropout(0.1)(x, rngs=rngs)
-      ...     return jnp.mean((model(x) - 1) ** 2)
+      ...     return jnp.mean((model(nnx.Dropout(0.1)(x, rngs=rngs)) - 1) ** 2)
       >>> @nnx.jit
       ... def train_step(model, optimizer, rngs, x):
       ...     at_clean_pass = value_fn(model, loss_fn, rngs, x)
-      ...     loss, grads = nnx.value_and_grad(loss_fn)(model, rngs, x)
+      ...     grads = nnx.grad(loss_fn)(model, rngs, x)
       ...     optimizer.update(model, grads, value_fn=at_clean_pass)
-      ...     return loss
-      >>> rngs, x = nnx.Rngs(1), jnp.ones((4, 2))
-      >>> loss = train_step(model, optimizer, rngs, x)
-      >>> bool(train_step(model, optimizer, rngs, x) < loss)
-      True
+      >>> train_step(model, optimizer, rngs, jnp.ones((4, 2)))
     """
     parts: Any = nnx.split(model, wrt, ...)
     graphdef, _, rest = parts
-    rest = jax.tree.map(lambda x: x, rest)  # its variables, not those of the model
+    rest = jax.tree.map(lambda x: x, rest)  # copies of the model's variables
     args = nnx.clone(args)
 
     def value(params: PyTree) -> jax.Array:

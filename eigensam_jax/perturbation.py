@@ -1,9 +1,9 @@
 """The perturbation ε of SAM, ASAM and Eigen-SAM: pure functions of g, w and v.
 
-Each takes the gradient g = ∇L(w) as a tree of real arrays and returns a `Perturbation`
-whose leaves are in float32, or in the gradient's dtype where that is wider. Norms and
-inner products run over the whole tree. Where the gradient is zero, or its norm is not
-finite, there is no direction to perturb in: ε = 0.
+Each takes the gradient g = ∇L(w), a tree of real arrays, and returns a `Perturbation`
+in float32 or the gradient's dtype if wider. Norms and inner products run over the whole
+tree. ε = 0 where the gradient is zero or its norm non-finite. References are those of
+`eigensam_jax.sam`, `asam` and `eigen_sam`.
 """
 
 from typing import NamedTuple
@@ -48,17 +48,10 @@ def sam(grads: PyTree, rho: ArrayLike) -> Perturbation:
       grads: g, a tree of real arrays.
       rho: ρ, the radius.
 
-    Returns:
-      A `Perturbation` with ‖ε‖ = ρ.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import perturbation
-      >>> perturbation.sam(jnp.array([3.0, 4.0]), rho=0.5).epsilon
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> eigensam_jax.perturbation.sam(jnp.array([3.0, 4.0]), rho=0.5).epsilon
       Array([0.3, 0.4], dtype=float32)
-
-    References:
-      Foret et al., as in `eigensam_jax.sam`.
     """
     grad_norm = tree_math.norm(grads)
     rho = jnp.asarray(rho, grad_norm.dtype)
@@ -78,27 +71,19 @@ def asam(
 ) -> Perturbation:
     """ASAM's perturbation ε = ρ·T²g/‖Tg‖ with T = |w| + η, element-wise.
 
-    The ball is measured relative to the size of each weight, so that rescaling the
-    weights of a layer does not change it; η lets weights that are zero move too.
+    The ball scales with each weight, so rescaling the weights of a layer does not
+    change it. The result's `norm` is ‖ε‖, not ρ = ‖T⁻¹ε‖.
 
     Args:
-      grads: g, a tree of real arrays.
-      params: w, a tree of the same structure and shapes.
-      rho: ρ, the radius in the scaled space, ‖T⁻¹ε‖ = ρ.
+      grads, params: g and w, trees of real arrays of the same structure and shapes.
+      rho: ρ, the radius in the scaled space.
       eta, scale_biases: as in `eigensam_jax.asam`.
 
-    Returns:
-      A `Perturbation`; its `norm` is ‖ε‖, not ρ.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import perturbation
+      >>> import eigensam_jax, jax.numpy as jnp
       >>> g, w = jnp.array([[3.0, 4.0]]), jnp.array([[1.0, -1.0]])
-      >>> perturbation.asam(g, w, rho=0.5, eta=1.0).epsilon
+      >>> eigensam_jax.perturbation.asam(g, w, rho=0.5, eta=1.0).epsilon
       Array([[0.6, 0.8]], dtype=float32)
-
-    References:
-      Kwon et al., as in `eigensam_jax.asam`.
     """
     grad_norm = tree_math.norm(grads)
     unit = tree_math.scale(tree_math.safe_inverse(grad_norm), grads)
@@ -150,30 +135,20 @@ def eigen_sam(
     renormalised. With c = ⟨u,v⟩,
 
         ε = ρ·((1 − α|c|)·u + α·sign(c)·v),   ‖ε‖ = ρ·√(1 + α²(1 − c²)),
-        |⟨ε,v⟩| = ρ·(|c| + α(1 − c²)),
+        |⟨ε,v⟩| = ρ·(|c| + α(1 − c²)).
 
-    so that no pass over ε is needed for its norm or projection. It does not change when
-    v becomes −v. For α = 0, c = 0 or v = 0 it is SAM's.
+    ε does not change when v becomes −v. For α = 0, c = 0 or v = 0 it is SAM's.
 
     Args:
       grads: g, a tree of real arrays.
-      eigenvector: v, a tree of the same structure and shapes, of norm 1, or 0 where
-        there is no estimate yet.
-      rho: ρ, the radius of SAM's part.
-      alpha: α, the weight of the eigenvector's part.
-
-    Returns:
-      A `Perturbation` with `projection`.
+      eigenvector: v, a tree like `grads`, of norm 1, or 0 if there is no estimate yet.
+      rho, alpha: ρ, the radius of SAM's part, and α, the weight of the eigenvector's.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import perturbation
+      >>> import eigensam_jax, jax.numpy as jnp
       >>> g, v = jnp.array([1.0, 0.0]), jnp.array([0.6, -0.8])
-      >>> perturbation.eigen_sam(g, v, rho=1.0, alpha=0.5).epsilon
+      >>> eigensam_jax.perturbation.eigen_sam(g, v, rho=1.0, alpha=0.5).epsilon
       Array([ 1. , -0.4], dtype=float32)
-
-    References:
-      Luo et al., as in `eigensam_jax.eigen_sam`.
     """
     grad_norm = tree_math.norm(grads)
     rho, alpha = (jnp.asarray(x, grad_norm.dtype) for x in (rho, alpha))
@@ -195,7 +170,7 @@ def eigen_sam(
 
 
 def _where_usable(inverse: jax.Array, perturbation: Perturbation) -> Perturbation:
-    """Zeros in place of all but `grad_norm` where there is no direction (1/‖·‖ = 0)."""
+    """Zeros for all but `grad_norm` where `inverse` is 0, as there is no direction."""
     zeros = jax.tree.map(jnp.zeros_like, perturbation)
     kept: Perturbation = tree_math.where(inverse > 0, perturbation, zeros)
     return kept._replace(grad_norm=perturbation.grad_norm)

@@ -1,29 +1,25 @@
 """SAM, ASAM and Eigen-SAM as optax gradient transformations.
 
-Each turns ∇L(w) into ∇L(w + ε) and belongs first in an `optax.chain`:
+Each replaces ∇L(w) by ∇L(w + ε) and must be the first link of an `optax.chain`:
 
     tx.update(grads, opt_state, params, value_fn=lambda p: loss(p, batch))
 
-`grads` must be the gradient of `value_fn` at `params`: the same batch, dropout mask and
-scaling, with nothing before it in the chain. Clip and decay after it: what comes out is
-the gradient at w + ε, whatever was handed in.
+`grads` must be the gradient of `value_fn` at `params`, with the same batch, dropout
+mask and loss scale. Links before it, such as clipping, have no lasting effect: the
+output is a new gradient at w + ε. `optax.MultiSteps` around the chain keeps only the
+last micro-batch's perturbation. Pass the gradient of the whole batch instead, and a
+`grad_fn` that loops over micro-batches.
 
-`optax.MultiSteps` around the chain would call it on every mini-batch and keep the last
-perturbation only. For one perturbation from the whole batch, hand in its gradient and a
-`grad_fn` that goes through the mini-batches.
+Under `jax.jit` with sharded arrays nothing is needed, nor under `jax.shard_map` if the
+loss is the mean over the devices, `jax.lax.pmean(loss, axis)`. Under `jax.pmap`, under
+`shard_map` with `check_vma=False`, and for m-sharpness, give `axis_name`. `value_fn` is
+then the loss of each device's own batch, and `updates` the mean of its gradients:
 
-Under `jax.jit` with sharded arrays nothing need be said: the state of these links is
-sharded as the parameters are. The same holds under `jax.shard_map` if the loss is the
-mean over the devices, `jax.lax.pmean(loss, axis)`. In `jax.pmap`, under `shard_map`
-without its check, and for m-sharpness, give `axis_name`; `value_fn` is then the loss of
-each device's own batch, and `updates` the mean of its gradients:
-
-    own = jax.lax.pcast(params, "data", to="varying")  # for shard_map's check alone
+    own = jax.lax.pcast(params, "data", to="varying")  # only where check_vma=True
     grads = jax.lax.pmean(jax.grad(value_fn)(own), "data")
 
-The gradient with respect to the replicated `params` would be the sum over the devices.
-Its mean is n times too large: `sam` does not mind, but the secant would follow the
-gradient instead of v.
+Without `pcast` the gradient is already the sum over n devices and its mean n times too
+large. The secant tracker would then follow the gradient instead of v.
 """
 
 from typing import Any
@@ -53,53 +49,44 @@ def sam(
 ) -> optax.GradientTransformationExtraArgs:
     """Sharpness-aware minimization: ∇L(w) becomes ∇L(w + ρ·g/‖g‖).
 
-    One gradient more per step. The norm runs over all perturbed parameters together.
-    Put it first in the chain: `updates` must be the gradient of `value_fn` at `params`.
-    Last in the chain it would hand on the gradient itself, not a step downhill.
-
-    The perturbed parameters have the dtypes of `params`. In bfloat16 or float16 they
-    are rounded stochastically, as most of ε is below the last bit of a weight. Forward
-    and reverse derivatives go through `update`; at a zero gradient those of ε are 0.
+    First in the chain; one more gradient per step. The norm runs over all perturbed
+    parameters. Those in bfloat16 and float16 are rounded stochastically, since most of
+    ε is below a weight's last bit. `update` has forward and reverse derivatives. At a
+    zero gradient ε and its derivatives are 0.
 
     Args:
-      rho: ρ, the radius of the perturbation, at least 0; or a schedule of the number of
-        updates so far (below 0 or not finite, it counts as 0). ‖ε‖ is ρ for gradients
-        of any size that their dtype holds, so that a loss may be scaled. Where the
-        squares of a gradient leave that range, its norm takes a second pass.
-      mask: which parameters are perturbed: a tree of bools like the parameters or a
-        prefix of them, or a function that makes one from the parameters. ε is zero
-        elsewhere and norms leave the rest out. All, by default.
+      rho: radius ρ ≥ 0, or a schedule of the number of updates so far; its negative and
+        non-finite values count as 0. ‖ε‖ = ρ whatever the scale of the loss.
+      mask: the parameters to perturb, by default all: a tree of bools like the
+        parameters, a prefix of one, or a function from the parameters to either. ε is
+        zero elsewhere, and norms leave the rest out.
       axis_name: the axis or axes of `pmap`, `shard_map` or `vmap` over which batches
-        differ, a name or a tuple of names: what is computed inside is averaged over
-        them. `value_fn`, `grad_fn` and `curvature_fn` are those of each device's own
-        batch, without a mean, and get parameters that vary already.
+        differ, a name or a tuple of names. Everything computed inside is averaged over
+        them. `value_fn`, `grad_fn` and `curvature_fn` receive varying parameters and
+        return the results of one device's batch.
       per_device: whether each device perturbs by its own gradient (m-sharpness), which
-        saves a collective: `updates` is then each device's own gradient, without a
-        mean, and what comes out is the mean of the gradients at w + εᵢ. A wrapper that
-        decides by its `updates`, such as `optax.apply_if_finite`, belongs after this
-        link: around it, devices that decide differently wait for each other for ever.
+        saves a collective. `updates` are then each device's own gradient, and the
+        output is the mean of the gradients at w + εᵢ. Put wrappers that branch on their
+        `updates`, such as `optax.apply_if_finite`, after this link: around it, devices
+        can deadlock.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`. Its state is a `SharpnessAwareState`,
-      which `info` reads. Its `update` needs `params` and, by keyword, `value_fn`,
-      params -> scalar, the loss on the current batch; or `grad_fn`, where the loss
-      alone is not enough (micro-batches, loss scaling): params -> gradient tree, or
-      params -> (value, gradient tree). With both, `grad_fn` makes the gradients. Other
-      arguments are ignored. What comes out has the structure of `params` and the dtypes
-      of the gradients handed in.
+      An `optax.GradientTransformationExtraArgs` with a `SharpnessAwareState`, read by
+      `info`. `update` needs `params` and, by keyword, `value_fn`: params -> scalar, the
+      loss on the current batch; or `grad_fn`: params -> gradient tree or (value,
+      gradient tree), for micro-batches or loss scaling. `grad_fn` is used if both are
+      given. Other arguments are ignored. The output has the structure of `params` and
+      the dtypes of the gradients passed in.
 
     Raises:
-      ValueError: for a negative `rho`, an invalid `mask` or `axis_name`, `per_device`
-        without the latter; from `init` and `update`, for parameters that are not real
-        floating-point arrays; from `update`, where an argument is missing or does not
-        fit the parameters, outside the axes of `axis_name`, and where `updates` are
-        known to be a mean and `per_device` is True, or the other way round.
+      ValueError: for invalid options, for parameters that are not real floating-point
+        arrays, and for arguments of `update` that are missing, do not fit the
+        parameters, or are wrongly averaged, or not averaged, over devices.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
       >>> tx = optax.chain(eigensam_jax.sam(rho=0.1), optax.sgd(0.5))
-      >>> loss = lambda w: jnp.sum(w**2)
-      >>> w = jnp.array([1.0, 0.0])
+      >>> w, loss = jnp.array([1.0, 0.0]), lambda w: jnp.sum(w**2)
       >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
       >>> updates  # -0.5 · 2(w + ε)
       Array([-1.1, -0. ], dtype=float32)
@@ -127,29 +114,21 @@ def asam(
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptive SAM: ∇L(w) becomes ∇L(w + ρ·T²g/‖Tg‖) with T = |w| + η, element-wise.
 
-    One gradient more per step; first in the chain, as `sam`. ρ is measured relative to
-    the weights, so it is about ten times that of `sam`. On biases, the leaves of one
-    axis or none, T is 1, as in the authors' code, whose published choice is ρ = 0.5.
+    Results and errors are those of `sam`. ρ is relative to the weights, so it is about
+    ten times that of `sam`. T is 1 on biases, the leaves of one axis or none, as in the
+    authors' code (their published ρ is 0.5).
 
     Args:
-      rho: ρ, at least 0; or a schedule of the number of updates so far.
-      eta: η, at least 0; with 0, weights that are zero are never perturbed.
+      rho: ρ, as in `sam`.
+      eta: η ≥ 0. With 0, weights that are zero are never perturbed.
       scale_biases: whether T is |w| + η on biases too, as in the paper's formula. A
-        larger ρ is then best, such as 2.
+        larger ρ, such as 2, is then best.
       mask, axis_name, per_device: as in `sam`.
-
-    Returns:
-      As `sam`.
-
-    Raises:
-      ValueError: for a negative `rho` or `eta`, a `scale_biases` that is not a bool,
-        and as `sam`.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
       >>> tx = optax.chain(eigensam_jax.asam(rho=0.1, eta=0.0), optax.sgd(0.5))
-      >>> loss = lambda w: jnp.sum(w**2)
-      >>> w = jnp.array([[2.0, 0.0]])
+      >>> w, loss = jnp.array([[2.0, 0.0]]), lambda w: jnp.sum(w**2)
       >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
       >>> updates  # ε = 0.1 · (4·4)/(2·4) in the first weight
       Array([[-2.2, -0. ]], dtype=float32)
@@ -183,79 +162,58 @@ def eigen_sam(
     hvp_mode: HvpMode = "forward_over_reverse",
     eigenvector_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Eigen-SAM: SAM, turned towards the top eigenvector v of the Hessian.
+    """Eigen-SAM: SAM's perturbation, turned towards the top Hessian eigenvector v.
 
-    ∇L(w) becomes ∇L(w + ε) with ε = ρ·(u + α·sign⟨g,v⟩·v⊥), where u = g/‖g‖ and
-    v⊥ = v − ⟨u,v⟩u, which is not renormalised: ‖ε‖ = ρ·√(1 + α²(1 − ⟨u,v⟩²)), a little
-    more than ρ. Compare with `sam` at that radius, not at the same ρ.
+        ∇L(w) becomes ∇L(w + ε),   ε = ρ·(u + α·sign⟨g,v⟩·v⊥),   u = g/‖g‖
 
-    Put it first in the chain, as `sam`.
+    Here v⊥ = v − ⟨u,v⟩u is not renormalised, so ‖ε‖ = ρ·√(1 + α²(1 − ⟨u,v⟩²)) is a
+    little more than ρ. Compare with `sam` at that radius. The step is that of `sam`
+    until there is a v, and while λ is certainly negative. `alpha=0` is `sam` bit for
+    bit, with v tracked.
 
-    The paper's method is `eigen_sam(0.1, 0.2, trackers.power_iteration())`. The
-    defaults are others: in our measurements α = 0.2 nowhere lowered λ_max significantly
-    below SAM's of the same radius, and α = 0.5 did on a dense network on Fashion-MNIST.
+    The paper's method is `eigen_sam(0.1, 0.2, trackers.power_iteration())`. The default
+    α is larger because 0.2 never lowered λ_max significantly below SAM's at equal
+    radius in our measurements. The paper's code differs: it perturbs by ρ·g,
+    unnormalised, until it has a v; counts the steps between refreshes within an epoch;
+    takes the Hessian in evaluation mode (here by `curvature_fn`); does not detect
+    negative eigenvalues; and does not save v.
 
-    Where λ is certainly negative, so that v is no top eigenvector, and until there is a
-    v, the added term is dropped: the steps are those of `sam`. `alpha=0` is `sam`, bit
-    for bit, with the eigenvector tracked beside it.
-
-    Cost: one gradient more per step, as `sam`; one vector like the parameters, in
-    float32 or wider; and what the tracker costs, by default no Hessian-vector product.
-    The products of other trackers need several times the memory of a gradient on a step
-    that refreshes, and the program reserves it for every step. Where that is too much,
-    give them half or a quarter of the batch by `curvature_fn`.
-
-    The Hessian of trackers that make products is that of `curvature_fn`, if given, else
-    the Jacobian of `grad_fn`, if given, else that of `value_fn`, at w. What optax adds
-    later, such as weight decay, is not in it.
-
-    `eigensam_jax.info(opt_state)` is what the last step did, and
-    `optax.tree.get(opt_state, "eigenvector")` is v.
-
-    Differences from the paper's code: before the first v exists that code perturbs by
-    ρ·g, unnormalised. A refresh counts steps over all of training, so that short epochs
-    refresh too. The Hessian is that of the loss as it is trained; the paper's code
-    takes it in evaluation mode, for which there is `curvature_fn`. Negative eigenvalues
-    are seen. v is part of the state and its checkpoints.
+    The Hessian is that of `curvature_fn`, if given; else the Jacobian of `grad_fn`, if
+    given; else that of `value_fn`. Later links, such as weight decay, are not in it.
+    Cost: one more gradient per step, one vector like the parameters in float32 or
+    wider, and the tracker's cost. Trackers that make Hessian-vector products need
+    several times the memory of a gradient, reserved on every step; a `curvature_fn` of
+    a quarter of the batch needs less.
 
     Args:
-      rho: ρ, the radius of SAM's part, at least 0; or a schedule of the number of
-        updates so far.
-      alpha: α, the weight of the eigenvector's part, at least 0; or a schedule. The
-        paper tunes it over 0.05, 0.1 and 0.2.
+      rho: radius ρ of SAM's part, as in `sam`.
+      alpha: weight α ≥ 0 of the eigenvector's part, or a schedule; the paper tunes it
+        over 0.05, 0.1 and 0.2.
       tracker: what keeps v up to date, see `eigensam_jax.trackers`.
-      mask: as in `sam`; v and the Hessian are those of the perturbed parameters, with
-        v zero elsewhere.
-      axis_name: as in `sam`; Hessian-vector products are averaged as well.
-      per_device: as in `sam`. v stays the same on all devices: the Hessian is that of
-        the whole batch, and what trackers observe is averaged, for a collective as
-        large as a gradient on each step that is observed: see `trackers.Tracker`.
-      hvp_mode: how a Hessian-vector product is made, see `hessian.matvec`. The default
+      mask: as in `sam`. v and the Hessian are those of the perturbed parameters.
+      axis_name: as in `sam`. Hessian-vector products are averaged as well.
+      per_device: as in `sam`. The Hessian is still that of the whole batch. What the
+        tracker observes is averaged, by a collective as large as a gradient.
+      hvp_mode: how Hessian-vector products are made, see `hessian.matvec`. The default
         is the fastest; the others are for kernels that lack its derivatives.
-      eigenvector_dtype: the dtype in which v, and the second vector of
-        `trackers.ritz`, are kept between steps; None is float32, or that of the
-        parameters where it is wider. `jnp.bfloat16` halves their memory: they are
-        rounded to it stochastically, and sums with them are in float32 all the same.
+      eigenvector_dtype: the dtype in which the tracker's vectors are stored,
+        stochastically rounded; None is float32, or the parameters' if wider.
+        `jnp.bfloat16` halves their memory; sums with them stay in float32.
 
     Returns:
-      As `sam`. `update` takes two more keyword arguments: `curvature_fn`, params ->
-      scalar, the loss whose Hessian is tracked where it is another one (evaluation
-      mode, part of the batch); and `refresh`, a Python bool that fixes at trace time
-      whether the tracker does on this step what it does every `update_interval` steps,
-      so that there is no branch in the program. Give `step % update_interval == 0`:
-      always False is never.
-
-    Raises:
-      ValueError: for a negative `rho` or `alpha`, an invalid `tracker`, an unknown
-        `hvp_mode`, an `eigenvector_dtype` that is not floating-point or has fewer than
-        16 bits, and as `sam`.
+      As `sam`. `update` takes two more keyword arguments. `curvature_fn`:
+      params -> scalar, the loss whose Hessian is tracked, if another one. `refresh`: a
+      Python bool that fixes at trace time whether the tracker does what it does every
+      `update_interval` steps, so that the program has no branch. Give it
+      `step % update_interval == 0`; False on every step never refreshes.
+      `info(opt_state)` reports the last step, and
+      `optax.tree.get(opt_state, "eigenvector")` is v.
 
     Example:
       >>> import eigensam_jax, jax, jax.numpy as jnp, optax
       >>> paper = eigensam_jax.trackers.power_iteration()
       >>> tx = optax.chain(eigensam_jax.eigen_sam(0.1, 0.2, paper), optax.sgd(0.1))
-      >>> loss = lambda w: w["x"] ** 2 + 3 * w["y"] ** 2
-      >>> w = {"x": jnp.array(1.0), "y": jnp.array(0.1)}
+      >>> w, loss = jnp.array([1.0, 0.1]), lambda w: w[0] ** 2 + 3 * w[1] ** 2
       >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
       >>> print(f"{eigensam_jax.info(state).eigenvalue:.2f}")  # the Hessian's: 2 and 6
       6.00
@@ -288,11 +246,11 @@ def eigen_sam(
 
 
 def _at(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
-    """The value at this step; what is negative or not finite counts as 0."""
+    """The value at this step; 0 if it is negative or non-finite."""
     now = jnp.asarray(value(count) if callable(value) else value)
     if now.shape != ():
         raise ValueError(
-            f"{name} must be a scalar at each step, got the shape {now.shape}: let the "
-            "schedule return one number."
+            f"{name} must be a scalar at each step, got the shape {now.shape}: return "
+            "one number from the schedule."
         )
     return jnp.where((now > 0) & jnp.isfinite(now), now, 0)

@@ -1,9 +1,9 @@
 """Inner products, norms and sums of pytrees, accumulated in float32 or wider.
 
-A parameter tree is one long vector here: `vdot` and `norm` run over all leaves at once.
-Every sum is an element-wise product followed by `jnp.sum` in the leaf's dtype or
-float32, whichever is wider, so that a million bfloat16 ones have the squared norm
-1,000,000 and no matrix unit rounds the factors.
+A parameter tree is one long vector here: `vdot` and `norm` run over all leaves. Each
+sum is an element-wise product followed by `jnp.sum` in float32 or the leaf's dtype if
+wider: a million bfloat16 ones have the squared norm 1,000,000. Inner products of trees
+that differ in structure or shapes raise a ValueError.
 
 Example:
   >>> import jax.numpy as jnp
@@ -14,8 +14,8 @@ Example:
   >>> y = tree_math.add_scaled(x, -1, tree_math.scale(2, x))  # x − 2x
   >>> y["b"], tree_math.cast_like(y, x)["b"].dtype
   (Array(-4., dtype=float32), dtype(bfloat16))
-  >>> tree_math.where(jnp.array(True), tree_math.zeros_like(x), y)["b"]
-  Array(0., dtype=float32)
+  >>> [float(product) for product in tree_math.vdots((x, x), (x, y))]
+  [25.0, -25.0]
 """
 
 import math
@@ -32,8 +32,7 @@ from eigensam_jax._update import scalars
 PyTree = Any
 Tree = TypeVar("Tree")
 
-# The longest row that is summed in one go: the rounding errors of a plain float32 sum
-# grow with its length.
+# The longest row summed in one go: rounding errors of a float32 sum grow with length.
 _LONGEST_ROW = 2**16
 
 
@@ -45,50 +44,29 @@ def accumulation_dtype(tree: PyTree) -> jnp.dtype:
 
 
 def widen(tree: PyTree) -> PyTree:
-    """The same tree with every leaf in its own dtype or float32, if that is wider."""
+    """The same tree with every leaf in float32, or its own dtype if wider."""
     return jax.tree.map(lambda x: jnp.asarray(x, accumulation_dtype(x)), tree)
 
 
 def cast_like(tree: PyTree, other: PyTree) -> PyTree:
-    """`tree` with the dtypes of `other`; as `optax.tree.cast_like`, of numbers too."""
+    """`tree` with the dtypes of `other`, as `optax.tree.cast_like`, also of numbers."""
     return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, other)
 
 
 def zeros_like(tree: PyTree) -> PyTree:
-    """Zeros with the shapes of `tree`, in float32 or wider, sharded as it is.
-
-    By a selection that never selects: under `jit`, an array that is not computed from a
-    sharded one is not sharded. Of a `jax.ShapeDtypeStruct` too.
-    """
+    """Zeros like `tree`, in float32 or wider, sharded as it is, also under `jit`."""
 
     def zeros(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         if isinstance(x, jax.ShapeDtypeStruct):
             x = jnp.zeros(x.shape, x.dtype, device=x.sharding)
+        # A selection from x keeps its sharding under `jit`.
         return jnp.where(False, widen(x), 0)
 
     return jax.tree.map(zeros, tree)
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
-    """Inner product ⟨a, b⟩ = Σ aᵢ bᵢ over all leaves of two real trees.
-
-    Args:
-      a: a tree of real arrays.
-      b: a tree with the structure and shapes of `a`.
-
-    Returns:
-      A scalar in the accumulation dtype; 0 for a tree without leaves.
-
-    Raises:
-      ValueError: if the structures or shapes differ.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> ones = {"w": jnp.ones(1_000_000, jnp.bfloat16), "b": jnp.ones(())}
-      >>> float(tree_math.vdot(ones, ones))
-      1000001.0
-    """
+    """Inner product ⟨a, b⟩ = Σ aᵢ bᵢ over all leaves; 0 for trees without leaves."""
     dtype = accumulation_dtype((a, b))
     products = jax.tree.map(lambda x, y: jnp.sum(_times(x, y)), widen(a), widen(b))
     sums = (x.astype(dtype) for x in jax.tree.leaves(products))
@@ -96,22 +74,8 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def vdots(*pairs: tuple[PyTree, PyTree]) -> tuple[jax.Array, ...]:
-    """Inner products ⟨a, b⟩ of several pairs of real trees, in one pass over them.
-
-    As `vdot` of each pair, but each leaf is read once, however many products it is in.
-    Separate sums would be separate loops over memory, at least on a CPU. (A leaf of one
-    axis, or whose last axis is longer than 65,536, takes a loop for each pair.)
-
-    Args:
-      *pairs: pairs (a, b) of trees; all trees have the same structure and shapes.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> a, b = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}
-      >>> [float(product) for product in tree_math.vdots((a, a), (a, b))]
-      [5.0, 11.0]
-    """
+    """Inner products ⟨a, b⟩ of pairs of trees of one structure, each leaf read once."""
+    # Except leaves of one axis or with a long last axis, which take a loop per pair.
     return _vdots(pairs)
 
 
@@ -125,14 +89,14 @@ def _vdots(pairs: tuple[tuple[PyTree, PyTree], ...]) -> tuple[jax.Array, ...]:
     ]
     if not sums:
         return (jnp.zeros((), dtype),) * len(pairs)
-    # A sum for each pair would be a chain of additions as long as there are leaves,
-    # and XLA would put it into every loop over a leaf that needs the total.
+    # One reduction: XLA would repeat a chain of additions over leaves in every loop
+    # over a leaf that needs the total.
     return _reduce([jnp.stack(of_pair) for of_pair in zip(*sums, strict=True)], [0])
 
 
 @_vdots.defjvp
 def _vdots_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """The reduction with many operands has no derivative of its own."""
+    """A reduction with many operands has no derivative of its own."""
     dtype = accumulation_dtype(primals[0])
     rates = [
         (vdot(da, b) + vdot(a, db)).astype(dtype)
@@ -142,21 +106,17 @@ def _vdots_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The product of two leaves, which must not be broadcast: that is no inner one."""
     if x.shape != y.shape:
         raise ValueError(
-            "an inner product is of trees with the same shapes, got leaves of "
-            f"{x.shape} and {y.shape}."
+            "an inner product needs trees of the same shapes, got leaves of "
+            f"{x.shape} and {y.shape}: give two trees like the parameters."
         )
     dtype = accumulation_dtype((x, y))
     return x.astype(dtype) * y.astype(dtype)
 
 
 def _row_sums(leaves: Sequence[jax.Array]) -> Sequence[jax.Array]:
-    """Sums over the trailing axes of arrays of one shape, all in one loop.
-
-    One reduction with many operands is a plain loop, so its rows are kept short.
-    """
+    """Sums over the trailing axes of arrays of one shape, in one loop of short rows."""
     shape, dtype = leaves[0].shape, accumulation_dtype(leaves)
     axes = [i for i in range(len(shape)) if math.prod(shape[i:]) <= _LONGEST_ROW]
     if not axes:
@@ -165,7 +125,6 @@ def _row_sums(leaves: Sequence[jax.Array]) -> Sequence[jax.Array]:
 
 
 def _reduce(arrays: Sequence[jax.Array], axes: list[int]) -> tuple[jax.Array, ...]:
-    """The sums over `axes` of arrays of one shape and dtype, by one reduction."""
     zeros = (jnp.zeros((), arrays[0].dtype),) * len(arrays)
     return tuple(jax.lax.reduce(tuple(arrays), zeros, _add, axes))
 
@@ -178,9 +137,8 @@ def _add(x: tuple[jax.Array, ...], y: tuple[jax.Array, ...]) -> tuple[jax.Array,
 def norm(tree: PyTree) -> jax.Array:
     """Euclidean norm ‖x‖ = √⟨x, x⟩ over all leaves, in the accumulation dtype.
 
-    Right over the whole range of that dtype: where the squares over- or underflow, they
-    are summed once more, rescaled. Elsewhere that costs nothing. The derivative is
-    ⟨x/‖x‖, dx⟩, and 0 at x = 0.
+    Squares that over- or underflow are rescaled and summed again. Its derivative is 0
+    at 0.
     """
     return _norm(widen(tree))
 
@@ -194,7 +152,7 @@ def _norm(tree: PyTree) -> jax.Array:
 
     def attempt(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         divisor, *_ = carry
-        # Divided: of a product with a constant k, XLA would make (c·c)·(k·k).
+        # A quotient: XLA would turn a product with a constant k into (c·c)·(k·k).
         scaled = jax.tree.map(lambda x: x / divisor.astype(x.dtype), tree)
         squared = vdot(scaled, scaled)
         rescaled = jnp.where(squared < low, one / step, one)
@@ -206,7 +164,7 @@ def _norm(tree: PyTree) -> jax.Array:
     if not isinstance(first[1], jax.core.Tracer):
         divisor, squared, _ = first if first[2] else attempt(first)
     else:
-        # A loop, so that the sums over all leaves are in the program once.
+        # A loop, so that the program contains the sums over all leaves once.
         start = map(
             scalars.varying, (one, one, one > 1), map(scalars.varies_over, first)
         )
@@ -227,19 +185,9 @@ def safe_inverse(x: jax.Array) -> jax.Array:
 
 
 def safe_divide(x: ArrayLike, y: jax.Array) -> jax.Array:
-    """x/y where y is positive and finite, else 0.
-
-    What is to scale a tree is better divided than multiplied by an inverse: XLA puts a
-    sum over all leaves, addition by addition, into the loop over each leaf that needs
-    it, and takes minutes to compile the squares of that. A quotient or a root is
-    computed once.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import tree_math
-      >>> [float(tree_math.safe_divide(1.0, jnp.array(y))) for y in (4.0, 0.0, jnp.inf)]
-      [0.25, 0.0, 0.0]
-    """
+    """x/y where y is positive and finite, else 0."""
+    # To scale a tree, prefer a quotient to a product with an inverse: XLA would repeat
+    # the sum over all leaves in the loop over each leaf, and take minutes to compile.
     usable = (y > 0) & jnp.isfinite(y)
     return jnp.where(usable, x / jnp.where(usable, y, 1), 0)
 
@@ -255,15 +203,12 @@ def add_scaled(a: PyTree, factor: ArrayLike, b: PyTree) -> PyTree:
 
 
 def _sum(x: jax.Array, y: jax.Array) -> jax.Array:
-    """X + y in the wider of their dtypes, also under strict promotion."""
+    """The sum in the wider of their dtypes, also under strict promotion."""
     dtype = accumulation_dtype((x, y))
     return x.astype(dtype) + y.astype(dtype)
 
 
 def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
-    """All of `a` where the scalar `condition` holds, else all of `b`.
-
-    A selection, not a weighted sum: an infinity in the tree not taken stays there.
-    """
+    """All of `a` where the scalar `condition` holds, else all of `b`: a selection."""
     selected: Tree = jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
     return selected

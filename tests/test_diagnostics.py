@@ -472,5 +472,5 @@ def test_misuse_of_the_check():
     with pytest.raises(ValueError, match="outside jit and eval_shape"):
         jax.jit(closed)(1.0)
     shapes = jax.eval_shape(lambda p: p, params)
-    with pytest.raises(ValueError, match="needs values, got traced arrays or shapes"):
+    with pytest.raises(ValueError, match="needs values, got traced arrays or shapes:"):
         diagnostics.check_gradient(params, shapes, value_fn=loss)

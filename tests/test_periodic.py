@@ -446,7 +446,9 @@ def test_calls_that_can_not_be_are_refused():
     with pytest.raises(ValueError, match="update needs value_fn or grad_fn"):
         tx.update(w, state, w, perturb=False)
     for other in (sam().init(w), periodic(sam(), 5, 0.0).init(w)):
-        with pytest.raises(ValueError, match="opt_state must be of this periodic"):
+        with pytest.raises(
+            ValueError, match="opt_state must be the state of this periodic"
+        ):
             tx.update(w, other, w, value_fn=value_fn)
 
 

@@ -850,7 +850,7 @@ def test_a_state_of_another_tracker_or_other_parameters_is_refused(ours, theirs)
     other = {"hidden": params["hidden"], "out": {"w": jnp.ones((6, 4))}}
     tx = eigen_sam(tracker=ours)
     for state in (eigen_sam(tracker=theirs).init(params), tx.init(other)):
-        with pytest.raises(ValueError, match=r"another tracker or of other parameters"):
+        with pytest.raises(ValueError, match=r"another tracker or to other parameters"):
             tx.update(params, state, params, value_fn=loss)
 
 

@@ -1,1 +1,1 @@
-"""What `sam`, `asam` and `eigen_sam` share; nothing here is for users to import."""
+"""What `sam`, `asam` and `eigen_sam` share; nothing here is public."""

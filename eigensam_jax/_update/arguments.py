@@ -1,4 +1,4 @@
-"""The checks of what users hand in, and the errors that say what to do instead."""
+"""Checks of users' arguments, with errors that name the remedy."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +22,6 @@ _GRAD_REMEDY = "Return the gradient, or (value, gradient) as jax.value_and_grad 
 
 
 def require(valid: bool, name: str, value: Any, what: str, remedy: str = "") -> None:
-    """Refuses the value of the argument `name` unless it is `valid`."""
     if not valid:
         raise ValueError(f"{name} must be {what}, got {value!r}{remedy}.")
 
@@ -32,22 +31,17 @@ def _is_number(value: Any) -> bool:
 
 
 def check_positive_int(name: str, value: int, meaning: str) -> None:
-    """Refuses a count that is not an integer of at least 1."""
     valid = isinstance(value, int | np.integer) and _is_number(value) and value >= 1
     remedy = f": the number of {meaning}"
     require(valid, name, value, "an integer of at least 1", remedy)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuses an unknown name."""
     require(value in choices, name, value, f"one of {choices}")
 
 
 def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
-    """Refuses a Python number that is negative or not finite, and what is no scalar.
-
-    Traced values, and schedules where they are allowed, pass: they are not known here.
-    """
+    """Refuses negative or non-finite numbers, and non-scalars; traced values pass."""
     is_traced = isinstance(value, jax.core.Tracer) and value.ndim == 0
     if is_traced or (schedule and callable(value)):
         return
@@ -58,13 +52,11 @@ def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
 
 
 def check_fraction(name: str, value: Any) -> None:
-    """Refuses anything but a number of at least 0 and less than 1."""
     valid = _is_number(value) and 0 <= float(value) < 1
     require(valid, name, value, "a number of at least 0 and less than 1")
 
 
 def check_floating(name: str, dtype: DTypeLike | None) -> None:
-    """Refuses a dtype that is not floating-point or has fewer than 16 bits."""
     try:
         known = jnp.dtype(jnp.float32 if dtype is None else dtype)
         valid = jnp.issubdtype(known, jnp.floating) and known.itemsize >= 2
@@ -75,7 +67,6 @@ def check_floating(name: str, dtype: DTypeLike | None) -> None:
 
 
 def check_axis_name(axis_name: AxisName, per_device: bool) -> None:
-    """Refuses names of axes that are none, and `per_device` where there are none."""
     names = devices.as_tuple(axis_name)
     is_name = all(isinstance(name, str) for name in names)
     valid = axis_name != () and is_name and len({*names}) == len(names)
@@ -84,30 +75,26 @@ def check_axis_name(axis_name: AxisName, per_device: bool) -> None:
     require(valid, "axis_name", axis_name, what, remedy)
     if per_device and not names:
         raise ValueError(
-            "per_device=True needs axis_name, got None: name the axis over which each "
-            "device is to perturb by itself. On one device, jax.vmap with an axis_name "
-            "over groups of the batch does it."
+            "per_device=True needs axis_name, got None: name the axis of the devices. "
+            "On one device, use jax.vmap with an axis_name over groups of the batch."
         )
 
 
 def check_varying(updates: PyTree, axes: Axes, per_device: bool) -> None:
-    """Refuses a mean with `per_device`, and without it gradients that differ.
-
-    Only `shard_map` with check_vma=True keeps track of that.
-    """
+    """Refuses means with `per_device`, and gradients that differ without it."""
     if per_device and (where := devices.replicated(updates, axes)):
         raise ValueError(
-            f"updates are the same on all devices of the axes {where}, and "
-            "per_device=True wants each device's own: take the gradient with respect "
+            f"updates are the same on all devices of the axes {where}, but "
+            "per_device=True needs each device's own: take the gradient with respect "
             f"to jax.lax.pcast(params, {where}, to='varying'), without a mean. (With "
             "respect to replicated params it is the sum over devices.)"
         )
     if not per_device and (where := devices.differing(updates, axes)):
         raise ValueError(
-            f"updates differ between devices of the axes {where}: hand in "
-            f"jax.lax.pmean(grads, {where}), or give per_device=True for a "
-            "perturbation by each device. (Parameters that are sharded by hand are not "
-            "supported: leave them to jit.)"
+            f"updates differ between devices of the axes {where}: give "
+            f"jax.lax.pmean(grads, {where}), or per_device=True for one perturbation "
+            "per device. (Manually sharded parameters are not supported: leave them to "
+            "jit.)"
         )
 
 
@@ -118,17 +105,16 @@ def check_update(
     curvature_fn: ValueFn | None,
     refresh: bool | None,
 ) -> None:
-    """Refuses a call of `update` that lacks what a perturbed gradient needs."""
     if params is None:
         raise ValueError(
-            f"update needs params, got None: the loss is perturbed there. Call {_CALL}"
+            f"update needs params, got None: it perturbs them. Call {_CALL}"
         )
     if value_fn is None and grad_fn is None:
         raise ValueError(
             "update needs value_fn or grad_fn, got neither: the gradient is taken "
             f"again at the perturbed parameters. Call {_CALL} (If you did, a wrapper "
-            "dropped it: flax's TrainState.apply_gradients does, and "
-            "eigensam_jax.linen.TrainState's does not.)"
+            "dropped it, as flax's TrainState.apply_gradients does: use "
+            "eigensam_jax.linen.TrainState.)"
         )
     functions = {"value_fn": value_fn, "grad_fn": grad_fn, "curvature_fn": curvature_fn}
     for name, function in functions.items():
@@ -145,17 +131,13 @@ def check_static(name: str, value: bool | None) -> None:
 
 
 def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None:
-    """Refuses parameters that are not real floating-point arrays, or have holes.
-
-    And float8 or narrower where it is perturbed: in the leaves that are `selected`, by
-    default all.
-    """
+    """Refuses holes, non-real leaves, and `selected` ones narrower than 16 bits."""
     is_hole = lambda x: isinstance(x, optax.MaskedNode)
     if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
         raise ValueError(
             "params have holes (optax.MaskedNode): optax.masked or optax.partition is "
-            "around this transformation, and the loss needs all parameters. Give it "
-            "mask=... instead, and put the wrapper around what follows it."
+            "around this transformation, but the loss needs all parameters. Give "
+            "mask=... instead, and put the wrapper around the links after this one."
         )
     leaves = jax.tree.leaves_with_path(params)
     perturbed = (True,) * len(leaves) if selected is None else selected
@@ -164,20 +146,20 @@ def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None
         dtype = getattr(leaf, "dtype", known)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             remedy = (
-                "keep other leaves out of the parameters, by eqx.partition(model, "
-                "eqx.is_inexact_array) of an equinox module, by wrt=nnx.Param of a "
+                "keep other leaves out of the parameters, with eqx.partition(model, "
+                "eqx.is_inexact_array) for an equinox module, or wrt=nnx.Param for a "
                 "Flax nnx model"
             )
         elif not jnp.issubdtype(dtype, jnp.floating):
             remedy = (
                 "split complex ones into real and imaginary parts, and join them by "
                 "jax.lax.complex in the loss (optax.contrib.split_real_and_imaginary "
-                "does not hand on value_fn)"
+                "does not pass value_fn on)"
             )
         elif chosen and dtype.itemsize < 2:
             remedy = (
-                "it holds no perturbation. Keep the parameter in bfloat16 or wider and "
-                "cast it in the loss, or leave it out by a mask"
+                "it is too coarse to perturb. Keep the parameter in bfloat16 or wider "
+                "and cast it in the loss, or exclude it by a mask"
             )
         else:
             continue
@@ -188,10 +170,7 @@ def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None
 
 
 def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
-    """`value_fn`, with an error unless it returns a scalar of this device's own batch.
-
-    The gradients of a mean over devices would be as many times too small.
-    """
+    """`value_fn`, with an error unless it returns the scalar of this device's batch."""
 
     def checked(params: PyTree) -> jax.Array:
         value: Any = _called(name, value_fn, params)
@@ -206,15 +185,15 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
             else:
                 got = f"a {type(value).__name__} with the shapes {shapes}"
                 remedy = (
-                    "return the loss alone. Of a loss with auxiliary output it is the "
+                    "return the loss alone. If the loss has auxiliary output, take the "
                     f"first part, {name}=lambda p: loss(p, batch)[0]"
                 )
             raise ValueError(f"{name} must return a scalar, got {got}: {remedy}.")
         if where := devices.replicated(value, axes):
             raise ValueError(
                 f"{name} is the same on all devices of the axes {where}, so it averages"
-                " over them itself: return the loss of each device's own batch, whose "
-                "gradients are averaged here, or leave axis_name out."
+                " over them itself: return the loss of each device's own batch, as its "
+                "gradients are averaged here, or omit axis_name."
             )
         scalar: jax.Array = value
         return scalar
@@ -223,30 +202,27 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
 
 
 def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any:
-    """`function(params)`; what it raises gets a note on how it was called."""
+    """`function(params)`; errors get a note on how it was called."""
     try:
         return function(params)
     except Exception as error:
         example = "jax.grad(loss)(p, batch)" if name == "grad_fn" else "loss(p, batch)"
         error.add_note(
-            f"{name} was called with the parameters alone. What else it needs, such as "
-            f"the batch, goes into a closure, {name}=lambda p: {example}. If "
-            "the parameters have another structure than yours, a wrapper that changes "
-            "it, such as optax.flatten, is around this transformation: put it around "
-            "what follows it in the chain. Of a Flax nnx model, make value_fn by "
-            "eigensam_jax.nnx.value_fn, with the wrt of the optimizer; nnx.Rngs that "
-            "the loss draws from are an argument there. Of an equinox module, join "
-            f"the parameters with the rest of it, {name}=lambda p: "
+            f"{name} was called with the parameters alone. Put other arguments, such "
+            f"as the batch, into a closure, {name}=lambda p: {example}. If the "
+            "parameters have another structure than yours, a wrapper such as "
+            "optax.flatten is around this transformation: put it around the links "
+            "after this one. With a Flax nnx model, make value_fn by "
+            "eigensam_jax.nnx.value_fn, with the wrt of the optimizer and the nnx.Rngs "
+            "of the loss as an argument. With an equinox module, combine it again, "
+            f"{name}=lambda p: "
             f"{example.replace('p,', 'eqx.combine(p, static),')}."
         )
         raise
 
 
 def like_params(name: str, tree: PyTree, params: PyTree, remedy: str) -> PyTree:
-    """The leaves of `tree` in the structure of `params`, if names and shapes agree.
-
-    Trees that differ in their containers alone (a dict and a frozen dict) are alike.
-    """
+    """`tree` in the containers of `params`, if names and shapes agree."""
     got, expected = _shapes(tree), _shapes(params)
     if got != expected:
         raise ValueError(
@@ -265,18 +241,15 @@ def _shapes(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
 def gradient_function(
     value_fn: ValueFn | None, grad_fn: GradFn | None, axes: Axes = ()
 ) -> Callable[[PyTree], tuple[jax.Array, PyTree]]:
-    """`params -> (value, gradient)`; the value is 0 where `grad_fn` gives none.
-
-    What `grad_fn` returns is a gradient if it is a tree like `params`. If not, it may
-    be a pair of a scalar and such a tree. No tree is both.
-    """
+    """`params -> (value, gradient)`; the value is 0 where `grad_fn` gives none."""
     if grad_fn is None:
-        assert value_fn is not None  # check_update has seen to it
+        assert value_fn is not None  # by check_update
         return jax.value_and_grad(scalar_valued("value_fn", value_fn, axes))
 
     def value_and_gradient(params: PyTree) -> tuple[jax.Array, PyTree]:
         value = jnp.zeros((), tree_math.accumulation_dtype(params))
         result = _called("grad_fn", grad_fn, params)
+        # A result unlike params must be such a pair. No tree is both.
         is_pair = isinstance(result, tuple | list) and len(result) == 2
         if is_pair and _shapes(result) != _shapes(params):
             first, rest = result

@@ -1,8 +1,4 @@
-"""Means over devices, where the caller maps over them: `pmap`, `shard_map`, `vmap`.
-
-Under `jit` with sharded arrays none of this is needed: there the loss is that of the
-whole batch, and what is computed from it the same on all devices.
-"""
+"""Means over devices, if the caller maps over them by `pmap`, `shard_map` or `vmap`."""
 
 from typing import TypeVar
 
@@ -18,7 +14,6 @@ Tree = TypeVar("Tree")
 
 
 def as_tuple(axis_name: AxisName) -> Axes:
-    """The names of the axes; none for None."""
     if axis_name is None:
         return ()
     return axis_name if isinstance(axis_name, tuple) else (axis_name,)
@@ -32,13 +27,13 @@ def check_bound(axes: Axes) -> None:
         except NameError as error:
             raise ValueError(
                 f"axis_name {name!r} is not an axis here: call update inside jax.pmap, "
-                "jax.shard_map or jax.vmap over it, or leave axis_name out. Under jit "
-                "with sharded arrays it is not needed."
+                "jax.shard_map or jax.vmap over it, or leave axis_name out, as under "
+                "jit with sharded arrays."
             ) from error
 
 
 def mean(tree: Tree, axes: Axes) -> Tree:
-    """The mean over all devices of the axes; `tree` as it is where there are none."""
+    """The mean over all devices of the axes; `tree` itself without axes."""
     if not axes:
         return tree
     result: Tree = jax.lax.pmean(tree, axes)  # type: ignore[no-untyped-call]
@@ -46,13 +41,7 @@ def mean(tree: Tree, axes: Axes) -> Tree:
 
 
 def as_own(tree: Tree, axes: Axes) -> Tree:
-    """`tree` as a value that each device has for itself.
-
-    Under `shard_map` with its check of varying values (`check_vma=True`), the gradient
-    with respect to a replicated value is already the sum over the devices, so that a
-    mean of it is n times too large. With respect to a value that varies it is each
-    device's own, as it is everywhere else.
-    """
+    """`tree`, varying over the axes, with gradients per device instead of their sum."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     mapped = tuple(a for a in axes if a in manual)
     result: Tree = jax.tree.map(lambda x: varying(x, mapped), tree)
@@ -60,14 +49,14 @@ def as_own(tree: Tree, axes: Axes) -> Tree:
 
 
 def differing(tree: PyTree, axes: Axes) -> Axes:
-    """The axes over which some leaf is known to vary; none where that is not kept."""
+    """The axes over which some leaf is known to vary."""
     leaves = jax.tree.leaves(tree)
     return tuple(a for a in axes if any(a in varies_over(x) for x in leaves))
 
 
 def replicated(tree: PyTree, axes: Axes) -> Axes:
     """The axes over which some leaf is known to be the same on all devices."""
-    # Where nothing is kept of what varies, a cast does not make it vary.
+    # Without check_vma a cast does not make a value vary.
     known = varies_over(as_own(jnp.zeros(()), axes))
     leaves = jax.tree.leaves(tree)
     return tuple(

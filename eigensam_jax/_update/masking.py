@@ -16,17 +16,17 @@ Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 _REMEDY = (
     "Give a tree of bools like the parameters or a prefix of them, for example "
-    '{"encoder": True, "head": False}, or a function that makes one from them.'
+    '{"encoder": True, "head": False}, or a function from the parameters to one.'
 )
 _FILTERS = (
-    "A filter of Flax nnx is no mask: nnx.Optimizer hands over arrays without their "
-    "types. Make bools from the model, jax.tree.map(lambda v: isinstance(v, Kind), "
-    "nnx.state(model, wrt), is_leaf=lambda v: isinstance(v, nnx.Variable))."
+    "A filter of Flax nnx is not a mask: nnx.Optimizer passes arrays without their "
+    "variable types. Make bools from the model: jax.tree.map(lambda v: isinstance(v, "
+    "Kind), nnx.state(model, wrt), is_leaf=lambda v: isinstance(v, nnx.Variable))."
 )
 
 
 class Subspace(NamedTuple):
-    """The selected leaves of a parameter tree, as a list that is a tree of its own.
+    """The selected leaves of a parameter tree, as a list.
 
     Attributes:
       treedef: the structure of the whole tree.
@@ -37,7 +37,6 @@ class Subspace(NamedTuple):
     selected: tuple[bool, ...]
 
     def select(self, tree: PyTree) -> list[jax.Array]:
-        """The leaves of `tree` that are in the subspace."""
         leaves = self.treedef.flatten_up_to(tree)
         return [x for x, chosen in zip(leaves, self.selected, strict=True) if chosen]
 
@@ -50,12 +49,11 @@ class Subspace(NamedTuple):
         )
 
     def embed(self, leaves: list[jax.Array], like: PyTree) -> PyTree:
-        """`leaves` in the whole space: arrays of zeros shaped as `like` elsewhere."""
+        """`leaves` in the whole space, with zeros like `like` elsewhere."""
         return self.merge(leaves, tree_math.zeros_like(like))
 
 
 def check(mask: Mask) -> None:
-    """Refuses what can't be a mask whatever the parameters are."""
     if isinstance(mask, type) or mask is ...:
         raise ValueError(f"mask must not be {mask!r}. {_REMEDY} {_FILTERS}")
     if mask is not None and not _is_function(mask):
@@ -63,13 +61,7 @@ def check(mask: Mask) -> None:
 
 
 def subspace(mask: Mask, params: PyTree) -> Subspace:
-    """The subspace of `params` that `mask` selects; all of it for None.
-
-    Containers may be of other types than those of `params`, if their keys agree.
-
-    Raises:
-      ValueError: for an unusable mask, and for parameters that can't be masked.
-    """
+    """The subspace of `params` that `mask` selects, whatever its containers."""
     leaves, treedef = jax.tree.flatten(params)
     selected = (True,) * len(leaves)
     if mask is not None and leaves:
@@ -96,7 +88,7 @@ def layers(params: PyTree) -> dict[str, PyTree]:
 
 
 def _is_function(mask: Mask) -> bool:
-    """Whether to call it: a module of bools can be called and is a tree."""
+    """Whether to call it: a module of bools is callable, and a tree."""
     leaves = jax.tree.leaves(mask)
     return callable(mask) and not (leaves and all(map(_is_bool, leaves)))
 
@@ -114,7 +106,7 @@ def _check_tree(mask: PyTree) -> None:
 
 
 def _called(mask: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
-    """`mask(params)`; what it raises gets a note on how it was called."""
+    """`mask(params)`; errors get a note on how it was called."""
     try:
         return mask(params)
     except Exception as error:
@@ -124,11 +116,7 @@ def _called(mask: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
 
 
 def _broadcast(mask: PyTree, params: PyTree) -> tuple[bool, ...]:
-    """For each leaf of `params`, the bool of `mask` that is on its way.
-
-    By structure, and where that differs by names: a mask of dicts or of Flax's
-    variables is also one for an `nnx.State` of arrays.
-    """
+    """The bool of `mask` for each leaf of `params`, by structure or else by names."""
     with contextlib.suppress(ValueError):
         return tuple(map(bool, jax.tree.leaves(jax.tree.broadcast(mask, params))))
     bools = {_names(path): leaf for path, leaf in jax.tree.leaves_with_path(mask)}
@@ -141,14 +129,14 @@ def _broadcast(mask: PyTree, params: PyTree) -> tuple[bool, ...]:
         uncovered = (x for x, on_it in zip(paths, found, strict=True) if not on_it)
         unused = (path for path in bools if path not in found)
         raise ValueError(
-            "mask is not a prefix of the parameters, as there is no bool for "
+            "mask is not a prefix of the parameters, got no bool for "
             f"{_joined(uncovered)}, and no parameter for {_joined(unused)}. {_REMEDY}"
         )
     return tuple(bool(bools[on_it]) for on_it in found if on_it is not None)
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The names on the way to a leaf, without that of the array in Flax's variables."""
+    """The names on the way to a leaf, without `.value` of Flax's variables."""
     if path and str(path[-1]) == ".value":
         path = path[:-1]
     return tuple(keystr((key,), simple=True) for key in path)

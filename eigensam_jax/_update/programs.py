@@ -71,14 +71,10 @@ def host_loop_of(
 def compiled(
     owner: Callable[..., Any], function: Callable[..., Any], *example: Any
 ) -> Callable[..., Any] | None:
-    """`function`, compiled for arguments like `example`.
+    """`function`, compiled for arguments like `example`; None if it depends on tracers.
 
-    The program is kept as long as `owner` lives, and used again where a new trace of
-    `function` comes to the same operations. What these read from outside, such as the
-    batch in a closure, are arguments of the program.
-
-    Returns:
-      The compiled function; None where it depends on values that are traced.
+    Kept as long as `owner` lives, and reused if a new trace has the same operations.
+    Closed-over arrays, such as the batch, are arguments of the program.
     """
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*example)
     outside, jaxpr = list(traced.consts), traced.jaxpr
@@ -86,12 +82,12 @@ def compiled(
         return None
     text = str(jaxpr)
     kept: dict[str, Any] = {}
-    # An address stands for a Python function, and another one may have it later; dots
-    # stand for numbers, which are written so where JAX keeps them in the program.
+    # An address identifies a Python function only while it lives; dots abbreviate
+    # numbers that JAX keeps in the program.
     if " at 0x" not in text and "..." not in text:
         try:
             kept = _PROGRAMS.setdefault(owner, kept)
-        except TypeError:  # what has no weak references or no hash is not kept
+        except TypeError:  # no weak reference, or no hash
             kept = {}
     if text not in kept:
         kept[text] = jax.jit(

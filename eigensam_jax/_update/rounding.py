@@ -1,10 +1,9 @@
-"""Rounding to narrow dtypes that loses nothing on average, and numbers made of bits.
+"""Stochastic rounding to narrow dtypes, exact on average.
 
-In bfloat16 a weight has 8 bits, so that most are not moved by ε, rounded to the
-nearest. The same goes for what a step adds to a long average. Rounded up or down at
-random instead, with the chances that make the mean exact, each change arrives on
-average. What is added is noise without a direction, of which a sum over many weights,
-such as a gradient, sees little.
+A bfloat16 weight has 8 bits: rounded to the nearest, most are not moved by ε, nor a
+long average by one step. The noise of random rounding mostly cancels in a gradient.
+(Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with Limited Numerical
+Precision", ICML 2015.)
 """
 
 from functools import partial
@@ -19,32 +18,24 @@ from eigensam_jax import tree_math
 from eigensam_jax.tree_math import PyTree
 
 _MANTISSA_BITS = 23  # of float32
-_DITHER_BITS = 12  # with the 11 that float16 has, still exact in float32
+_DITHER_BITS = 12  # with float16's 11 still exact in float32
 
 
 def add(weights: PyTree, epsilon: PyTree, count: jax.Array) -> PyTree:
     """The perturbed weights w + ε, in the dtypes of `weights`.
 
-    In dtypes narrower than float32 rounded stochastically, x = w + ε to one of its two
-    neighbours with the probabilities that make x the mean; a sum that the dtype holds
-    stays as it is. In float32 and wider, to the nearest. What seems random is made of x
-    and of `count`, the number of the step, so that it needs no key, and is the same on
-    all devices.
+    In dtypes narrower than float32 x = w + ε is rounded to a neighbour at random, with
+    mean x. The random bits come from x and the step number `count`, so that no key is
+    needed and all devices agree.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from eigensam_jax._update import rounding
       >>> w = jnp.ones(10_000, jnp.bfloat16)  # the next number is 1.0078
       >>> epsilon = jnp.linspace(0, 0.002, 10_000)
-      >>> float((w + epsilon.astype(w.dtype) - w).sum())  # to the nearest
-      0.0
       >>> moved = rounding.add(w, epsilon, jnp.int32(0)) - w
       >>> bool(jnp.abs(moved.astype(jnp.float32).sum() / epsilon.sum() - 1) < 0.1)
       True
-
-    References:
-      Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with Limited Numerical
-      Precision", ICML 2015 (stochastic rounding).
     """
     return jax.tree.map(
         lambda w, x: _rounded(x, jnp.result_type(w), count),
@@ -59,23 +50,17 @@ def cast(tree: PyTree, dtype: DTypeLike, count: jax.Array) -> PyTree:
 
 
 def spread_like(tree: PyTree, seed: jax.Array) -> PyTree:
-    """Numbers spread evenly from −1 to 1, in no order that a network has.
+    """Numbers spread evenly from −1 to 1 (Weyl, 1916): a start vector, not independent.
 
-    A multiplication each, the same for all leaves of a shape, so that they compile many
-    times faster than `jax.random`: enough for a vector to start from, and for nothing
-    that asks for independent numbers. In the dtypes of `tree`, sharded as it is. An
-    int32 `seed` that is known at compile time would have the compiler work them out,
-    slowly.
-
-    References:
-      Weyl, "Über die Gleichverteilung von Zahlen mod. Eins", 1916.
+    They compile many times faster than `jax.random`. A `seed` known at compile time
+    would make the compiler work them out, slowly.
     """
 
     def spread(x: jax.Array) -> jax.Array:
         position = jnp.arange(1, x.size + 1, dtype=jnp.int32).reshape(x.shape)
         # Multiples of the golden ratio in units of 2⁻³², which wrap around.
         turns = (position + seed * 65_537) * jnp.int32(-1_640_531_527)
-        # Added to zeros, the numbers are sharded as these.
+        # Added to zeros, so that they are sharded as x.
         return jnp.add(jnp.where(False, x, 0), turns.astype(x.dtype) * 2.0**-31)
 
     return jax.tree.map(spread, tree)
@@ -98,19 +83,18 @@ def _rounded(x: jax.Array, dtype: jnp.dtype, count: jax.Array) -> jax.Array:
     )
     spacing = jnp.maximum(power * float(finfo.eps), smallest)
     magnitude = jnp.floor(jnp.abs(x) / spacing + uniform) * spacing
-    magnitude = jnp.minimum(magnitude, float(finfo.max))  # what is finite stays so
+    magnitude = jnp.minimum(magnitude, float(finfo.max))  # finite stays finite
     dithered = jnp.copysign(magnitude, x).astype(dtype)
     return jnp.where(nearest.astype(x.dtype) == x, nearest, dithered)
 
 
 @_rounded.defjvp
 def _rounded_jvp(dtype: jnp.dtype, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """Its mean is x, so that the derivative is that of x, as of a cast."""
+    """The mean is x, so the derivative is that of a cast."""
     return _rounded(primals[0], dtype, primals[1]), tangents[0].astype(dtype)
 
 
 def _hash(bits: jax.Array, count: jax.Array) -> jax.Array:
-    """Numbers that look random, of 32 bits each, by multiplications and shifts."""
     bits = bits + count.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
     for multiplier, shift in ((0x85EBCA6B, 15), (0xC2B2AE35, 13)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(multiplier)

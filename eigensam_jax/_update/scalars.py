@@ -1,4 +1,4 @@
-"""Scalars on the way to a step: safe roots, branches, and what is computed once."""
+"""Scalars of a step: safe roots, branches, and values computed once."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -16,10 +16,7 @@ def branch(
     on_false: Callable[[Operand], Result],
     operand: Operand,
 ) -> Result:
-    """`jax.lax.cond`, or Python's `if` where the condition is known.
-
-    Outside `jit` a `cond` would compile anew at each call.
-    """
+    """`jax.lax.cond`, or `if` where the condition is known, which compiles nothing."""
     if isinstance(condition, jax.core.Tracer):
         result: Result = jax.lax.cond(condition, on_true, on_false, operand)
         return result
@@ -29,28 +26,26 @@ def branch(
 def once(*scalars: jax.Array) -> jax.Array:
     """The same scalars as a vector, computed once before the loops that use them.
 
-    XLA would put what they are computed from, if it is cheap, into the loop over each
-    leaf, and takes a multiple of the time to compile that. A quotient is not cheap, and
-    so ends it: here one by 1, which XLA does not know.
+    XLA repeats a cheap computation in the loop over each leaf, at a multiple of the
+    compile time. A quotient is not cheap: here one by 1, which XLA does not know.
     """
     vector = jnp.stack(scalars)
     return vector / jnp.where(jnp.isnan(vector), vector, 1)
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
-    """√x where x is positive, else 0, of which the derivative is 0."""
+    """√x where x is positive, else 0 with derivative 0."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
 def safe_rsqrt(x: jax.Array) -> jax.Array:
-    """1/√x where x is positive and finite, else 0, of which the derivative is 0."""
+    """1/√x where x is positive and finite, else 0 with derivative 0."""
     usable = (x > 0) & jnp.isfinite(x)
     return jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, x, 1)), 0)
 
 
 def varies_over(x: jax.Array) -> frozenset[str]:
-    """The axes of `shard_map` over which `x` is known to vary."""
     axes: frozenset[str] = jax.typeof(x).manual_axis_type.varying
     return axes
 

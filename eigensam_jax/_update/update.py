@@ -19,14 +19,14 @@ from eigensam_jax.tree_math import PyTree
 
 
 class Info(NamedTuple):
-    """What the last step did; nothing of it is carried on. Scalars, 0 before the first.
+    """Scalars of the last step, not carried on; 0 before the first.
 
     With `per_device` each is the mean over the devices.
 
     Attributes:
       grad_norm: ‖g‖ over the perturbed parameters.
       perturbation_norm: ‖ε‖.
-      perturbed_value: L(w + ε); 0 where `grad_fn` returns gradients alone.
+      perturbed_value: L(w + ε); 0 if `grad_fn` returns gradients alone.
       alignment: |⟨ε, v⟩|/‖ε‖; None for `sam` and `asam`.
     """
 
@@ -43,7 +43,7 @@ class SharpnessAwareState(NamedTuple):
       num_updates: number of updates so far, int32.
       tracker: the tracker's state, with the fields `eigenvector`, `eigenvalue` and
         `residual`; None for `sam` and `asam`.
-      info: what the last step did, to look at.
+      info: an `Info` about the last step.
     """
 
     num_updates: jax.Array
@@ -60,10 +60,7 @@ def sharpness_aware(
     hvp_mode: HvpMode = "forward_over_reverse",
     eigenvector_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """∇L(w) becomes ∇L(w + ε), ε = rule(num_updates, g, w, the tracker's state).
-
-    `rule` and `tracker` see the leaves that `mask` selects, as lists.
-    """
+    """∇L(w) becomes ∇L(w + ε), ε = rule(number, g, w, tracked) in the masked leaves."""
     masking.check(mask)
     arguments.check_axis_name(axis_name, per_device)
     axes = devices.as_tuple(axis_name)
@@ -100,7 +97,7 @@ def sharpness_aware(
     def init_fn(params: PyTree) -> SharpnessAwareState:
         space = masking.subspace(mask, params)
         arguments.check_params(params, space.selected)
-        # A buffer for each scalar: one that stood for two could not be donated.
+        # One buffer per scalar: a shared one could not be donated.
         zeros = [jnp.zeros((), tree_math.accumulation_dtype(params)) for _ in range(4)]
         info, tracked = Info(*zeros), None
         if tracker is None:
@@ -127,7 +124,7 @@ def sharpness_aware(
         space = masking.subspace(mask, params)
         arguments.check_params(params, space.selected)
         updates = arguments.like_params(
-            "updates", updates, params, "Hand in jax.grad(value_fn)(params) as it is."
+            "updates", updates, params, "Give jax.grad(value_fn)(params) unchanged."
         )
         _check_state(state, tracker is not None)
         devices.check_bound(axes)
@@ -144,10 +141,10 @@ def sharpness_aware(
                 "the tracker's part of opt_state",
                 tracked,
                 jax.eval_shape(lambda p: start(p, space), params),
-                "It is of another tracker or of other parameters: make it by "
-                "tx.init(params), and keep what the rest of the chain has.",
+                "It belongs to another tracker or to other parameters: make it by "
+                "tx.init(params), and keep the state of the rest of the chain.",
             )
-            # As the tracker sees it: vectors of the subspace, unrounded.
+            # The tracker sees vectors of the subspace in their full dtype.
             wide = vectors(space, params)
             own = {
                 name: tree_math.cast_like(space.select(getattr(tracked, name)), like)
@@ -160,7 +157,7 @@ def sharpness_aware(
                     arguments.scalar_valued("curvature_fn", curvature_fn, axes)
                 )
             matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
-            # Inside the branch that decides by itself, that would be of no use.
+            # No use inside a `cond`, where convolutions are slow anyway.
             matvec.unroll = bool(refresh)  # type: ignore[attr-defined]
             if tracker.refresh_interval is not None and weights:
                 due = _is_due(number, tracker.refresh_interval)
@@ -187,12 +184,12 @@ def sharpness_aware(
                 after = space.select(own_updates if per_device else new_updates)
                 unit = _unit(info)
                 change = tree_math.scale(unit, tree_math.add_scaled(after, -1, grads))
-                # Sums accumulate in the dtypes of v, whatever gradients have.
+                # Sums accumulate in the dtypes of v, not of the gradients.
                 change = tree_math.cast_like(change, tracked.eigenvector)
                 assert step.projection is not None  # as there is a tracker
                 projection, radius = unit * step.projection, unit * step.norm
                 if per_device:
-                    # Without the signs, those of different devices would cancel.
+                    # Without the signs, different devices would cancel.
                     sign = jnp.where(projection < 0, -1, 1).astype(unit.dtype)
                     change, projection, radius = devices.mean(
                         (tree_math.scale(sign, change), sign * projection, radius), axes
@@ -217,7 +214,6 @@ def sharpness_aware(
 
 
 def _is_due(number: jax.Array, interval: int | None) -> jax.Array | bool:
-    """Whether the step of this number is one of every `interval`."""
     if interval is None or interval == 1:
         return interval == 1
     due: jax.Array = number % interval == 0
@@ -225,10 +221,7 @@ def _is_due(number: jax.Array, interval: int | None) -> jax.Array | bool:
 
 
 def _unit(info: Info) -> jax.Array:
-    """What changes of the gradient are multiplied by: 1, or 1/‖g‖ beyond 10^±9.
-
-    0 where there is no perturbation, so that the change is but rounding.
-    """
+    """The scale of observed changes: 1, or 1/‖g‖ beyond 10^±9; 0 where ε = 0."""
     size = info.grad_norm
     is_far = (size < 1e-9) | (size > 1e9)
     unit = jnp.where(is_far, tree_math.safe_inverse(size), 1)
@@ -248,22 +241,19 @@ def _check_state(state: Any, has_tracker: bool) -> None:
     else:
         return
     raise ValueError(
-        f"opt_state must be of this transformation, got {got}: make it by "
-        "tx.init(params) of the same chain. Of a checkpoint of another one, keep the "
-        "rest: (tx.init(params)[0], *old_state[1:])."
+        f"opt_state must be the state of this transformation, got {got}: make it by "
+        "tx.init(params) of the same chain. With a checkpoint of another link, keep "
+        "the rest: (tx.init(params)[0], *old_state[1:])."
     )
 
 
 def _mean_matvec(
     grad_fn: GradFn, params: PyTree, space: Subspace, axes: Axes, hvp_mode: HvpMode
 ) -> Matvec:
-    """The Hessian-vector product of the subspace: the mean of the devices' own.
-
-    A derivative of a mean over devices would not be right in all modes of `shard_map`.
-    """
+    """The Hessian-vector product of the subspace, averaged over devices."""
 
     def mean_product(vector: PyTree) -> PyTree:
-        # Else a solver's loop would keep all activations of the gradient at hand.
+        # Keeps a solver's loop from storing all activations of the gradient.
         at, v = jax.lax.optimization_barrier((params, vector))  # type: ignore[no-untyped-call]
         at, v = devices.as_own((at, v), axes)
 
@@ -271,6 +261,7 @@ def _mean_matvec(
             return space.select(grad_fn(space.merge(weights, at)))
 
         own = hessian.matvec(grad_in_subspace, space.select(at), hvp_mode=hvp_mode)(v)
+        # The derivative of a mean is wrong in some modes of `shard_map`.
         return devices.mean(own, axes)
 
     return mean_product

@@ -1,4 +1,4 @@
-"""What to look at beside training: sharpness in several senses, alignment, checks."""
+"""Diagnostics of a network: sharpness in its several senses, alignment, checks."""
 
 from eigensam_jax.diagnostics._balls import (
     WorstCase,

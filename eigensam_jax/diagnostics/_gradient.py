@@ -17,19 +17,15 @@ _READING = (
 
 
 def alignment(a: PyTree, b: PyTree) -> jax.Array:
-    """Alignment |⟨a, b⟩|/(‖a‖·‖b‖) of two trees, the |cos| of the angle between them.
+    """Alignment |⟨a, b⟩|/(‖a‖·‖b‖) of two trees, between 0 and 1; 0 if either is zero.
 
     Args:
       a, b: trees of real arrays, of the same structure and shapes.
 
-    Returns:
-      A scalar between 0 and 1, in float32 or wider; 0 where either is zero.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import diagnostics
+      >>> import eigensam_jax, jax.numpy as jnp
       >>> a, b = {"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([-5.0, 0.0])}
-      >>> print(f"{diagnostics.alignment(a, b):.3f}")
+      >>> print(f"{eigensam_jax.diagnostics.alignment(a, b):.3f}")
       0.600
     """
     return jnp.abs(_cosine(a, b))
@@ -49,44 +45,41 @@ def check_gradient(
     grad_fn: GradFn | None = None,
     rtol: float | None = None,
 ) -> float:
-    """Checks that `updates` are the gradient ∇f(w), as `sam` and its kin assume.
+    """Checks that `updates` are the gradient ∇f(w), as the links assume.
 
     Another batch, dropout mask or scaling, or a link before them in the chain, makes
-    `updates` something else, without an error. Call this once, outside `jit`, for
-    example on the first step, with what is handed to `tx.update`, or, where a link
-    comes before them in the chain, with the output of that link.
+    them something else without an error. Call this once, outside `jit`, with the
+    arguments of `tx.update`, or with the output of the link before.
 
     Args:
-      updates: what is handed in, a tree like `params`.
+      updates: a tree like `params`.
       params: w, a tree of real floating-point arrays.
       value_fn, grad_fn: as in `update`, see `sam`.
-      rtol: the relative difference that passes, for another compiled program rounds
-        differently. The default is 1e-3, or 0.03 if a leaf of `updates` or `params` is
-        narrower than float32. Give 0.03 too where a loss of float32 parameters computes
-        in bfloat16.
+      rtol: the largest relative difference that passes: compiled programs round
+        differently. Default 1e-3, or 0.03 if a leaf of `updates` or `params` is
+        narrower than float32. Give 0.03 too if the loss computes in bfloat16.
 
     Returns:
       The relative difference ‖u − g‖/‖g‖ between the updates u and the gradient g.
 
     Raises:
-      ValueError: if it is larger than `rtol`, with the cosine, the ratio of the norms
-        and the leaf that differs most; if arguments don't fit, or are traced.
+      ValueError: if it exceeds `rtol`, with the cosine, the ratio of the norms and the
+        leaf that differs most; if an argument does not fit or is traced.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from eigensam_jax import diagnostics
+      >>> import eigensam_jax, jax, jax.numpy as jnp
       >>> f, w = lambda w: jnp.sum(w**2), jnp.array([3.0, 4.0])
-      >>> diagnostics.check_gradient(jax.grad(f)(w), w, value_fn=f)
+      >>> eigensam_jax.diagnostics.check_gradient(jax.grad(f)(w), w, value_fn=f)
       0.0
     """
     arguments.check_params(params)
     if value_fn is None and grad_fn is None:
         raise ValueError(
             "check_gradient needs value_fn or grad_fn, got neither: give the one that "
-            "tx.update is given."
+            "you give tx.update."
         )
     updates = arguments.like_params(
-        "updates", updates, params, "Hand in what tx.update is given."
+        "updates", updates, params, "Give what you give tx.update."
     )
     if rtol is None:
         leaves = jax.tree.leaves((updates, params))
@@ -121,6 +114,6 @@ def _check_values(*trees: PyTree) -> None:
     unknown = (jax.core.Tracer, jax.ShapeDtypeStruct)
     if any(isinstance(x, unknown) for x in jax.tree.leaves(trees)):
         raise ValueError(
-            "check_gradient needs values, got traced arrays or shapes alone: call it "
-            "once, outside jit and eval_shape."
+            "check_gradient needs values, got traced arrays or shapes: call it once, "
+            "outside jit and eval_shape."
         )

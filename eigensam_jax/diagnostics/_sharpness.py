@@ -26,13 +26,11 @@ def sharpness(
 ) -> Eigenpair:
     """Sharpness λ_max of the Hessian ∇²f(w), its algebraically largest eigenvalue.
 
-    By `eigen.top_eigenpairs`, from three Hessian-vector products on, most often about
-    ten. Call it outside `jit`: on a CPU its loop is then Python's around one compiled
-    product. The product is compiled once for a function object, and `value_fn` is
-    traced at each call, so that the batch that it closes over may change. Inside `jit`
-    the loop is in the program: on a CPU, convolutions are many times slower there.
-
-    For a data set or the Gauss–Newton matrix, hand a product to that solver:
+    Found by `eigen.top_eigenpairs`, with about ten Hessian-vector products. Call it
+    outside `jit`: on a CPU it then loops in Python around one product, compiled once
+    per `value_fn` object and traced at each call, so that the batch in its closure may
+    change. Inside `jit`, convolutions are many times slower on a CPU. For a data set or
+    the Gauss–Newton matrix, call the solver:
 
         matvec = hessian.mean_matvec(loss, params, batches)
         eigen.top_eigenpairs(matvec, params, k=1, host_loop=callable(batches))
@@ -40,34 +38,26 @@ def sharpness(
     Args:
       value_fn: f, a function of the parameters alone that returns a real scalar.
       params: w, a tree of real arrays.
-      mask: which parameters, as in `sam`: λ_max is that of this block of the Hessian,
-        such as a layer's, and the eigenvector is zero elsewhere. All, by default.
-      tol: the residual, relative to |λ_max|, at which to stop. λ_max is then most often
-        right to about the square of it.
-      max_matvecs: the most Hessian-vector products, at least 1.
-      v0: where to start, such as the eigenvector that Eigen-SAM tracks or that of the
-        last measurement; by default at random.
-      hvp_mode: as in `hessian.matvec`. With "finite_difference", ask for no smaller
-        `tol` than its errors, or `max_matvecs` runs out.
-      host_loop: True for a loop of Python's around a compiled product, which can't be
-        jitted; False for a loop inside the program. None is True outside `jit` on a
-        CPU.
+      mask: as in `sam`, for λ_max of a block of the Hessian, such as a layer's.
+      tol, max_matvecs: as in `eigen.top_eigenpairs`.
+      v0: the start, such as the v of Eigen-SAM or of the last call; by default random.
+      hvp_mode: as in `hessian.matvec`. "finite_difference" never reaches a `tol` below
+        its errors.
+      host_loop: True loops in Python around a compiled product and cannot be jitted;
+        False loops inside the program. None is True outside `jit` on a CPU.
 
     Returns:
-      An `eigen.Eigenpair`, a single one. Its residual is at most `tol` · |λ_max| unless
-      `max_matvecs` ran out or rounding allows no less. NaN where a product is not
-      finite.
+      One `eigen.Eigenpair`. Its residual is at most `tol`·|λ_max| unless `max_matvecs`
+      ran out or rounding prevents it. NaN if a product is non-finite.
 
     Raises:
-      ValueError: for arguments that are none of the above.
+      ValueError: for an invalid argument.
 
     Example:
       >>> import eigensam_jax, jax.numpy as jnp
-      >>> f = lambda w: -5 * w["x"] ** 2 + w["y"] ** 2 + jnp.sin(w["x"])
-      >>> w = {"x": jnp.array(0.0), "y": jnp.array(3.0)}
-      >>> top = eigensam_jax.sharpness(f, w)  # the Hessian's are -10 and 2
-      >>> print(f"{top.eigenvalue:.3f}", bool(abs(top.eigenvector["y"]) > 0.999))
-      2.000 True
+      >>> f, w = lambda w: w[0] ** 2 - 5 * w[1] ** 2, jnp.array([3.0, 0.0])
+      >>> print(f"{eigensam_jax.sharpness(f, w).eigenvalue:.3f}")  # the other is -10
+      2.000
 
     References:
       Cohen, Kaur, Li, Kolter, Talwalkar, "Gradient Descent on Neural Networks Typically

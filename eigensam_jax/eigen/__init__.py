@@ -1,4 +1,7 @@
-"""Eigen-solvers that see a matrix only through its products with vectors."""
+"""Eigen-solvers that need a matrix H only as products with vectors.
+
+They raise a ValueError for an invalid argument.
+"""
 
 from eigensam_jax.eigen._density import (
     SpectralDensity,

@@ -1,4 +1,4 @@
-"""The spectral density of a matrix from its products with random vectors."""
+"""The spectral density of a matrix, from its products with random vectors."""
 
 import math
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from eigensam_jax.tree_math import PyTree
 
 
 class SpectralDensity(NamedTuple):
-    """Weighted points in place of the eigenvalues: a row for each random vector.
+    """Weighted points that stand for the eigenvalues, one row per random vector.
 
     Attributes:
-      nodes: where they are, shape (num_samples, num_matvecs).
-      weights: the share of the eigenvalues that each stands for; all add up to 1.
+      nodes: the points, shape (num_samples, num_matvecs).
+      weights: the share of the eigenvalues at each; they sum to 1.
     """
 
     nodes: jax.Array
@@ -35,43 +35,33 @@ def spectral_density(
     seed: int = 0,
     host_loop: bool = False,
 ) -> SpectralDensity:
-    """Stochastic Lanczos quadrature: how the eigenvalues λᵢ of H are spread.
+    """Stochastic Lanczos quadrature: the distribution of the eigenvalues λᵢ of H.
 
         (1/n) Σᵢ f(λᵢ) = E ⟨v, f(H) v⟩ ≈ Σ weights · f(nodes)
 
-    where v is a uniformly random direction. For each of `num_samples` of them, m
-    Lanczos steps give the m nodes and weights of Gauss quadrature, exact for every
-    polynomial f of degree at most 2m − 1. The mean over samples has a standard
-    deviation of about √(2 · (mean of f² − (mean of f)²) / (n · num_samples)) in n
-    dimensions: little for a large network. The outermost nodes are close to the
-    outermost eigenvalues, inner ones stand for many.
-
-    Cost: m · `num_samples` products, m + 1 vectors, 4m² vector operations a sample.
+    For each sample of v, a uniformly random direction, m Lanczos steps give the m nodes
+    and weights of Gauss quadrature, exact for polynomials f of degree up to 2m − 1. The
+    outermost nodes are close to the outermost eigenvalues. The standard deviation is
+    about √(2 · variance of f(λ) / (n · num_samples)) in n dimensions: small for large
+    networks. Cost: m · `num_samples` products, m + 1 vectors, 4m² vector operations per
+    sample.
 
     Args:
       matvec, like: as in `top_eigenpairs`.
       num_matvecs: m, products per random vector, at least 1.
-      num_samples: how many random vectors, at least 1.
+      num_samples: the number of random vectors, at least 1.
       seed, host_loop: as in `top_eigenpairs`.
 
     Returns:
-      A `SpectralDensity`. Where a Krylov space is exhausted, the nodes that are left
-      have weight 0. A non-finite product makes the sample's nodes and weights NaN.
-
-    Raises:
-      ValueError: if `num_matvecs` or `num_samples` is less than 1.
+      A `SpectralDensity`. Once a Krylov space is exhausted, the remaining nodes have
+      weight 0. A non-finite product makes its sample NaN.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import eigen
-      >>> spectrum = jnp.array([-1.0, 1.0, 1.0, 5.0])
-      >>> density = eigen.spectral_density(
-      ...     lambda v: spectrum * v, spectrum, num_matvecs=3, num_samples=1000
-      ... )
-      >>> density.nodes.mean(0).round(3) + 0.0
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> matvec, like = lambda v: jnp.array([-1.0, 1.0, 1.0, 5.0]) * v, jnp.zeros(4)
+      >>> density = eigensam_jax.eigen.spectral_density(matvec, like, num_matvecs=3)
+      >>> density.nodes.mean(0).round(3) + 0.0  # of weights 0.25, 0.5, 0.25 in the mean
       Array([-1.,  1.,  5.], dtype=float32)
-      >>> density.weights.sum(0).round(1)
-      Array([0.2, 0.5, 0.3], dtype=float32)
 
     References:
       Golub and Welsch, "Calculation of Gauss quadrature rules", 1969; Ubaru, Chen and
@@ -115,29 +105,21 @@ def _random_start(
 def smooth_density(
     density: SpectralDensity, grid: ArrayLike, width: float | jax.Array
 ) -> jax.Array:
-    """The density as a curve: a Gaussian of that width at every node.
+    """The density as a curve, φ(t) = Σ weights · N(t; nodes, width²).
 
-        φ(t) = Σ weights · exp(−(t − nodes)² / (2 width²)) / (width · √(2π))
+    φ is the share of the eigenvalues per unit of t; its integral is 1.
 
     Args:
       density: what `spectral_density` returned.
-      grid: the t at which to evaluate φ, of any shape.
-      width: standard deviation of the Gaussians, above 0 and wider than grid steps.
-
-    Returns:
-      φ on the grid: the share of the eigenvalues per unit of t, with the integral 1.
-
-    Raises:
-      ValueError: if `width` is a number that is not positive and finite.
+      grid: the points t, of any shape.
+      width: standard deviation of the Gaussians N, above 0 and wider than grid steps.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from eigensam_jax import eigen
-      >>> spectrum = jnp.array([-1.0, 1.0, 1.0, 5.0])
-      >>> density = eigen.spectral_density(lambda v: spectrum * v, spectrum)
-      >>> grid = jnp.linspace(-3, 7, 1000)
-      >>> curve = eigen.smooth_density(density, grid, 0.1)
-      >>> print(f"{jnp.trapezoid(curve, grid):.4f}")
+      >>> density = eigen.spectral_density(lambda v: 2 * v, jnp.zeros(4))
+      >>> grid = jnp.linspace(0, 4, 1000)
+      >>> print(f"{jnp.trapezoid(eigen.smooth_density(density, grid, 0.1), grid):.4f}")
       1.0000
     """
     arguments.check_scalar("width", width, schedule=False)

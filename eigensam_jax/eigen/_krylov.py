@@ -1,8 +1,7 @@
-"""Orthonormal bases on pytrees: what the Krylov methods of `eigen` are built of.
+"""Orthonormal bases on pytrees, for the Krylov methods of `eigen`.
 
-A basis is a tree like its vectors with a leading axis over the vectors q₀, q₁, …; a
-row of zeros stands for no vector. Everything is done leaf by leaf, so that leaves keep
-their sharding, and in float32 or wider.
+A basis is a tree like its vectors with a leading axis over the vectors q₀, q₁, …; a row
+of zeros is no vector. All is done leaf by leaf, so that leaves keep their sharding.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ class Tridiagonal(NamedTuple):
     """Orthonormal basis of a Krylov space, and the tridiagonal matrix of H in it.
 
     Attributes:
-      basis: the vectors qᵢ, one more of them than products; zero where there is none.
+      basis: the vectors qᵢ, one more than products; zero where there is none.
       diagonal: ⟨qᵢ, Hqᵢ⟩, shape (num_matvecs,).
       off_diagonal: ⟨qᵢ₊₁, Hqᵢ⟩, shape (num_matvecs,); the last leads out of the space.
     """
@@ -42,7 +41,7 @@ class Extension(NamedTuple):
 
     Attributes:
       basis: the basis with q, a unit vector, or zero where `length` is.
-      coefficients: the cᵢ, one for each row of the basis; 0 for the row of q.
+      coefficients: the cᵢ, one per row of the basis; 0 for the row of q.
       length: the norm of the part outside the basis; 0 where that is rounding error.
     """
 
@@ -53,7 +52,7 @@ class Extension(NamedTuple):
 
 @contextlib.contextmanager
 def written_out() -> Iterator[None]:
-    """Traces loops of products as written out: of a loop, XLA counts the body once."""
+    """Unrolls loops of products traced here: XLA's cost analysis counts a body once."""
     token = _WRITTEN_OUT.set(True)
     try:
         yield
@@ -69,10 +68,7 @@ def repeat_products(
     matvec: Matvec,
     v: PyTree,
 ) -> Carry:
-    """A loop of `num` products, written out where `unroll` of `power_iteration` says.
-
-    Outside `jit` that is a Python loop: any other would compile anew at each call.
-    """
+    """A loop of `num` products, unrolled as `power_iteration` says."""
     if unroll and not programs.is_traced(v):
         for i in range(num):
             carry = body(i, carry)
@@ -85,7 +81,7 @@ def repeat_products(
 
 
 def basis_of(vector: PyTree, num_vectors: int) -> PyTree:
-    """`num_vectors` rows with the sharding of `vector`: that one first, then zeros."""
+    """`num_vectors` rows, sharded as `vector`: that one first, then zeros."""
     is_first = jnp.arange(num_vectors, dtype=jnp.int32) == 0
     return jax.tree.map(
         lambda x: jax.vmap(lambda here: jnp.where(here, x, 0))(is_first), vector
@@ -93,22 +89,17 @@ def basis_of(vector: PyTree, num_vectors: int) -> PyTree:
 
 
 def get(basis: PyTree, index: jax.Array | int) -> PyTree:
-    """The vector at `index`."""
-    take = jax.lax.dynamic_index_in_dim  # indexing would check bounds for each leaf
+    take = jax.lax.dynamic_index_in_dim  # indexing checks bounds
     return jax.tree.map(lambda b: take(b, index, keepdims=False), basis)
 
 
 def put(basis: PyTree, index: jax.Array | int, vector: PyTree) -> PyTree:
-    """`basis` with `vector` at `index`."""
     update = jax.lax.dynamic_update_index_in_dim
     return jax.tree.map(lambda b, x: update(b, x, index, 0), basis, vector)
 
 
 def combine(coefficients: jax.Array, basis: PyTree) -> PyTree:
-    """Linear combinations of the vectors of `basis`.
-
-    Coefficients of shape (vectors,) give one vector, of shape (sums, vectors) a basis.
-    """
+    """The linear combination of the vectors of `basis`; for a matrix, one per row."""
     return jax.tree.map(
         lambda b: jnp.tensordot(
             coefficients.astype(b.dtype), b, axes=1, precision="highest"
@@ -118,11 +109,7 @@ def combine(coefficients: jax.Array, basis: PyTree) -> PyTree:
 
 
 def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
-    """Orthogonalises `vector` against `basis` and writes it, normalised, at `index`.
-
-    Classical Gram–Schmidt, twice, which leaves it orthogonal up to rounding. The row at
-    `index` is the workspace, so that one matrix product both subtracts and normalises.
-    """
+    """Orthogonalises `vector` against `basis`, twice, and writes it at `index`."""
     vector = tree_math.cast_like(vector, basis)
     norm = tree_math.norm(vector)
     eps = np.finfo(norm.dtype).eps
@@ -133,33 +120,33 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
     def orthogonalise(_: int, step: Extension) -> Extension:
         products = _inner_products(step.basis, get(step.basis, index))
         along = jnp.where(is_new, 0, products)
-        # ‖x‖² − Σ⟨qᵢ,x⟩². The first time it may be mere rounding, and then only scales.
+        # ‖x‖² − Σ⟨qᵢ,x⟩²; at first it may be mere rounding, which only scales.
         square = products[index] - jnp.sum(along**2)
         rest = jnp.sqrt(jnp.maximum(square, eps))
         length = step.length * rest
-        # Two lengths at their bounds make eps: such a vector was inside the space.
+        # Two lengths at their lower bounds make eps: the vector is in the space.
         scale = jnp.where(length <= 10 * eps, 0, 1 / rest)
         row = combine(scale * jnp.where(is_new, 1, -along), step.basis)
         coefficients = step.coefficients + step.length * along
         return Extension(put(step.basis, index, row), coefficients, length)
 
     zeros, one = jnp.zeros(num_vectors, norm.dtype), jnp.ones((), norm.dtype)
+    # The row at `index` is the workspace: one product subtracts and normalises.
     start = Extension(put(basis, index, scaled), zeros, one)
     if programs.is_traced(start):
         basis, coefficients, length = jax.lax.fori_loop(0, 2, orthogonalise, start)
     else:
         basis, coefficients, length = orthogonalise(1, orthogonalise(0, start))
-    # A norm that is not finite is not hidden.
+    # A non-finite norm stays visible.
     is_inside = (length <= 10 * eps) & jnp.isfinite(norm)
     length = jnp.where(is_inside, 0, norm * length)
     return Extension(basis, norm * coefficients, length)
 
 
 def _inner_products(basis: PyTree, vector: PyTree) -> jax.Array:
-    """⟨qᵢ, x⟩ for every row of the basis, in the accumulation dtype."""
     dtype = tree_math.accumulation_dtype(vector)
     row = lambda b, x: jax.vmap(lambda q: jnp.sum(q * x))(b).astype(dtype)
-    # Stacked: a chain of additions would be put into the loop over each leaf.
+    # Stacked: XLA would repeat a chain of additions in the loop over each leaf.
     return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(row, basis, vector))), axis=0)
 
 
@@ -170,10 +157,7 @@ def rejected(basis: PyTree, vector: PyTree) -> PyTree:
 
 
 def random_vector(key: jax.Array, like: PyTree) -> PyTree:
-    """A normal random vector, whose direction is uniform, like zeros `like`.
-
-    Added to these, so that it is sharded as they are.
-    """
+    """A normal random vector, added to the zeros `like` to be sharded as they are."""
     leaves, treedef = jax.tree.flatten(like)
     keys = jax.tree.unflatten(treedef, [*jax.random.split(key, len(leaves))])
     return jax.tree.map(
@@ -182,7 +166,7 @@ def random_vector(key: jax.Array, like: PyTree) -> PyTree:
 
 
 def tridiagonal(v0: PyTree, num_matvecs: int) -> Tridiagonal:
-    """The Krylov space of a vector before its first of `num_matvecs` products."""
+    """The Krylov space of `v0` before the first of `num_matvecs` products."""
     norm = tree_math.norm(v0)
     unit = tree_math.scale(tree_math.safe_inverse(norm), v0)
     zeros = (jnp.zeros(num_matvecs, norm.dtype) for _ in range(2))
@@ -190,7 +174,7 @@ def tridiagonal(v0: PyTree, num_matvecs: int) -> Tridiagonal:
 
 
 def grow(index: jax.Array | int, space: Tridiagonal, product: PyTree) -> Tridiagonal:
-    """The space and its matrix after the product with the vector at `index`."""
+    """The space after the product with the vector at `index`."""
     step = extend(space.basis, index + 1, product)
     return Tridiagonal(
         step.basis,
@@ -200,17 +184,12 @@ def grow(index: jax.Array | int, space: Tridiagonal, product: PyTree) -> Tridiag
 
 
 def dense(diagonal: jax.Array, off_diagonal: jax.Array) -> jax.Array:
-    """The symmetric tridiagonal matrix, less the last of `off_diagonal`."""
     beside = off_diagonal[:-1]
     return jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
 
 
 def eigh_known(matrix: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`eigh` of a matrix of which only the rows and columns in `known` are known.
-
-    The others must be zero; they come out first, as eigenvalues below all others, and
-    mix into no eigenvector of the known part.
-    """
+    """`eigh` of a matrix that is zero outside `known`, the known eigenpairs last."""
     bound = jax.lax.stop_gradient(jnp.abs(matrix).sum(1).max())
     below = -2 * jnp.where(bound > 0, bound, 1)
     return eigh(matrix + jnp.diag(jnp.where(known, 0, below)))
@@ -218,11 +197,7 @@ def eigh_known(matrix: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Arra
 
 @jax.custom_jvp
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues, ascending, and eigenvectors (columns) of a small symmetric matrix.
-
-    Derivatives dλᵢ = (VᵀdM V)ᵢᵢ and dV = V·(F ∘ VᵀdM V) are finite: Fᵢⱼ = 1/(λⱼ − λᵢ),
-    but 0 where eigenvalues agree up to rounding, whose vectors have no derivative.
-    """
+    """Ascending eigenvalues, and eigenvectors (columns), with finite derivatives."""
     values, vectors = jnp.linalg.eigh(matrix)
     return values, vectors
 
@@ -237,6 +212,7 @@ def _eigh_jvp(
         gaps = values[None, :] - values[:, None]
         rounding = 10 * np.finfo(values.dtype).eps * jnp.abs(values).max()
         distinct = jnp.abs(gaps) > rounding
+        # 0 where eigenvalues agree, whose vectors have no derivative.
         factors = jnp.where(distinct, 1 / jnp.where(distinct, gaps, 1), 0)
         moved = vectors @ (factors * inside)
     return (values, vectors), (jnp.diagonal(inside), moved)

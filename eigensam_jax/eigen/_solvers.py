@@ -1,4 +1,4 @@
-"""Eigen-solvers that see a matrix only through its products with vectors."""
+"""Power, Lanczos and thick-restart Lanczos iterations."""
 
 from functools import partial
 from typing import Literal, NamedTuple
@@ -15,12 +15,12 @@ from eigensam_jax.tree_math import PyTree
 
 
 class Eigenpair(NamedTuple):
-    """An approximate eigenvector, with an eigenvalue and how far both are off.
+    """An approximate eigenpair and its error.
 
     Attributes:
       eigenvector: unit vector, a tree of arrays in float32 or wider.
       eigenvalue: the Rayleigh quotient λ = ⟨v, Hv⟩, a scalar.
-      residual: ‖Hv − λv‖, a scalar; some eigenvalue lies within it of λ.
+      residual: ‖Hv − λv‖, a scalar; some eigenvalue of H lies within it of λ.
     """
 
     eigenvector: PyTree
@@ -31,39 +31,34 @@ class Eigenpair(NamedTuple):
 def power_iteration(
     matvec: Matvec, v0: PyTree, num_matvecs: int, *, unroll: bool = False
 ) -> Eigenpair:
-    """Power iteration v ← Hv/‖Hv‖: the eigenvalue of H that is largest in magnitude.
+    """Power iteration v ← Hv/‖Hv‖: the eigenvalue of H of largest magnitude.
 
     Each iteration makes one product and multiplies the angle to the eigenvector by
-    about |λ₂/λ₁|. `eigenvalue`, which may be negative, and `residual` belong to v, the
-    input of the last product, and `eigenvector` is Hv/‖Hv‖: one iteration better, for
-    no further product.
+    about |λ₂/λ₁|. `eigenvalue`, which may be negative, and `residual` are those of v,
+    the input of the last product; `eigenvector` is Hv/‖Hv‖, one iteration further.
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.
-      v0: where to start, a tree of real arrays of any norm. Zero stays zero.
+      v0: the start, a tree of real arrays of any norm. Zero stays zero.
       num_matvecs: the number of products, at least 1.
-      unroll: True writes the loop out on a CPU if a product has convolutions, which
-        XLA runs many times slower in a loop there. Otherwise it has no effect.
-        Outside `jit` it makes it a Python loop, which compiles nothing when it is
-        called again.
+      unroll: True unrolls the loop on a CPU if a product has convolutions, which XLA
+        runs many times slower in a loop there. Outside `jit` it makes a Python loop,
+        which is not compiled again at each call.
 
     Returns:
-      An `Eigenpair`. Where Hv = 0 the iteration stays at v, with λ = 0. A non-finite
+      An `Eigenpair`. If Hv = 0 the iteration stays at v, with λ = 0. A non-finite
       product makes λ or the residual non-finite and leaves v unchanged.
 
-    Raises:
-      ValueError: if `num_matvecs` is less than 1.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import eigen
-      >>> spectrum = jnp.array([-1.0, 2.0, 4.0])
-      >>> pair = eigen.power_iteration(lambda v: spectrum * v, jnp.ones(3), 20)
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> matvec = lambda v: jnp.array([-1.0, 2.0, 4.0]) * v
+      >>> pair = eigensam_jax.eigen.power_iteration(matvec, jnp.ones(3), 20)
       >>> float(pair.eigenvalue), pair.eigenvector.round(5)
       (4.0, Array([0., 0., 1.], dtype=float32))
 
     References:
-      Golub and Van Loan, "Matrix Computations", 4th edition, section 8.2, 2013.
+      Golub and Van Loan, "Matrix Computations", 4th edition, 2013: section 8.2; for
+      `lanczos`, chapter 10.
     """
     arguments.check_positive_int("num_matvecs", num_matvecs, "matrix-vector products")
     v0 = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v0)), v0)
@@ -80,7 +75,7 @@ def power_iteration(
     before, after, length = _krylov.repeat_products(
         num_matvecs, body, (v0, v0, zero), unroll, matvec, v0
     )
-    # Hv = length · after, so that λ = length · cosine.
+    # Hv = length · after, so λ = length · cosine.
     cosine = tree_math.vdot(before, after)
     sine = tree_math.norm(tree_math.add_scaled(after, -cosine, before))
     return Eigenpair(after, length * cosine, length * sine)
@@ -91,40 +86,27 @@ def lanczos(
 ) -> Eigenpair:
     """Lanczos iteration: the algebraically largest eigenvalue of H.
 
-    The Rayleigh quotient ⟨v, Hv⟩ is maximised over the Krylov space of v0, Hv0, …,
-    H^(m−1) v0, which contains what power iteration finds after m − 1 products.
-
-    `eigenvalue` and `residual` belong to that maximiser y. `eigenvector` is one step of
-    a shifted power iteration further, for no further product, as the recurrence knows
-    Hy: (H − μ)y, normalised, with μ the smallest Ritz value or 0, whichever is smaller.
-
-    Full orthogonalisation holds m + 3 vectors and costs 4m² vector operations: meant
-    for up to a few dozen products.
+    Maximises the Rayleigh quotient ⟨y, Hy⟩ over the Krylov space of v0, Hv0, …, H^(m−1)
+    v0, which contains the result of m − 1 power iterations. `eigenvalue` and `residual`
+    are those of y. `eigenvector` is (H − μ)y, normalised, with μ the smaller of 0 and
+    the smallest Ritz value: one shifted power iteration further, for no further
+    product. The method holds m + 3 vectors and does 4m² vector operations. Use it for a
+    few dozen products at most.
 
     Args:
       matvec, v0: as in `power_iteration`.
-      num_matvecs: m, the number of products, at least 1. Once the Krylov space is
-        exhausted, further products change nothing.
+      num_matvecs: m, the number of products, at least 1. Those after the Krylov space
+        is exhausted change nothing.
       unroll: as in `power_iteration`.
 
     Returns:
-      An `Eigenpair`, the residual from the last coefficient of the recurrence.
-
-    Raises:
-      ValueError: if `num_matvecs` is less than 1.
+      An `Eigenpair`, its residual from the last coefficient of the recurrence.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import eigen
-      >>> spectrum = jnp.array([-5.0, 1.0, 2.0])
-      >>> pair = eigen.lanczos(lambda v: spectrum * v, jnp.ones(3), 3)
-      >>> print(f"{pair.eigenvalue:.4f}", jnp.abs(pair.eigenvector).round(3))
-      2.0000 [0. 0. 1.]
-
-    References:
-      Lanczos, "An iteration method for the solution of the eigenvalue problem of linear
-      differential and integral operators", 1950; Golub and Van Loan, "Matrix
-      Computations", 4th edition, chapter 10, 2013.
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> matvec = lambda v: jnp.array([-5.0, 1.0, 2.0]) * v
+      >>> print(f"{eigensam_jax.eigen.lanczos(matvec, jnp.ones(3), 3).eigenvalue:.4f}")
+      2.0000
     """
     arguments.check_positive_int("num_matvecs", num_matvecs, "matrix-vector products")
     v0 = tree_math.widen(v0)
@@ -136,13 +118,13 @@ def lanczos(
         matvec,
         v0,
     )
-    # A zero says that the space was exhausted: there is no basis vector after it.
+    # After a zero the space was exhausted: no basis vector follows.
     known = jnp.cumsum(off_diagonal[:-1] == 0) == 0
     known = jnp.append(jnp.ones((), bool), known)
     diagonal = jnp.where(known, diagonal, 0)
     values, vectors = _krylov.eigh_known(_krylov.dense(diagonal, off_diagonal), known)
     bottom, top, weights = jnp.minimum(values[0], 0), values[-1], vectors[:, -1]
-    # H y = λ y + beyond · q, with q the basis vector that the last product led to.
+    # H y = λ y + beyond · q, with q the last basis vector.
     beyond = off_diagonal[-1] * weights[-1]
     beyond_shifted = beyond * tree_math.safe_inverse(top - bottom)
     weights = jnp.append(weights, beyond_shifted) / jnp.hypot(1, beyond_shifted)
@@ -164,52 +146,43 @@ def top_eigenpairs(
 ) -> Eigenpair:
     """Thick-restart Lanczos iteration: the k largest eigenvalues of H, to a tolerance.
 
-    Products are made until ‖Hvᵢ − λᵢvᵢ‖ ≤ `tol` · |λ₁| for all k pairs, as far as
-    rounding allows, or until the next would exceed `max_matvecs`.
+    Stops when ‖Hvᵢ − λᵢvᵢ‖ ≤ `tol`·|λ₁| for all k pairs, as far as rounding allows, or
+    when the next product would exceed `max_matvecs`. A Krylov space contains one vector
+    of a multiple eigenvalue. When it is exhausted, the search continues from a random
+    vector orthogonal to it; with `thorough`, also after convergence, until nothing new
+    is found.
 
-    A Krylov space contains one vector of a multiple eigenvalue. Where it is exhausted,
-    the search continues from a random vector orthogonal to it. With `thorough`, it
-    continues so after convergence too, until nothing new comes.
-
-    Cost: k + 2 products or more; from a `v0`, which may be near an eigenvector that is
-    not wanted, m = max(20, 2k + 10) or more; with `thorough` at least m + k, for k > 1
-    about twice that. The basis holds m vectors, for a moment twice.
+    Cost: at least k + 2 products; from a `v0`, which may be near an unwanted
+    eigenvector, at least m = max(20, 2k + 10); with `thorough` at least m + k, about
+    twice that for k > 1. The basis holds m vectors, briefly twice.
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.
       like: a tree like the vectors, such as the parameters, or its
         `jax.ShapeDtypeStruct`.
-      k: how many eigenpairs, at least 1 and at most the number of parameters.
-      which: "algebraic" for the largest eigenvalues, "magnitude" for those of largest
-        magnitude, with their signs.
-      tol: residual, relative to |λ₁|, at which a pair is good enough. An eigenvalue is
-        then within it of a true one, and most often within about its square.
-      max_matvecs: the most products, at least k, and 2k with `thorough`.
-      v0: where to start, a tree like `like`, for example an eigenvector found before;
-        None or zeros for a random vector.
+      k: the number of eigenpairs, from 1 to the number of parameters.
+      which: "algebraic" for the largest eigenvalues, "magnitude" for the largest |λᵢ|.
+      tol: tolerance of the residual relative to |λ₁|. An eigenvalue is then within it
+        of a true one, mostly within about its square.
+      max_matvecs: the most products, at least k, or 2k with `thorough`.
+      v0: the start, a tree like `like`; None or zeros for a random vector.
       seed: seed of the random vectors.
-      thorough: whether multiple eigenvalues are found as often as they are there, and
-        each residual is measured by a product of its own. By default it is that of the
-        Lanczos recurrence, which rounding does not see: below 1e-5 of |λ₁| in float32
-        it says too little. Give True to ask for a smaller `tol`.
+      thorough: whether to find all copies of multiple eigenvalues, and to measure each
+        residual by a product. The default residual, of the Lanczos recurrence, is too
+        small below 1e-5·|λ₁| in float32: give True with a smaller `tol`.
       host_loop: False loops inside the compiled program. True loops in Python and
-        can't be jitted: for a `matvec` that reads data on the host, and for a jitted
-        one with convolutions on a CPU, which XLA runs many times slower in a loop.
+        cannot be jitted: for a `matvec` that reads data on the host, or a jitted one
+        with convolutions on a CPU, which XLA runs many times slower in a loop.
 
     Returns:
-      An `Eigenpair` whose leaves have a leading axis of length k, in descending order
-      (of magnitude, for "magnitude"). Its eigenvectors are orthonormal. A non-finite
-      product ends the search with NaN in all of them.
-
-    Raises:
-      ValueError: if `k`, `which`, `tol` or `max_matvecs` is invalid, or `v0` is not
-        like `like`.
+      An `Eigenpair` with a leading axis of length k, in descending order of λᵢ or |λᵢ|.
+      Its eigenvectors are orthonormal. A non-finite product ends the search with NaN in
+      all.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import eigen
-      >>> spectrum = jnp.array([-9.0, 0.0, 1.0, 2.0, 2.0])
-      >>> pairs = eigen.top_eigenpairs(lambda v: spectrum * v, jnp.zeros(5), 3)
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> matvec = lambda v: jnp.array([-9.0, 0.0, 1.0, 2.0, 2.0]) * v
+      >>> pairs = eigensam_jax.eigen.top_eigenpairs(matvec, jnp.zeros(5), 3)
       >>> pairs.eigenvalue.round(4), pairs.eigenvector.shape
       (Array([2., 2., 1.], dtype=float32), (3, 5))
 
@@ -228,7 +201,7 @@ def top_eigenpairs(
     arguments.check_positive_int("max_matvecs", max_matvecs, "matrix-vector products")
     num_checks = k if thorough else 0
     what = f"at least {k + num_checks} for k = {k}"
-    remedy = ": as many products span a space"
+    remedy = ": allow more products or ask for fewer eigenpairs"
     valid = max_matvecs >= k + num_checks
     arguments.require(valid, "max_matvecs", max_matvecs, what, remedy)
     plan = _thick_restart.plan(k, dimension, which == "magnitude", thorough)
@@ -269,7 +242,6 @@ def top_eigenpairs(
 
 
 def _measured(i: jax.Array, pairs: Eigenpair, v: PyTree, product: PyTree) -> Eigenpair:
-    """`pairs` with the Rayleigh quotient and the residual of v, the i-th of them."""
     vectors, values, residuals = pairs
     value = tree_math.vdot(v, product)
     residual = tree_math.norm(tree_math.add_scaled(product, -value, v))

@@ -1,7 +1,7 @@
 """The thick-restart Lanczos iteration of `eigen.top_eigenpairs`, product by product.
 
-The basis holds Ritz vectors that were kept, and the Krylov space that has grown from
-them since. When it is full, the best Ritz vectors are kept again and the rest given up.
+The basis holds the Ritz vectors kept at the last restart, and the Krylov space grown
+from them since. When it is full, the best Ritz vectors are kept and the rest dropped.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Plan(NamedTuple):
       size: how many vectors' products are known when the basis is full.
       keep: how many Ritz vectors a restart keeps.
       complete: whether a full basis spans everything.
-      by_magnitude: whether the largest in magnitude are wanted, or the largest.
+      by_magnitude: whether those of largest magnitude are wanted.
       thorough: whether to look for further copies of the eigenvalues found.
     """
 
@@ -40,15 +40,14 @@ class Search(NamedTuple):
     """The state of a search.
 
     Attributes:
-      basis: orthonormal vectors, first `known` of them whose products are known, then
-        the next to be multiplied, then zeros; `size` + 1 in all.
-      projection: the matrix of H in those known, shape (size, size), zero elsewhere.
-      known: how many they are.
-      products: how many so far.
-      judge_from: the number of products from which on the Ritz values are believed.
+      basis: `size` + 1 orthonormal rows: `known` vectors, the next to multiply, zeros.
+      projection: the matrix of H in the known ones, shape (size, size), zero elsewhere.
+      known: the number of basis vectors whose products are known.
+      products: the number of products so far.
+      judge_from: the number of products from which on Ritz values are trusted.
       least: the rank of the last wanted Ritz value before the last fresh start.
       residuals: of the wanted Ritz pairs, by the recurrence, shape (k,).
-      done: whether all is found, or a product was not finite.
+      done: whether all are found, or a product was non-finite.
     """
 
     basis: PyTree
@@ -69,12 +68,12 @@ def plan(k: int, dimension: int, by_magnitude: bool, thorough: bool) -> Plan:
 
 
 def start(plan: Plan, v0: PyTree, key: jax.Array) -> Search:
-    """The search before its first product, from `v0` or, if zero, at random."""
+    """The search before its first product, from `v0` or, if that is zero, at random."""
     dtype = tree_math.accumulation_dtype(v0)
     anywhere = _krylov.random_vector(key, tree_math.zeros_like(v0))
     is_anywhere = tree_math.norm(v0) == 0
     first = tree_math.where(is_anywhere, anywhere, v0)
-    # A start that is near an eigenvector may be near one that is not wanted.
+    # A given start may be near an unwanted eigenvector.
     judge_from = jnp.where(is_anywhere, min(plan.k + 2, plan.size), plan.size)
     return Search(
         basis=_krylov.tridiagonal(first, plan.size).basis,
@@ -91,7 +90,6 @@ def start(plan: Plan, v0: PyTree, key: jax.Array) -> Search:
 def advance(
     plan: Plan, search: Search, product: PyTree, tol: ArrayLike, key: jax.Array
 ) -> Search:
-    """The search after the product with the next vector of its basis."""
     index, known, count = search.known, search.known + 1, search.products + 1
     size = plan.size
     full = known == size
@@ -142,7 +140,7 @@ def advance(
 
 
 def wanted(plan: Plan, search: Search) -> tuple[PyTree, jax.Array, jax.Array]:
-    """The `k` wanted Ritz vectors, as a basis, their values and residuals."""
+    """The `k` wanted Ritz vectors as a basis, their values and residuals."""
     values, _, vectors = _ritz(plan, search.projection, search.known)
     rows = jnp.pad(vectors[:, : plan.k].T, ((0, 0), (0, 1)))
     residuals = search.residuals
@@ -158,12 +156,7 @@ def _judge(
     tol: ArrayLike,
     least: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Whether the wanted pairs are converged, are new, and leave no better to come.
-
-    A Krylov space has an eigenvalue once, however often it is one of H. To find its
-    copies, the search starts afresh orthogonal to what it found, and stops when that
-    has brought nothing new and the best of the rest is known to be no better.
-    """
+    """Whether the wanted pairs are converged, are new, and leave no better to come."""
     k, dtype = plan.k, values.dtype
     rounding = 10 * np.finfo(dtype).eps * jnp.abs(values).max()
     tol = jnp.asarray(tol, dtype)
@@ -171,16 +164,15 @@ def _judge(
     converged = jnp.all(residuals[:k] <= target)
     if k == 1 or plan.complete or not plan.thorough:
         return converged, jnp.zeros((), bool), jnp.ones((), bool)
+    # Copies of an eigenvalue are found by fresh starts, until one finds nothing new
+    # and the best of the rest is known to be no better.
     new = rank[k - 1] > least + target
     gap = rank[k - 1] - rank[k]
     return converged, new, residuals[k] <= jnp.maximum(target, gap)
 
 
 def _ritz(plan: Plan, projection: jax.Array, known: jax.Array) -> tuple[jax.Array, ...]:
-    """Ritz values, what they are ordered by, and vectors (columns), the wanted first.
-
-    What is not known comes last: zeros, and the lowest number.
-    """
+    """Ritz values, ranks and vectors (columns), the wanted first, the unknown last."""
     index = jnp.arange(plan.size, dtype=jnp.int32)
     values, vectors = _krylov.eigh_known(projection, index < known)
     missing = index < plan.size - known

@@ -15,21 +15,21 @@ with Σ the covariance over batches of ∇f_γ(X + ε_γ) and, by `order`, the d
     2          b = −E[∇f_γ + H_γ ε_γ]
     3          b = −E[∇f_γ + H_γ ε_γ + ½ ∇³f_γ[ε_γ, ε_γ]]
 
-so that −b is off SAM's mean gradient by O(ρ), O(ρ²) and O(ρ³): within the error O(η)
-of any such equation while ρ is O(η^½) at order 2 and O(η^⅓) at order 3.
-Eigen-SAM is the same with
+−b differs from SAM's mean gradient by O(ρ), O(ρ²) and O(ρ³): within the error O(η) of
+any such equation if ρ is O(η^½) at order 2 and O(η^⅓) at order 3. Eigen-SAM has
 
     ε_γ = ρ·(u_γ + α·sign⟨∇f_γ, v⟩·v⊥),    v⊥ = v − ⟨u_γ, v⟩u_γ,
 
-and v = v₁(X) the exact top eigenvector of the Hessian of E[f_γ], all batches, at X.
+with v = v₁(X) the exact top eigenvector of the Hessian of E[f_γ] at X.
 
-Assumptions: f_γ has three continuous derivatives (tanh, GELU or softplus, not ReLU);
-∇f_γ ≠ 0 (here u_γ = 0 for a zero gradient); and for Eigen-SAM that λ₁ is simple and
-⟨∇f_γ, v⟩ ≠ 0. Where these fail, paths are computed all the same.
+Assumptions, not checked: f_γ has three continuous derivatives (tanh, GELU or softplus,
+not ReLU); ∇f_γ ≠ 0 (here u_γ = 0 for a zero gradient); and for Eigen-SAM λ₁ is simple
+and ⟨∇f_γ, v⟩ ≠ 0. Order 2 is the equation of Compagnoni et al., order 3 that of Luo et
+al. Three parts are this project's own and unproved: Eigen-SAM's equation, Σ of the
+gradients at x + ε_γ without expansion in ρ, and Itô's term in `sharpness_rates`.
 
-Order 2 is the equation of Compagnoni et al., order 3 that of Luo et al. This project's
-own, and unproved, are Eigen-SAM's equation; Σ of the gradients where SAM takes them,
-not expanded in ρ; and Itô's term in `sharpness_rates`.
+The functions return trees like the parameters, in float32 or the leaf's dtype if wider,
+and raise a ValueError for an invalid argument.
 
 References:
   Luo, Truong, Pham, Harandi, Phung, Le, "Explicit Eigenvalue Regularization Improves

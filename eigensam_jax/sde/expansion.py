@@ -1,7 +1,7 @@
 """Gradients expanded along a perturbation: contractions of higher derivatives.
 
-Each contraction is the gradient of a directional derivative, ∇(D_a D_b f): forward mode
-nested in reverse mode, so that no tensor is formed.
+Each is the gradient of a directional derivative, ∇(D_a D_b f): forward mode nested in
+reverse mode, so that no tensor is formed.
 """
 
 from collections.abc import Callable
@@ -23,30 +23,20 @@ Result = TypeVar("Result")
 def expanded_gradient(
     value_fn: ValueFn, params: PyTree, epsilon: PyTree, order: Order
 ) -> PyTree:
-    """Taylor's polynomial of ∇f(w + ε) in ε, with derivatives of f up to `order`.
+    """Taylor polynomial of ∇f(w + ε) in ε, with derivatives of f up to `order`.
 
         1: ∇f     2: ∇f + Hε     3: ∇f + Hε + ½∇³f[ε, ε]
-
-    It is the gradient of f + D_ε f + ½D_ε² f with ε held fixed, in one backward pass.
 
     Args:
       value_fn: f, a function of the parameters alone that returns a real scalar.
       params: w, a tree of real arrays.
-      epsilon: ε, a tree of the same structure and shapes, cast to the dtypes of
-        `params`.
+      epsilon: ε, a tree like `params`, cast to their dtypes and held fixed.
       order: 1, 2 or 3.
 
-    Returns:
-      A tree like `params`, in float32 or in the leaf's dtype where that is wider.
-
-    Raises:
-      ValueError: for another `order`.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import sde
+      >>> import eigensam_jax, jax.numpy as jnp
       >>> f, w, step = (lambda w: w**3), jnp.array(1.0), jnp.array(0.5)
-      >>> [float(sde.expanded_gradient(f, w, step, order)) for order in (1, 2, 3)]
+      >>> [float(eigensam_jax.sde.expanded_gradient(f, w, step, k)) for k in (1, 2, 3)]
       [3.0, 6.0, 6.75]
     """
     check_order(order)
@@ -72,18 +62,12 @@ def third_derivative(value_fn: ValueFn, params: PyTree, a: PyTree, b: PyTree) ->
     Args:
       value_fn: f, a function of the parameters alone that returns a real scalar.
       params: w, a tree of real arrays.
-      a: a tree of the same structure and shapes, cast to the dtypes of `params`.
-      b: another; the order of the two does not matter.
-
-    Returns:
-      A tree like `params`, in float32 or in the leaf's dtype where that is wider.
+      a, b: trees like `params`, cast to their dtypes, in either order.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import sde
-      >>> f = lambda w: w[0] ** 2 * w[1]
-      >>> x, y = jnp.eye(2)
-      >>> sde.third_derivative(f, jnp.array([1.0, 5.0]), x, y)
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> f, w, (x, y) = (lambda w: w[0] ** 2 * w[1]), jnp.array([1.0, 5.0]), jnp.eye(2)
+      >>> eigensam_jax.sde.third_derivative(f, w, x, y)
       Array([2., 0.], dtype=float32)
     """
     along_both = directional(directional(value_fn, a), b)
@@ -91,7 +75,7 @@ def third_derivative(value_fn: ValueFn, params: PyTree, a: PyTree, b: PyTree) ->
 
 
 def directional(value_fn: ValueFn, direction: PyTree) -> ValueFn:
-    """The function w ↦ D_a f(w), the derivative of f along a fixed direction a."""
+    """The derivative w ↦ D_a f(w) of f along a fixed direction a."""
 
     def derivative(params: PyTree) -> jax.Array:
         tangent = tree_math.cast_like(direction, params)

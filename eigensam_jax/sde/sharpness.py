@@ -1,4 +1,4 @@
-"""How the equation changes λ_max: its derivatives, and the parts of dλ_max/dt."""
+"""The effect of the equation on λ_max: its derivatives, and the parts of dλ_max/dt."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from eigensam_jax.sde import equation, expansion
 from eigensam_jax.sde.expansion import BatchValueFn
 from eigensam_jax.tree_math import PyTree
 
-_MAX_ITERATIONS = 500  # of conjugate gradients, a product of all batches each
+_MAX_ITERATIONS = 500  # of conjugate gradients; each is a product of all batches
 
 
 class SharpnessRates(NamedTuple):
@@ -27,10 +27,10 @@ class SharpnessRates(NamedTuple):
       alignment: E|⟨u_γ, v⟩|, of the batches' gradients.
       perturbation_alignment: E[|⟨ε_γ, v⟩|/‖ε_γ‖].
       gradient_norm: ‖∇λ_max‖.
-      first: −⟨∇λ_max, E[∇f_γ]⟩, what SGD does.
+      first: −⟨∇λ_max, E[∇f_γ]⟩, SGD's part.
       second: −⟨∇λ_max, E[H_γ ε_γ]⟩.
       third: −½⟨∇λ_max, E[∇³f_γ[ε_γ, ε_γ]]⟩.
-      ito: (η/2)·tr(Σ∇²λ_max), what the noise does.
+      ito: (η/2)·tr(Σ∇²λ_max), the noise's part.
       aligned: −½E[‖ε_γ‖²]·‖∇λ_max‖², what `third` would be if every ε_γ were along v
         and the batches had the same third derivatives along it.
     """
@@ -53,21 +53,15 @@ def eigenvalue_gradient(
     """Gradient ∇λ = ∇³f[v, v] of a simple eigenvalue of the Hessian of f = E[f_γ].
 
     Args:
-      value_fn: (params, batch) -> f_γ(w), a real scalar.
-      params: w, a tree of real arrays.
-      batches: a tree of arrays with a leading axis over the batches.
-      eigenvector: v, a tree like `params` of norm 1, converged: the error of ∇λ is
-        linear in that of v. The sign does not matter.
-
-    Returns:
-      A tree like `params`, in float32 or in the leaf's dtype where that is wider.
+      value_fn, params, batches: as in `drift`.
+      eigenvector: v, a tree like `params` of norm 1 and either sign, converged: the
+        error of ∇λ is linear in that of v.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import sde
-      >>> quartic = lambda w, x: x * jnp.sum(w**4)  # λ = 12·w₁² where w₁ is the largest
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> quartic = lambda w, x: x * jnp.sum(w**4)  # λ = 12·w₁² for the largest w₁
       >>> w, x, v = jnp.array([1.0, 0.5]), jnp.ones(1), jnp.array([1.0, 0.0])
-      >>> sde.eigenvalue_gradient(quartic, w, x, v)
+      >>> eigensam_jax.sde.eigenvalue_gradient(quartic, w, x, v)
       Array([24.,  0.], dtype=float32)
 
     References:
@@ -92,33 +86,25 @@ def eigenvalue_curvature(
     *,
     tol: ArrayLike = 1e-3,
 ) -> jax.Array:
-    """Second derivative ∇²λ[a, a] of the largest eigenvalue, which has to be simple.
+    """Second derivative ∇²λ[a, a], a scalar, of a simple largest eigenvalue.
 
         ∇²λ[a, a] = ∇⁴f[v, v, a, a] + 2 ⟨z, (λ − H)⁺ z⟩,    z = ∇³f[v, a], f = E[f_γ]
 
-    where (λ − H)⁺z, orthogonal to v, is found by conjugate gradients, in about
-    √((λ − λ_min)/(λ − λ₂)) times a few products.
+    (λ − H)⁺z, orthogonal to v, is found by conjugate gradients, in a few times
+    √((λ − λ_min)/(λ − λ₂)) products. Reference: that of `eigenvalue_gradient`.
 
     Args:
-      value_fn, params, batches: as in `eigenvalue_gradient`.
+      value_fn, params, batches: as in `drift`.
       direction: a, a tree like `params` of any length.
-      eigenvector: v, the top one, a tree of norm 1, converged.
-      eigenvalue: λ, its eigenvalue.
+      eigenvector, eigenvalue: v and λ, the converged top eigenpair, v of norm 1.
       tol: residual at which to stop, relative to z.
 
-    Returns:
-      A scalar, in the dtype of sums over `params`.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import sde
-      >>> quartic = lambda w, x: x * jnp.sum(w**4)  # λ = 12·w₁² where w₁ is the largest
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> quartic = lambda w, x: x * jnp.sum(w**4)
       >>> w, x, v = jnp.array([1.0, 0.5]), jnp.ones(1), jnp.array([1.0, 0.0])
-      >>> print(sde.eigenvalue_curvature(quartic, w, x, v, v, 12.0))
+      >>> print(eigensam_jax.sde.eigenvalue_curvature(quartic, w, x, v, v, 12.0))
       24.0
-
-    References:
-      Magnus, as in `eigenvalue_gradient`.
     """
     v, a = eigenvector, direction
 
@@ -160,44 +146,30 @@ def sharpness_rates(
 ) -> SharpnessRates:
     """The parts of dE[λ_max]/dt under the equation of order 3, by Itô's formula:
 
-        dE[λ]/dt = ⟨∇λ, b⟩ + (η/2)·tr(Σ∇²λ),    b = −E[∇f_γ + H_γ ε_γ + ½∇³f_γ[ε_γ,ε_γ]]
+        dE[λ]/dt = ⟨∇λ, b⟩ + (η/2)·tr(Σ∇²λ)
 
-    With one batch, the third derivatives' part is −(ρ²/2)⟨∇λ, ∇³f[u, u]⟩. It is
-    −(ρ²/2)‖∇λ‖², SAM's pull on λ_max, only where u = ±v: that is why alignment matters.
-
-    The trace is exact: tr(Σ∇²λ) is the mean over γ of ∇²λ[c_γ, c_γ] with the centred
-    gradients c_γ, a linear system each. (The mean change of λ in a step of SAM has one
-    more term, (η²/2)·∇²λ[b, b], which is not the equation's.) `ito` grows without bound
-    where λ₂ comes close to λ_max, which then has no second derivative.
+    With one batch, `third` is −(ρ²/2)⟨∇λ, ∇³f[u, u]⟩. It is −(ρ²/2)‖∇λ‖², SAM's pull on
+    λ_max, only if u = ±v: therefore alignment matters. The trace is the exact mean over
+    γ of ∇²λ[c_γ, c_γ] with the centred gradients c_γ, a linear system each. It grows
+    without bound as λ₂ approaches λ_max, which then has no second derivative. In a step
+    of SAM the mean change of λ has one more term, (η²/2)·∇²λ[b, b].
 
     Args:
       value_fn, params, batches, rho: as in `drift`.
       eta: η, the step size, which scales the noise.
       alpha: α of Eigen-SAM; 0 for SAM.
-      eigenpair: the top one of the Hessian of E[f_γ] at w, converged; by default it is
-        found here.
+      eigenpair: the top one of the Hessian of E[f_γ] at w, converged; by default found
+        here.
       tol: tolerance of its residual, relative to λ_max.
       curvature_tol: as `tol` of `eigenvalue_curvature`.
 
-    Returns:
-      A `SharpnessRates`.
-
-    Raises:
-      ValueError: for invalid arguments.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import eigen, sde
-      >>> quartic = lambda w, x: x * jnp.sum(w**4)  # λ = 12·w₁² where w₁ is the largest
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> quartic = lambda w, x: x * jnp.sum(w**4)
       >>> w, x = jnp.array([1.0, 0.0]), jnp.array([0.5, 1.5])
-      >>> top = eigen.Eigenpair(w, jnp.array(12.0), jnp.array(0.0))
-      >>> rates = sde.sharpness_rates(quartic, w, x, rho=0.1, eta=0.01, eigenpair=top)
-      >>> # u = v, ∇λ = 24, and the gradients are 2 and 6
-      >>> [f"{part:.3f}" for part in (rates.first, rates.second, rates.third)]
-      ['-96.000', '-28.800', '-2.880']
-
-    References:
-      Luo et al., as in `eigensam_jax.sde`; Itô's term is this project's own.
+      >>> rates = eigensam_jax.sde.sharpness_rates(quartic, w, x, rho=0.1, eta=0.01)
+      >>> print(f"{rates.first:.1f} {rates.third:.2f}")  # u = v, ∇λ = 24, E[∇f_γ] = 4
+      -96.0 -2.88
     """
     equation.check(params, batches, rho, 3, alpha)
     arguments.check_scalar("eta", eta, schedule=False)

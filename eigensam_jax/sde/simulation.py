@@ -1,7 +1,7 @@
-"""Paths of the equation, by Euler and Maruyama's method on trees.
+"""Paths of the equation on trees, by Euler and Maruyama's method.
 
-The noise is not commutative: without its iterated integrals no method converges faster
-along a path. In law, the error of a step of η is that of the equation itself.
+The noise is not commutative, so without its iterated integrals no method converges
+faster along a path. In law, a step of η has the error of the equation itself.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,7 @@ class State(NamedTuple):
     Attributes:
       params: X, a tree of real arrays.
       time: t, a scalar; a step of SAM lasts a time of η.
-      eigenvector: for Eigen-SAM, v of the last step, from which the search for the next
-        one starts; None for SAM.
+      eigenvector: v of the last step, where the next search starts; None for SAM.
     """
 
     params: PyTree
@@ -39,7 +38,7 @@ class Info(NamedTuple):
     Attributes:
       value: E[f_γ], the mean loss.
       drift_norm: ‖b‖.
-      noise_norm: ‖Bξ‖ of the noise drawn, whose square is tr Σ in the mean.
+      noise_norm: ‖Bξ‖ of the noise drawn; the mean of its square is tr Σ.
       eigenvalue: λ₁ of the Hessian of the mean loss; None for SAM.
       residual: ‖Hv − λ₁v‖ of the v that was used; None for SAM.
     """
@@ -59,19 +58,11 @@ def start(params: PyTree, alpha: ArrayLike = 0.0) -> State:
 
     Args:
       params: X at t = 0, a tree of real floating-point arrays.
-      alpha: α of the steps to come. Unless it is the number 0, the state carries v,
-        which is zero before the first of them.
-
-    Returns:
-      A `State`.
-
-    Raises:
-      ValueError: if `params` are not such a tree.
+      alpha: α of the steps to come. Unless it is the number 0, the state carries v.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from eigensam_jax import sde
-      >>> sde.start(jnp.ones(2)).time
+      >>> import eigensam_jax, jax.numpy as jnp
+      >>> eigensam_jax.sde.start(jnp.ones(2)).time
       Array(0., dtype=float32)
     """
     arguments.check_params(params)
@@ -90,34 +81,27 @@ def make_step(
     alpha: ArrayLike = 0.0,
     tol: ArrayLike = equation.TOLERANCE,
 ) -> Step:
-    """Builds one_step(key, state, dt) -> (state, info), Euler and Maruyama's:
+    """Builds one_step(key, state, dt) -> (state, info), by Euler and Maruyama's method:
 
         X ← X + b(X)·dt + √(η·dt)·Bξ,    ξ ~ N(0, 1)^N,  BBᵀ = Σ(X).
 
     With dt = η it is a step of SAM with the drift expanded and the noise Gaussian;
-    smaller dt come nearer to the equation. It costs the operations of `drift` and a
-    gradient a batch for the noise. Pure, and not jitted here.
+    smaller dt approach the equation. It costs a `drift` and a gradient per batch for
+    the noise. `one_step` is not jitted. It takes a typed key, a `State` of `start` for
+    the same α, and a number dt.
 
     Args:
       value_fn, batches, rho: as in `drift`.
       eta: η, the step size of the discrete method, which scales the noise.
       order, alpha, tol: as in `drift`. Unless `alpha` is 0, each step searches for v.
 
-    Returns:
-      The function `one_step`, from a typed key, a `State` of `start` and a number dt to
-      the next `State` and an `Info`.
-
-    Raises:
-      ValueError: for invalid arguments; `one_step`, for a state started for another α.
-
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from eigensam_jax import sde
+      >>> import eigensam_jax, jax, jax.numpy as jnp
       >>> square, x = (lambda w, x: x * w**2), jnp.ones(2)  # two equal batches: Σ = 0
-      >>> one_step = sde.make_step(square, x, rho=0.5, eta=0.1)
-      >>> state, info = one_step(jax.random.key(0), sde.start(jnp.array(1.0)), 0.1)
-      >>> f"{state.params:.3f}", float(info.drift_norm)
-      ('0.700', 3.0)
+      >>> one_step = eigensam_jax.sde.make_step(square, x, rho=0.5, eta=0.1)
+      >>> state = eigensam_jax.sde.start(jnp.array(1.0))
+      >>> print(f"{one_step(jax.random.key(0), state, 0.1)[0].params:.3f}")
+      0.700
     """
     count = hessian.num_batches(batches)
     arguments.check_scalar("eta", eta, schedule=False)
@@ -128,8 +112,9 @@ def make_step(
         arguments.check_params(params)
         if (state.eigenvector is None) != equation.is_sam(alpha):
             raise ValueError(
-                f"state was started for another method than alpha={alpha!r}: make it "
-                "by sde.start(params, alpha)."
+                f"state must be started for alpha={alpha!r}, got one "
+                f"with{'out' if state.eigenvector is None else ''} an eigenvector: "
+                "make it by sde.start(params, alpha)."
             )
         eigenvector = eigenvalue = residual = None
         if state.eigenvector is not None:
@@ -169,47 +154,42 @@ def simulate(
 ) -> tuple[State, Any]:
     """A path over the time of `num_steps` steps of SAM, under `jax.lax.scan`.
 
-    Continue with the state that it returns and another key. Several paths are a
-    `jax.vmap` over keys.
+    Continue with the returned state and a new key. `jax.vmap` over keys for several.
 
     Args:
-      key: a typed key; the path is a function of it.
+      key: a typed key, which determines the path.
       value_fn: as in `drift`.
       state: where to start, `start(params, alpha)`.
       batches, rho: as in `drift`.
-      eta: η; each of the `num_steps` lasts as long.
-      num_steps: how many, at least 1.
+      eta: η, the duration of each of the `num_steps`.
+      num_steps: the number of steps, at least 1.
       order, alpha: as in `make_step`.
-      substeps: how many of Euler and Maruyama's steps, of η/`substeps`, to each.
+      substeps: Euler and Maruyama's steps, of η/`substeps`, per step.
       tol: as in `make_step`.
-      observe: (state, info) -> what to keep of each of the `num_steps`; the `Info` is
-        that of its last substep, which is kept by default.
+      observe: (state, info) -> what to keep of each of the `num_steps`, by default
+        `info`, which is that of its last substep.
 
     Returns:
-      The state at the end, and what `observe` returned, with a leading axis of length
+      The last state, and the results of `observe` with a leading axis of length
       `num_steps`.
-
-    Raises:
-      ValueError: for invalid arguments.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from eigensam_jax import sde
-      >>> loss = lambda w, x: 0.5 * jnp.sum((w - x) ** 2)
-      >>> batches, w = jnp.array([[-1.0], [1.0]]), jnp.ones(1)
+      >>> loss, x = (lambda w, x: 0.5 * jnp.sum((w - x) ** 2)), jnp.array([-1.0, 1.0])
       >>> path = lambda key: sde.simulate(
-      ...     key, loss, sde.start(w), batches, rho=0.0, eta=0.1, num_steps=100
+      ...     key, loss, sde.start(jnp.ones(1)), x, rho=0.0, eta=0.1, num_steps=100
       ... )[0].params
       >>> ends = jax.vmap(path)(jax.random.split(jax.random.key(0), 1000))
-      >>> f"{ends.mean():.1f}, {ends.var():.2f}"  # of Euler's steps 0, η/(2 − η)
-      '0.0, 0.05'
+      >>> print(f"{ends.mean():.1f} {ends.var():.2f}")  # of Euler's steps 0, η/(2 − η)
+      0.0 0.05
 
     References:
       Kloeden and Platen, "Numerical Solution of Stochastic Differential Equations",
       1992.
     """
     arguments.check_positive_int("num_steps", num_steps, "steps of SAM")
-    arguments.check_positive_int("substeps", substeps, "steps of Euler's to each")
+    arguments.check_positive_int("substeps", substeps, "Euler steps per step of SAM")
     one_step = make_step(
         value_fn, batches, rho=rho, eta=eta, order=order, alpha=alpha, tol=tol
     )

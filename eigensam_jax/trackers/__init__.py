@@ -1,10 +1,12 @@
-"""What keeps the estimate of the top eigenvector up to date between steps.
+"""Trackers: how the estimate of the top eigenvector is kept up to date between steps.
 
-A `Tracker` is three pure functions around a state, called by `eigen_sam` in this order:
+`eigen_sam` calls the three pure functions of a `Tracker` in this order:
 
     state = tracker.init(params)                                        # once
     state = tracker.refresh(state, matvec)                              # before ε
     state = tracker.observe(state, gradient_change, projection, radius)  # after it
+
+The functions below return a `Tracker` and raise a ValueError for an invalid argument.
 """
 
 from eigensam_jax.trackers._refreshing import EigenpairState, lanczos, power_iteration

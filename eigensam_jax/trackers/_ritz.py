@@ -20,11 +20,10 @@ class RitzState(NamedTuple):
     Attributes:
       eigenvector: v, a unit vector; zero before the first observation.
       eigenvalue: λ = ⟨v, Hv⟩ in the averaged Hessian; 0 before the first product.
-      residual: ‖Hv − ⟨v, Hv⟩v‖ of the last product with v, on its one batch.
-      companion: p, a unit vector orthogonal to v; zero before there is one.
-      scatter: the averaged second moment of the unit differences in the basis (v, p),
-        shape (2, 2).
-      curvature: the averaged Hessian in the same basis, shape (2, 2).
+      residual: ‖Hv − ⟨v, Hv⟩v‖ at the last product with v, of one batch.
+      companion: p, a unit vector orthogonal to v; zero until there is one.
+      scatter: averaged second moment of the unit differences in (v, p), 2 × 2.
+      curvature: averaged Hessian in (v, p), 2 × 2.
       num_products: products so far, int32.
     """
 
@@ -38,73 +37,56 @@ class RitzState(NamedTuple):
 
     @property
     def usable(self) -> jax.Array:
-        """Whether there may be a positive eigenvalue within the residual of λ."""
+        """Whether a non-negative eigenvalue can lie within the residual of λ."""
         return self.eigenvalue + self.residual >= 0
 
 
 def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> Tracker:
-    """Rayleigh–Ritz in a plane that follows the gradients: a product now and then.
+    """Rayleigh–Ritz in a plane that follows the gradients; this project's own tracker.
 
-    On every step the plane of two vectors is turned towards the difference
-    d = ∇L(w + ε) − ∇L(w) = Hε + O(ρ²), as in `secant`, but to its two top principal
-    components, averaged with `decay`. These lie among the top eigenvectors, in an order
-    that says as much of how gradients scatter as of the Hessian. So every
-    `update_interval` steps the exact product of the Hessian with one of the two, in
-    turns, goes into an averaged matrix of 2 × 2, the Hessian within the plane; its top
-    eigenvector is v.
+    The plane is spanned by the two top principal components of
+    d = ∇L(w + ε) − ∇L(w) ≈ Hε, averaged over the steps. They lie among the top
+    eigenvectors, but their order also depends on how gradients scatter. So every
+    `update_interval` steps the Hessian is multiplied by one of the two, in turns. The
+    products are averaged into a 2 × 2 matrix, the Hessian within the plane. Its top
+    eigenvector is v; before the first product, v is the top component. The state is a
+    `RitzState`.
 
-    The first step is plain SAM; before the first product v is the top principal
-    component. Non-finite values leave the state unchanged.
+    The first step is plain SAM. Non-finite values leave the state unchanged. Two
+    negative eigenvalues, each larger in magnitude than every positive one, can fill the
+    plane. Then λ + residual < 0 and `eigen_sam` leaves v out. Derivatives do not pass
+    through axes whose eigenvalues agree up to rounding.
 
-    Two negative eigenvalues, each larger in magnitude than any positive one, can fill
-    the plane. Then λ plus the residual is below 0, and `eigen_sam` leaves v out.
-
-    Derivatives do not go through the choice of axes where two eigenvalues of these
-    small matrices agree up to rounding: there none exists.
-
-    Cost: one Hessian-vector product every `update_interval` steps, the first of them
-    on step 0 and for nothing, as there is no v yet; two vectors as large as the
-    parameters; and on every step eleven passes over them more than `secant`. Under
-    `jax.vmap` every step pays for a product, as both sides of the branch run: there,
-    use `secant` or fix `refresh`.
+    Cost: a Hessian-vector product every `update_interval` steps (that of step 0 is
+    wasted, as there is no v yet), two vectors like the parameters, and eleven more
+    passes over them per step than `secant`. Under `jax.vmap` both sides of the branch
+    run, so every step pays for a product: fix `refresh` there, or use `secant`.
 
     Args:
       update_interval: steps from one product to the next, at least 1.
-      decay: the memory of the plane, at least 0 and less than 1.
-      gain: the weight of a new product in what is known of the Hessian, at least 0 and
-        less than 1. The first products are averaged.
-
-    Returns:
-      A `Tracker` whose state is a `RitzState`.
-
-    Raises:
-      ValueError: for an `update_interval` less than 1, and for a `decay` or a `gain`
-        outside [0, 1).
+      decay: the memory of the plane, in [0, 1).
+      gain: the weight of a new product, in [0, 1); the first few are averaged.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from eigensam_jax import trackers
-      >>> tracker = trackers.ritz()
-      >>> spectrum = jnp.array([-5.0, 1.0, 2.0])
+      >>> import eigensam_jax, jax, jax.numpy as jnp
+      >>> tracker, spectrum = eigensam_jax.trackers.ritz(), jnp.array([-5.0, 1.0, 2.0])
       >>> def step(state, noise):
       ...     state = tracker.refresh(state, lambda v: spectrum * v)
-      ...     epsilon = noise + state.eigenvector
-      ...     sizes = epsilon @ state.eigenvector, jnp.linalg.norm(epsilon)
-      ...     return tracker.observe(state, spectrum * epsilon, *sizes), None
+      ...     change = spectrum * (noise + state.eigenvector)
+      ...     return tracker.observe(state, change, projection=None, radius=None), None
       >>> noise = jax.random.normal(jax.random.key(0), (100, 3))
       >>> state, _ = jax.lax.scan(step, tracker.init(spectrum), noise)
       >>> bool(jnp.abs(state.eigenvector[2]) > 0.9)
       True
 
     References:
-      This project's own. Rayleigh–Ritz: Golub and Van Loan, "Matrix Computations", 4th
-      edition, section 8.1, 2013.
+      Golub and Van Loan, "Matrix Computations", 4th edition, 2013, section 8.1.
     """
     between = "steps from one product to the next"
     arguments.check_positive_int("update_interval", update_interval, between)
     arguments.check_fraction("decay", decay)
     arguments.check_fraction("gain", gain)
-    decay, gain = float(decay), float(gain)  # NumPy's would widen the state
+    decay, gain = float(decay), float(gain)  # NumPy's numbers would widen the state
 
     def init(params: PyTree) -> RitzState:
         dtype = tree_math.accumulation_dtype(params)
@@ -123,7 +105,7 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
         unit = tree_math.scale(tree_math.safe_inverse(length), product)
         cosines = jnp.stack(tree_math.vdots((v, unit), (p, unit)))
         sine = scalars.safe_sqrt(1 - cosines[0] ** 2)
-        # Of the first products the mean; then an average with a memory.
+        # The mean of the first products, then an exponential average.
         rate = jnp.maximum(gain, 1 / (1 + turns).astype(length.dtype))
         residual = jnp.where(turn == 0, length * sine, state.residual)
         curvature = _averaged(state.curvature, turn, length * cosines, rate)
@@ -149,7 +131,7 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
 def _averaged(
     curvature: jax.Array, turn: jax.Array, column: jax.Array, rate: jax.Array
 ) -> jax.Array:
-    """`curvature` with a part `rate` of row and column `turn` replaced by `column`."""
+    """`curvature`, with row and column `turn` averaged towards `column` by `rate`."""
     is_turn = jnp.arange(2, dtype=turn.dtype) == turn
     seen = jnp.where(is_turn[None, :], column[:, None], column[None, :])
     known = is_turn[None, :] | is_turn[:, None]
@@ -157,17 +139,12 @@ def _averaged(
 
 
 def _turned(state: RitzState, difference: PyTree, decay: float) -> RitzState:
-    """The plane turned towards `difference`, and v to the top eigenvector in it.
-
-    With q the unit vector of the part of `difference` orthogonal to the plane,
-    everything is a matrix of 3 × 3 in the basis (v, p, q). A difference that is zero or
-    not finite changes nothing.
-    """
+    """The state after `difference`, computed in (v, p, q) with q orthogonal to both."""
     v, p, x = state.eigenvector, state.companion, difference
     vv, vp, pp, vx, px, xx = tree_math.vdots(
         (v, v), (v, p), (p, p), (v, x), (p, x), (x, x)
     )
-    # (v, p) times `basis` is orthonormal: else rounding would add up over the steps.
+    # (v, p) times `basis` is orthonormal, so that rounding does not add up.
     scale_v, scale_x = scalars.safe_rsqrt(jnp.stack([vv, xx]))
     scale_p = scalars.safe_rsqrt(pp - (scale_v * vp) ** 2)
     entries = [scale_v, -scale_p * vp * scale_v**2, 0 * vp, scale_p]
@@ -182,19 +159,19 @@ def _turned(state: RitzState, difference: PyTree, decay: float) -> RitzState:
     scatter += (1 - decay) * jnp.outer(coordinates, coordinates)
     usable = (scale_x > 0) & jnp.all(jnp.isfinite(scatter))
     plane = _krylov.eigh(jnp.where(usable, scatter, 0))[1][:, :0:-1]
-    # Before the first product, nothing but the scatter ranks the directions.
+    # Before the first product only the scatter ranks the directions.
     curvature = jnp.pad(state.curvature, (0, 1))
     ranked = jnp.where(state.num_products > 0, curvature, scatter)
     ranked = jnp.where(usable, plane.T @ ranked @ plane, 0)
     axes = plane @ _krylov.eigh(ranked)[1][:, ::-1]  # (v, p) in (v, p, q)
-    # Eigenvectors have no sign of their own: they keep the one they had, or take x's.
+    # Eigenvectors have no sign of their own: keep the old one, or take x's.
     known = jnp.stack([scale_v, scale_p]) > 0
     kept = jnp.where(known, jnp.diagonal(axes), axes[2])
     axes = jnp.where(kept < 0, -axes, axes)
 
     on_x = axes[2] * tree_math.safe_inverse(outside)
     on_vp = basis @ (axes[:2] - jnp.outer(inside, on_x))
-    # A row of it says how much of v, p and x goes into the new v, or the new p.
+    # Row by row, the weights of v, p and x in the new v and the new p.
     weights = jnp.concatenate([on_vp, scale_x * on_x[None]]).T
     weights = jnp.where(usable, weights, jnp.eye(2, 3, dtype=weights.dtype))
     rows = scalars.once(*weights.ravel()).reshape(2, 3)
@@ -207,8 +184,7 @@ def _turned(state: RitzState, difference: PyTree, decay: float) -> RitzState:
             *(old, v, p, x),
         )
 
-    # What is known of the curvature turns with the plane, and is not projected: that
-    # would shrink it a little on every step.
+    # The curvature turns with the plane. Projecting it would shrink it on every step.
     turn = _nearest_rotation(axes[:2])
     curvature = turn.T @ state.curvature @ turn
     scatter = axes.T @ scatter @ axes
@@ -225,11 +201,11 @@ def _turned(state: RitzState, difference: PyTree, decay: float) -> RitzState:
 
 
 def _nearest_rotation(matrix: jax.Array) -> jax.Array:
-    """The orthogonal matrix nearest to one of 2 × 2; the identity for zero."""
+    """The orthogonal 2 × 2 matrix nearest to `matrix`; the identity for zero."""
     (a, b), (c, d) = matrix
     sign = jnp.where(a * d < b * c, -1, 1).astype(matrix.dtype)
     both = matrix + sign * jnp.stack([d, -c, -b, a]).reshape(2, 2)
-    # Its columns are orthogonal and of one length.
+    # Its columns are orthogonal and equally long.
     inverse = scalars.safe_rsqrt(jnp.sum(both[:, 0] ** 2))
     identity = jnp.eye(2, dtype=both.dtype)
     return jnp.where(inverse > 0, both * inverse, identity)

@@ -1,4 +1,4 @@
-"""Trackers that average the eigenvector from the gradients of every step."""
+"""The tracker that averages the eigenvector from the gradients of every step."""
 
 from typing import NamedTuple
 
@@ -16,10 +16,10 @@ class SecantState(NamedTuple):
 
     Attributes:
       eigenvector: v, a unit vector; zero before the first observation.
-      eigenvalue: λ = m₁/m₀, the slope of ⟨v,d⟩ over ⟨v,ε⟩ by least squares; 0 before.
-      residual: √(m₂² − m₁²)/m₀, the part of d orthogonal to v for a unit of ⟨v,ε⟩.
-      moments: m₀, m₁, m₂ and the agreement, the averages of a², a⟨v,d⟩/‖ε‖, |a|‖d‖/‖ε‖
-        and a⟨v,d⟩/‖d‖ with a = ⟨v,ε⟩/‖ε‖; shape (4,).
+      eigenvalue: λ = m₁/m₀, the least-squares slope of ⟨v,d⟩ over ⟨v,ε⟩; 0 at first.
+      residual: √(m₂² − m₁²)/m₀, the part of d orthogonal to v per unit of ⟨v,ε⟩.
+      moments: m₀, m₁, m₂ and the agreement, averages of a², a⟨v,d⟩/‖ε‖, |a|‖d‖/‖ε‖ and
+        a⟨v,d⟩/‖d‖ with a = ⟨v,ε⟩/‖ε‖; shape (4,).
     """
 
     eigenvector: PyTree
@@ -29,77 +29,60 @@ class SecantState(NamedTuple):
 
     @property
     def usable(self) -> jax.Array:
-        """Whether the agreement says that vᵀHv is not negative."""
+        """Whether vᵀHv is non-negative according to the agreement."""
         return self.moments[3] >= 0
 
 
 def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
-    """A tracker without Hessian-vector products: it averages what SAM computes anyway.
+    """The default tracker, this project's own: averages SAM's gradient differences.
 
-    The two gradients of a step differ by d = ∇L(w + ε) − ∇L(w) = Hε + O(ρ²), a product
-    of the Hessian with the perturbation, which contains v. It is averaged into v,
+    The two gradients of a step differ by d = ∇L(w + ε) − ∇L(w) = Hε + O(ρ²), the
+    Hessian times a perturbation that contains v. v averages these products:
 
-        v ← (decay·v + (1 − decay)·sign⟨v,ε⟩·d/‖d‖) / ‖…‖,
+        v ← (decay·v + (1 − decay)·sign⟨v,ε⟩·d/‖d‖) / ‖…‖.
 
-    one step of a power iteration shifted by about decay/(1 − decay) times the largest
-    eigenvalue, on a fresh batch every time. The shift finds the algebraically largest
-    eigenvalue. It comes from the sign, which must be that of ⟨v,ε⟩: by ⟨v,d⟩ a strong
-    negative eigenvalue would be taken for the top. The first step, with v = 0, is plain
-    SAM.
+    This is a power iteration on a fresh batch at each step, shifted by about
+    decay/(1 − decay) times the largest eigenvalue. So it finds the algebraically
+    largest one; the sign of ⟨v,d⟩ would admit strong negative ones. The first step,
+    with v = 0, is plain SAM. v converges to the top eigenvector if perturbations
+    scatter equally along all eigenvectors, or α is large. At small α, v leans towards
+    directions along which gradients scatter more.
 
-    λ is the slope of ⟨v,d⟩ over ⟨v,ε⟩ by least squares over the average's memory, each
-    step divided by its ‖ε‖. It has no bias where curvature differs from batch to batch,
-    so one batch with a thousand times the curvature shows in it for over a hundred
-    steps. Whether v is used does not depend on λ but on the agreement, the average of
-    ⟨v,ε⟩⟨v,d⟩/(‖ε‖‖d‖), in which each step counts for at most 1: v is left out while it
-    is negative. As the rest of ε has a part in ⟨v,d⟩, one step's ratio is no Rayleigh
-    quotient, and `residual` is larger than ‖Hv − λv‖ unless ε is along v.
+    λ is the least-squares slope of ⟨v,d⟩ over ⟨v,ε⟩, each step divided by its ‖ε‖. It
+    is unbiased, but one batch of a thousand times the curvature shows in it for over a
+    hundred steps. So the agreement decides whether v is used: the average of
+    ⟨v,ε⟩⟨v,d⟩/(‖ε‖‖d‖), in which each step counts for at most 1. v is left out while it
+    is negative. `residual` exceeds ‖Hv − λv‖ unless ε is along v.
 
-    It converges to the top eigenvector where the perturbations scatter alike along all
-    eigenvectors, or α is large. Gradients scatter more along some than along others,
-    and at a small α these get more than their share of v.
-
-    Works with `grad_fn` alone, and where the loss has no second derivative. A gradient
-    that is zero or not finite leaves the state unchanged. In bfloat16 parameters ε is
-    rounded where the gradient is taken, and not in ⟨v,ε⟩, so that λ is less exact.
-
-    Cost: no product, one vector as large as the parameters, and ten passes over the
-    parameters beyond `sam` on a step that is observed.
+    The tracker works with `grad_fn` alone and for losses without a second derivative. A
+    zero or non-finite gradient leaves the state, a `SecantState`, unchanged. With
+    bfloat16 parameters λ is less exact: ε is rounded where the gradient is taken but
+    not in ⟨v,ε⟩. Cost: no extra product, one vector like the parameters, and ten more
+    passes over them than `sam` per observation.
 
     Args:
-      decay: the memory, at least 0 and less than 1: about 1/(1 − decay) observations.
-      update_interval: steps from one observation to the next, at least 1. With 5 and
-        `decay` 0.9 it costs a fifth, and follows less closely. Above 1, `refresh` in
+      decay: the memory, in [0, 1): about 1/(1 − decay) observations.
+      update_interval: steps from one observation to the next, at least 1. 5 with
+        `decay` 0.9 costs a fifth and follows less closely. Above 1, `refresh` in
         `update` fixes the observation: give `step % update_interval == 0` or nothing.
-        Under `jax.vmap`, where a branch runs on every step anyway, keep to 1.
-
-    Returns:
-      A `Tracker` whose state is a `SecantState`.
-
-    Raises:
-      ValueError: for a `decay` outside [0, 1) or an `update_interval` less than 1.
+        Keep 1 under `jax.vmap`, where a branch runs on every step anyway.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from eigensam_jax import trackers
-      >>> tracker = trackers.secant()
-      >>> spectrum = jnp.array([-5.0, 1.0, 2.0])
+      >>> import eigensam_jax, jax, jax.numpy as jnp
+      >>> tracker, spectrum = eigensam_jax.trackers.secant(), jnp.array([-5.0, 1, 2])
       >>> def step(state, noise):
-      ...     epsilon = noise + state.eigenvector  # what perturbs contains v
+      ...     epsilon = noise + state.eigenvector  # the perturbation contains v
       ...     sizes = epsilon @ state.eigenvector, jnp.linalg.norm(epsilon)
       ...     return tracker.observe(state, spectrum * epsilon, *sizes), None
       >>> noise = jax.random.normal(jax.random.key(0), (400, 3))
       >>> state, _ = jax.lax.scan(step, tracker.init(spectrum), noise)
       >>> bool(jnp.abs(state.eigenvector[2]) > 0.9)
       True
-
-    References:
-      This project's own.
     """
     between = "steps from one observation to the next"
     arguments.check_positive_int("update_interval", update_interval, between)
     arguments.check_fraction("decay", decay)
-    decay = float(decay)  # one of NumPy's would widen the state
+    decay = float(decay)  # a NumPy number would widen the state
 
     def init(params: PyTree) -> SecantState:
         dtype = tree_math.accumulation_dtype(params)
@@ -118,11 +101,11 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
         per_length, per_radius = tree_math.safe_inverse(lengths)
         sign = jnp.where(projection < 0, -1, 1).astype(product.dtype)
         weight = (1 - decay) * sign * per_length
-        # ‖decay·v + weight·d‖², so that the norm takes no pass of its own.
+        # ‖decay·v + weight·d‖², without another pass.
         squared = decay**2 * v_squared + 2 * decay * weight * product + (1 - decay) ** 2
         inverse = scalars.safe_rsqrt(squared)
 
-        # All that is said of v is of the v of this step: nothing, before there is one.
+        # The moments describe this step's v; 0 before there is one.
         along = jnp.where(v_squared > 0, projection * per_radius, 0)
         size = sign * d_squared * per_length
         seen = [along, product * per_radius, size * per_radius, product * per_length]

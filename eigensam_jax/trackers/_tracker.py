@@ -1,4 +1,4 @@
-"""What a tracker is."""
+"""The interface of trackers."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,34 +14,28 @@ TrackerState = Any
 class Tracker(NamedTuple):
     """A rule for following the top eigenvector of the Hessian during training.
 
-    Its state is a NamedTuple of arrays with the fields `eigenvector`, `eigenvalue` and
-    `residual`, whatever else it carries, and a property or a field `usable`: a bool
-    scalar, False where the eigenvalue is certainly negative, so that v is no top
-    eigenvector. The eigenvector has norm 1, or is 0 until there is an estimate. While
-    it is 0 or not usable, `eigen_sam` takes the steps of `sam`.
+    Its state is a NamedTuple of arrays with at least `eigenvector` (of norm 1, or 0
+    until there is an estimate), `eigenvalue` and `residual`, and a property or field
+    `usable`: a bool scalar, False where the eigenvalue is certainly negative. While v
+    is 0 or not usable, `eigen_sam` takes the steps of `sam`.
 
     Attributes:
-      init: `init(params) -> state`. `params` are the perturbed parameters, as a list of
-        their leaves. Fields with their shapes, such as the eigenvector, are in float32
-        or wider; structure, shapes and dtypes of a state never change.
-      refresh: `refresh(state, matvec) -> state`, before the perturbation. `matvec(v)`
-        is the product of v, a list like `params`, with the Hessian at the current
-        parameters. Its attribute `unroll` is what `eigen.power_iteration` takes: True
-        where the caller has fixed the refresh.
-      observe: `observe(state, gradient_change, projection, radius) -> state`, after the
-        perturbed gradient: d = ∇L(w + ε) − ∇L(w), a list like `params`, which is
-        H·ε + O(‖ε‖²); ⟨ε, v⟩; and ‖ε‖. Where ‖∇L(w)‖ is beyond 10^±9, all three are
-        divided by it, so that squares stay in range; ratios such as ⟨v, d⟩/⟨ε, v⟩ are
-        the same. A change that is zero or not finite must leave the state unchanged;
-        it is zero where ε is.
-      refresh_interval: `refresh` is called on every so many steps, the first of them
-        step 0; None for never.
-      observe_interval: the same of `observe`.
+      init: `init(params) -> state`, from the list of the perturbed leaves. Vectors like
+        them are in float32 or wider. Structure, shapes and dtypes of a state never
+        change.
+      refresh: `refresh(state, matvec) -> state`, before the perturbation. `matvec` maps
+        a list like `params` to its product with the Hessian. Its attribute `unroll`,
+        for `eigen.power_iteration`, is True if the caller has fixed the refresh.
+      observe: `observe(state, gradient_change, projection, radius) -> state`, after it,
+        with d = ∇L(w + ε) − ∇L(w) = Hε + O(‖ε‖²), ⟨ε, v⟩ and ‖ε‖. Where ‖∇L(w)‖ is
+        beyond 10^±9 all three are divided by it, which leaves their ratios unchanged. A
+        zero or non-finite d must leave the state unchanged; d is zero where ε is.
+      refresh_interval: steps between refreshes, from step 0 on; None for never.
+      observe_interval: the same for `observe`.
 
-    On other steps nothing is computed. With `per_device`, `gradient_change` and
-    `projection` are means over the devices of s·dᵢ and s·⟨εᵢ, v⟩ with s = sign⟨εᵢ, v⟩.
-    The state must come out the same on all devices, and does if it depends on the
-    arguments alone.
+    With `per_device`, `gradient_change` and `projection` are the means over devices of
+    s·dᵢ and s·⟨εᵢ, v⟩ with s = sign⟨εᵢ, v⟩. The new state must be the same on all
+    devices. It is if it depends on the arguments alone.
     """
 
     init: Callable[[PyTree], TrackerState]
@@ -52,5 +46,5 @@ class Tracker(NamedTuple):
 
 
 def unchanged(state: TrackerState, *_: Any) -> TrackerState:
-    """A `refresh` or an `observe` that is never called."""
+    """A `refresh` or `observe` that is never called."""
     return state

@@ -225,13 +225,15 @@ def test_masks_of_an_nnx_model_of_every_kind(kind):
 
 def test_what_is_no_mask_of_an_nnx_model_is_told_how_to_make_one():
     for not_a_mask in (nnx.Param, ...):
-        with pytest.raises(ValueError, match=r"filter of Flax nnx is no mask: .*bools"):
+        with pytest.raises(
+            ValueError, match=r"filter of Flax nnx is not a mask: .*bools"
+        ):
             sam(mask=not_a_mask)
     params = nnx_state()
     for a_filter in (nnx.PathContains("body"), nnx.All(nnx.Param)):
         with pytest.raises(TypeError, match="missing 1") as error:
             sam(mask=a_filter).init(params)
-        assert "filter of Flax nnx is no mask" in "".join(error.value.__notes__)
+        assert "filter of Flax nnx is not a mask" in "".join(error.value.__notes__)
     with pytest.raises(ValueError, match=r"mask\['body'\].*must be a bool, got"):
         sam(mask=nnx.state(Network(), nnx.PathContains("body")))
     more = {"body": True, "head": True, "norm": {"mean": False, "var": False}}

@@ -135,13 +135,16 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
         at = -1 if None in held else int(np.argmin(held))
         if None in held:
             del curves["held_loss"]
-        return {
+        found = {
             "gradients": job.method.gradients(steps),
             "training_time_s": point.progress.seconds,
             **{key: curve[at] for key, curve in curves.items()},
             "alignment": float(np.mean(curves["alignment"])),
-            "curves": curves,
         }
+        if job.tuning and len(held) == 1:  # the curves would say no more
+            return found
+        del curves["lambda_max_residual"]
+        return found | {"curves": curves}
 
     def do(job: Job) -> Record:
         try:

@@ -121,6 +121,7 @@ def summarise(points: list[Point[Look]]) -> dict[str, Any]:
     curves: dict[str, list[Any]] = {}
     if looks:
         curves = {key: [look[key] for look in looks] for key in looks[0]}
+        del curves["lambda_max_residual"]
         curves = {"step": [point.step for point in points[:-1]], **curves}
     ratios, cosines = curves.get("ratio", []), curves.get("cosine", [])
     return {

@@ -42,7 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _ModuleType:
-    """`eigensam_jax.linen` and `eigensam_jax.nnx`, imported when asked for: by Flax."""
-    if name in ("linen", "nnx"):
+    """`linen`, `nnx` and `plotting`, which need Flax or matplotlib, when asked for."""
+    if name in ("linen", "nnx", "plotting"):
         return _import_module(f"eigensam_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,7 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _ModuleType:
-    """Imports `eigensam_jax.linen` and `eigensam_jax.nnx`, for Flax, on first use."""
-    if name in ("linen", "nnx"):
+    """Imports `linen`, `nnx` and `plotting`, for Flax and matplotlib, on first use."""
+    if name in ("linen", "nnx", "plotting"):
         return _import_module(f"eigensam_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

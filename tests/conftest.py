@@ -1,4 +1,4 @@
-"""What every test runs with: eight devices, and programs that compile fast.
+"""What every test runs with: eight devices, no screen, programs that compile fast.
 
 The suite compiles far longer than it computes.
 """
@@ -8,6 +8,7 @@ import gc
 import os
 
 import jax
+import matplotlib
 from jax._src.interpreters import mlir
 
 from eigensam_jax.experiments.cli import compile_fast
@@ -24,6 +25,7 @@ def pytest_configure(config):
     What the environment sets stays: it is in force already.
     """
     compile_fast()
+    matplotlib.use("Agg")  # draws without a screen
     cache = {"jax_compilation_cache_dir": str(config.cache.mkdir("jax"))}
     for name, value in (SETTINGS | cache).items():
         if name.upper() not in os.environ:

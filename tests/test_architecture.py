@@ -19,7 +19,7 @@ LAYERS = [  # the modules of `_update` have floors of their own
     {"update"},
     {"_periodic", "transform"},
     {"_info", "diagnostics", "linen", "nnx"},
-    {"sde"},
+    {"plotting", "sde"},
     {"__init__"},
     {"experiments"},
     {"__main__"},

@@ -206,6 +206,16 @@ FUNCTIONS = {
     "diagnostics.alignment (zero)": lambda p, v: diagnostics.alignment(
         jax.tree.map(jnp.zeros_like, p), v
     ),
+    "diagnostics.filter_normalized": lambda p, v: diagnostics.filter_normalized(0, p),
+    "diagnostics.filter_normalized (key)": lambda p, v: diagnostics.filter_normalized(
+        jax.random.key(0), p
+    ),
+    "diagnostics.loss_slice": lambda p, v: diagnostics.loss_slice(
+        clean, p, [v], [np.linspace(-1, 1, 3)], path=[p, v]
+    ),
+    "diagnostics.loss_slice (two)": lambda p, v: diagnostics.loss_slice(
+        clean, p, [v, p], [[0.0, 0.5], jnp.arange(3)], path=[v]
+    ),
     "eigen.power_iteration": lambda p, v: eigen.power_iteration(product(p), v, 3),
     "eigen.power_iteration (narrow)": lambda p, v: eigen.power_iteration(
         product(p), p, 3, unroll=True

@@ -40,23 +40,26 @@ def quadratic(matrix, dtype):
 
 def network(seed=0, dtype=jnp.float32):
     """Parameters and loss(params, batch_index) of a small tanh network."""
+    params = _network_parameters(seed, jnp.dtype(dtype))
+    return params, _network_loss(seed, jnp.dtype(dtype), jax.config.jax_enable_x64)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _network_parameters(seed, dtype):
     keys = jax.random.split(jax.random.key(seed), 4)
-    params = {
+    return {
         "hidden": {
             "w": 0.5 * jax.random.normal(keys[0], (4, 6), dtype),
             "b": jnp.zeros(6, dtype),
         },
         "out": {"w": 0.5 * jax.random.normal(keys[1], (6, 3), dtype)},
     }
-    return params, _network_loss(seed, jnp.dtype(dtype), jax.config.jax_enable_x64)
 
 
 @functools.cache
 def _network_loss(seed, dtype, x64):
     """One function for all that ask, so that what is made of it is compiled once."""
-    *_, input_key, label_key = jax.random.split(jax.random.key(seed), 4)
-    inputs = jax.random.normal(input_key, (5, 16, 4), dtype)
-    labels = jax.random.randint(label_key, (5, 16), 0, 3)
+    inputs, labels = _network_batches(seed, dtype)
 
     def loss(params, index=0):
         x, y = inputs[index], labels[index]
@@ -65,6 +68,13 @@ def _network_loss(seed, dtype, x64):
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     return loss
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _network_batches(seed, dtype):
+    *_, input_key, label_key = jax.random.split(jax.random.key(seed), 4)
+    inputs = jax.random.normal(input_key, (5, 16, 4), dtype)
+    return inputs, jax.random.randint(label_key, (5, 16), 0, 3)
 
 
 def dense_hessian(value_fn, params):

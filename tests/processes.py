@@ -1,6 +1,6 @@
 """One of several processes that train together; the first saves what came out.
 
-    python tests/processes.py PROCESSES ID PORT OUT.npz
+    python tests/processes.py RUN PROCESSES ID PORT OUT.npz
 
 Nothing below is about processes but the two lines that join them.
 """
@@ -40,18 +40,14 @@ def leaves(run):
     }
 
 
-def main(processes, process_id, port, out):
+def main(name, processes, process_id, port, out):
     jax.config.update("jax_num_cpu_devices", meshes.DEVICES // processes)
     jax.distributed.initialize(f"localhost:{port}", processes, process_id)
     assert jax.device_count() == meshes.DEVICES > jax.local_device_count()
-    results = {
-        f"{name} {path}": x
-        for name, run in RUNS.items()
-        for path, x in leaves(run).items()
-    }
+    results = leaves(RUNS[name])
     if process_id == 0:
         np.savez(out, **results)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), sys.argv[4])
+    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])

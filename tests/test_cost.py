@@ -31,7 +31,7 @@ def batch_of(size, inputs):
 
 
 WIDE = shapes((784, 1024, 1024, 10)), batch_of(256, 784)
-DEEP = shapes((128,) * 13), batch_of(2048, 128)
+DEEP = shapes((128,) * 9), batch_of(2048, 128)
 # The compiler before takes more passes over memory, for SAM too.
 FUSES = jax.__version_info__ >= (0, 10, 2)
 
@@ -134,9 +134,11 @@ def memory_of_sam():
 def test_part_of_the_batch_bounds_the_memory_of_products(tracker, part):
     plain = memory_of_sam()
     link = eigen_sam(0.1, 0.2, tracker)
-    assert memory(compiled(DEEP, link, part)) <= 1.5 * plain
+    whole = memory(compiled(DEEP, link))
+    in_part = whole if part is None else memory(compiled(DEEP, link, part))
+    assert in_part <= 1.5 * plain
     # Of the whole batch a product needs two or three times that, not once for each.
-    assert memory(compiled(DEEP, link)) <= 3 * plain
+    assert whole <= 3 * plain
 
 
 def test_programs_grow_in_proportion_to_the_leaves():
@@ -145,7 +147,7 @@ def test_programs_grow_in_proportion_to_the_leaves():
         .as_text()
         .count("\n")
     )
-    shallow, middle, deep = (length(depth) for depth in (5, 9, 17))
+    shallow, middle, deep = (length(depth) for depth in (3, 5, 9))
     assert deep - middle <= 2.2 * (middle - shallow)
 
 

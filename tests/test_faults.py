@@ -15,7 +15,8 @@ from links import LINKS
 
 from eigensam_jax import tree_math
 
-SLOW = ("asam", "secant_2", "lanczos")
+# Of all trackers, single bad batches are in test_tracking.py.
+SLOW = ("asam", "secant_2", "lanczos", "ritz")
 FACTORS = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf, 0.0, 1e30, -1e30, 1e-40])
 RUNS, STEPS, FAULTS = 20, 60, 8  # 20 runs with 8 faults, of 7 links: 1,120 injections
 

@@ -61,7 +61,7 @@ class Network(nn.Module):
 
 MODEL = Network()
 KEYS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-VARIABLES = MODEL.init(KEYS, IMAGES[0])
+VARIABLES = jax.jit(MODEL.init)(KEYS, IMAGES[0])
 
 
 def linen_loss(params, stats, i):
@@ -211,10 +211,10 @@ def test_linen_perturbs_no_scales_and_histories_of_fp8(op, given):
     def sharp(w):
         return cross_entropy(model.apply(start | {"params": w}, IMAGES[0]), 0)
 
-    w = start["params"]
-    g = jax.grad(sharp)(w)  # the first step is SAM's, as there is no v yet
+    w, gradient = start["params"], jax.jit(jax.grad(sharp))
+    g = gradient(w)  # the first step is SAM's, as there is no v yet
     at = jax.tree.map(lambda x, d: x + rho * d / optax.tree.norm(g), w, g)
-    expected = jax.tree.map(lambda x, d: x - d, w, jax.jit(jax.grad(sharp))(at))
+    expected = jax.tree.map(lambda x, d: x - d, w, gradient(at))
     assert_close(step(state, 0)[0].params["params"], expected)
 
     for i in range(3):

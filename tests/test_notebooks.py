@@ -72,6 +72,39 @@ def has_slow_cells(path):
     return len(until_slow(cells)) < len(cells)
 
 
+# What a notebook leaves behind: its names, and what it sets in JAX.
+REMEMBER = "import jax\njax.at_first = dict(jax.config.values)"
+FORGET = """
+%reset -f
+import jax
+for name, value in jax.at_first.items():
+    if jax.config.values[name] != value:
+        jax.config.update(name, value)
+%reset -f
+"""
+
+
+def run(client, cells):
+    """In the client's process, that is started."""
+    client.nb = nbformat.v4.new_notebook(cells=cells)
+    for index, cell in enumerate(cells):
+        client.execute_cell(cell, index)
+
+
+@pytest.fixture(scope="module")
+def client():
+    """One process for many notebooks: its start, and the imports, take seconds.
+
+    On two devices where it does not say how many: eight of them wait for each other.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_NUM_CPU_DEVICES", "2")
+        client = NotebookClient(None, timeout=300, kernel_name="python3")
+        with client.setup_kernel():
+            run(client, [nbformat.v4.new_code_cell(REMEMBER)])
+            yield client
+
+
 @pytest.mark.parametrize(
     ("path", "whole"),
     [
@@ -82,12 +115,8 @@ def has_slow_cells(path):
         ),
     ],
 )
-def test_it_runs(path, whole, monkeypatch):
-    """At the size that its cell of parameters names for that.
-
-    On two devices where it does not say how many: eight of them wait for each other.
-    """
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+def test_it_runs(path, whole, client):
+    """At the size that its cell of parameters names for that."""
     notebook = nbformat.read(path, as_version=4)
     cell = tagged(notebook, "parameters")
     targets = [node.targets[0].id for node in ast.parse(cell.source).body]
@@ -96,6 +125,10 @@ def test_it_runs(path, whole, monkeypatch):
     cell.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
     if not whole:
         notebook.cells = until_slow(notebook.cells)
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    if any("jax_num_cpu_devices" in cell.source for cell in code_cells(notebook)):
+        # To be said before the first computation of a process.
+        NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    else:
+        run(client, [nbformat.v4.new_code_cell(FORGET), *notebook.cells])
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     assert not [x.text for x in outputs if x.get("name") == "stderr"]

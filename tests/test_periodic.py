@@ -56,7 +56,9 @@ def test_an_interval_of_one_is_the_link_bit_for_bit(name):
     assert own.orthogonal is None
 
 
-@pytest.mark.parametrize("name", ["sam", "secant", "power_iteration"])
+@pytest.mark.parametrize(
+    "name", ["sam", "secant", pytest.param("power_iteration", marks=slow)]
+)
 def test_without_reuse_it_is_a_conditional_transformation(name):
     due = lambda step: step % 3 == 0
     params, (own, *_) = trained(periodic(LINKS[name](), 3, reuse=0.0))
@@ -190,10 +192,10 @@ def test_a_mask_is_that_of_the_perturbation_alone():
 
 def test_narrow_parameters_keep_a_narrow_vector():
     params, value = network()
+    _, (wide, *_) = trained(periodic(sam(0.5), 3), 1, of=(params, value))
     for dtype in (jnp.bfloat16, jnp.float16):
         narrow = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
         _, (own, *_) = trained(periodic(sam(0.5), 3), 1, of=(narrow, value))
-        _, (wide, *_) = trained(periodic(sam(0.5), 3), 1, of=(params, value))
         q, expected = ravel_pytree(own.orthogonal)[0], ravel_pytree(wide.orthogonal)[0]
         assert q.dtype == dtype
         assert float(q.astype(jnp.float32) @ expected) > 0.9
@@ -202,7 +204,11 @@ def test_narrow_parameters_keep_a_narrow_vector():
 # --- where it runs --------------------------------------------------------------------
 
 
-FEW_MODES = ("shard_map", "jit, sharded, Auto", "jit, sharded, Explicit")
+# Of the link alone, every mode is in update/test_devices.py.
+FEW_MODES = {
+    False: ("shard_map", "jit, sharded, Explicit"),
+    True: ("pmap", "shard_map"),
+}
 
 
 @pytest.mark.parametrize("per_device", [False, True])
@@ -217,13 +223,15 @@ def test_all_ways_to_run_agree_with_one_device(name, per_device):
 
         if per_device:
             make = functools.partial(make, per_device=True)
-            kwargs = {"per_device": True}
-            modes = ("pmap", "shard_map", "shard_map unchecked")
+            kwargs, modes = (
+                {"per_device": True},
+                (*FEW_MODES[True], "shard_map unchecked"),
+            )
             expected = meshes.by_vmap(make, params, batches, **kwargs)
         else:
-            kwargs, modes = {}, meshes.MODES if name == "secant" else FEW_MODES
+            kwargs, modes = {}, meshes.MODES
             expected = meshes.one_device(make, params, batches)
-        for mode in modes:
+        for mode in modes if name == "secant" else FEW_MODES[per_device]:
             got = meshes.MODES[mode](make, params, batches, **kwargs)
             if mode in ("pmap", "shard_map unchecked"):
                 for x in jax.tree.leaves(got):
@@ -272,14 +280,16 @@ def test_a_batch_of_runs_is_each_of_them():
     tx = periodic(LINKS["sam"](), 2)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, 0.9 * x]), params)
 
+    def step(carry, index):
+        params, state = carry
+        value_fn = lambda p: value(p, index)
+        grads = jax.grad(value_fn)(params)
+        updates, state = tx.update(grads, state, params, value_fn=value_fn)
+        updates = optax.tree.scale(-0.1, updates)
+        return (optax.apply_updates(params, updates), state), None
+
     def run(params):
-        state = tx.init(params)
-        for index in range(3):
-            value_fn = lambda p, i=index: value(p, i)
-            grads = jax.grad(value_fn)(params)
-            updates, state = tx.update(grads, state, params, value_fn=value_fn)
-            params = optax.apply_updates(params, optax.tree.scale(-0.1, updates))
-        return params, state
+        return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(3))[0]
 
     together = jax.jit(jax.vmap(run))(stacked)
     alone = jax.jit(run)
@@ -290,10 +300,10 @@ def test_a_batch_of_runs_is_each_of_them():
         )
 
 
-def test_the_branch_fixed_at_trace_time_is_the_same():
-    for name in ("sam", "secant"):
-        link = periodic(LINKS[name](), 3)
-        chex.assert_trees_all_close(trained(link, static=True), trained(link))
+@pytest.mark.parametrize("name", [pytest.param("sam", marks=slow), "secant"])
+def test_the_branch_fixed_at_trace_time_is_the_same(name):
+    link = periodic(LINKS[name](), 3)
+    chex.assert_trees_all_close(trained(link, static=True), trained(link))
 
 
 def test_a_tracker_counts_the_steps_that_perturb():
@@ -326,16 +336,18 @@ def test_derivatives_are_those_of_finite_differences(name):
             return value(params, 4)
 
         flat, unravel = ravel_pytree((params, jnp.float64(0.2)))
-        of_flat = jax.jit(lambda x: after_training(*unravel(x)))
+        of_flat = lambda x: after_training(*unravel(x))
         gradient = jax.jit(jax.grad(of_flat))(flat)
-        forward = jax.jit(lambda t: jax.jvp(of_flat, (flat,), (t,))[1])
+        forward = jax.jit(lambda x, t: jax.jvp(of_flat, (x,), (t,)))
         random = np.random.default_rng(0).normal(size=flat.size)
         for along in (jnp.asarray(random), jnp.zeros_like(flat).at[-1].set(1)):
-            high, low = (of_flat(flat + sign * 1e-5 * along) for sign in (1, -1))
+            high, low = (
+                forward(flat + sign * 1e-5 * along, along)[0] for sign in (1, -1)
+            )
             exact = (high - low) / 2e-5
             assert abs(exact) > 1e-4
             np.testing.assert_allclose(gradient @ along, exact, rtol=1e-5)
-            np.testing.assert_allclose(forward(along), exact, rtol=1e-5)
+            np.testing.assert_allclose(forward(flat, along)[1], exact, rtol=1e-5)
 
 
 def test_flax_train_states_hand_on_the_branch():

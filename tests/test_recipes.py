@@ -21,7 +21,9 @@ NAMES = ("sam", "secant", "power_iteration", "lanczos", "ritz")
 each_link = pytest.mark.parametrize(
     "name",
     [
-        pytest.param(x, marks=[pytest.mark.slow] if x in ("lanczos", "ritz") else [])
+        pytest.param(
+            x, marks=[] if x in ("secant", "power_iteration") else [pytest.mark.slow]
+        )
         for x in NAMES
     ],
 )
@@ -29,7 +31,9 @@ each_or_slow = pytest.mark.parametrize(
     "name", ["secant", pytest.param("power_iteration", marks=[pytest.mark.slow])]
 )
 # Whose v does not depend on how the parameters are laid out in leaves.
-without_random_start = pytest.mark.parametrize("name", ["sam", "secant"])
+without_random_start = pytest.mark.parametrize(
+    "name", [pytest.param("sam", marks=pytest.mark.slow), "secant"]
+)
 EIGEN = [name for name in NAMES if name != "sam"]
 
 
@@ -186,7 +190,7 @@ def test_float16_products_overflow_before_gradients_and_want_no_scale(name):
     np.testing.assert_allclose(without, 4, rtol=0.1)
 
 
-@pytest.mark.parametrize("name", ["secant", "power_iteration"])
+@each_or_slow
 def test_an_eigenvector_in_bfloat16_is_half_as_large_and_hardly_another(name):
     params, loss = network()
     make_value_fn = lambda i: lambda p: loss(p, i % 5)
@@ -291,7 +295,10 @@ def test_a_masked_perturbation_and_its_eigenvector(masked):
     assert abs(ravel_pytree(chosen(v))[0] @ top) > 0.99
 
 
-@pytest.mark.parametrize("name", EIGEN)
+@pytest.mark.parametrize(
+    "name",  # of each tracker by itself, so do tests of masks elsewhere
+    [pytest.param(x, marks=[] if x == "secant" else [pytest.mark.slow]) for x in EIGEN],
+)
 def test_outside_the_mask_every_tracker_keeps_to_zero(name):
     params, loss = network()
     mask = path_mask(lambda path, _: "b" in path)(params)

@@ -460,8 +460,7 @@ def test_each_hvp_mode_finds_the_top_eigenvector_and_trains_alike(
     tolerance = 1e-3 if mode == "finite_difference" else 1e-5
 
     tx = with_lanczos(hvp_mode=mode)
-    grads = jax.grad(loss)(params)
-    _, state = tx.update(grads, tx.init(params), params, value_fn=loss)
+    _, state = train(tx, params, loss, 1)
     block = lambda w: loss(params | {"hidden": w})
     values, vectors = np.linalg.eigh(dense_hessian(block, params["hidden"]))
     v = optax.tree.get(state, "eigenvector")

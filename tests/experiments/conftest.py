@@ -4,7 +4,7 @@ import flax.linen as nn
 import pytest
 
 from eigensam_jax.experiments import entries, registry
-from eigensam_jax.experiments.records import progress
+from eigensam_jax.experiments.records import images, progress
 from eigensam_jax.experiments.training import loop as training
 
 
@@ -12,6 +12,18 @@ from eigensam_jax.experiments.training import loop as training
 def _no_lines_of_progress(monkeypatch):
     """What they read is the same on a slow machine."""
     monkeypatch.setattr(progress, "SECONDS", 3_600.0)
+
+
+@pytest.fixture
+def drawn():
+    """For tests of what is drawn."""
+
+
+@pytest.fixture(autouse=True)
+def _plots_are_empty(request, monkeypatch):
+    """To draw one takes a second: a file without content stands for it elsewhere."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(images, "save", lambda figure, path: path.touch())
 
 
 class Tiny(nn.Module):

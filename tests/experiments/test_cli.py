@@ -13,7 +13,7 @@ from eigensam_jax.experiments import cli
 from eigensam_jax.experiments.training import loop as training
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "drawn")
 def test_compare_shows_the_difference(tmp_path, capsys):
     out = tmp_path / "results"
     command = ["compare", "--smoke", "--looks", "2", "--seeds", "2", "--out", str(out)]

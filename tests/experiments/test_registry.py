@@ -56,6 +56,7 @@ def added(monkeypatch):
     return ["--dataset", "numbers", "--model", "linear", "--out"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_is_added_is_trained_measured_shown_and_drawn(added, tmp_path, capsys):
     small = ["--batch-size", "20", "--epochs", "3", "--smoke", *added, str(tmp_path)]
     assert cli.main(["compare", "--optimizers", "sgd", "adam", "sam", *small]) == 0

@@ -63,6 +63,7 @@ def test_what_there_is_not_is_named(mark):
     assert "compare_digits" in str(raised.value)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_command_writes_pages_and_plots(tmp_path, capsys):
     folder = tmp_path / report.FOLDER / "spectrum_digits"
     shutil.copytree(ROOT / report.FOLDER / "spectrum_digits", folder)

@@ -61,16 +61,18 @@ def assert_close(got, expected, rtol):
 
 
 # All of them take minutes; two differ in everything that matters here.
-FAST = [("secant", False), ("power_iteration", True)]
-AGREEMENT = [
-    pytest.param(name, x64, marks=() if (name, x64) in FAST else pytest.mark.slow)
+FEW = ("pmap", "shard_map", "jit, sharded, Explicit")
+FAST = [("secant", False, FEW), ("power_iteration", True, tuple(MODES))]
+AGREEMENT = FAST + [
+    pytest.param(name, x64, tuple(MODES), marks=pytest.mark.slow)
     for name in TRACKERS
     for x64 in (False, True)
+    if (name, x64, tuple(MODES)) not in FAST
 ]
 
 
-@pytest.mark.parametrize(("name", "x64"), AGREEMENT)
-def test_all_ways_to_run_agree_with_one_device(name, x64):
+@pytest.mark.parametrize(("name", "x64", "modes"), AGREEMENT)
+def test_all_ways_to_run_agree_with_one_device(name, x64, modes):
     with jax.enable_x64(x64):
         dtype, rtol = (jnp.float64, 1e-11) if x64 else (jnp.float32, 1e-5)
         params, batches = meshes.parameters(dtype), meshes.batches(20, dtype)
@@ -78,23 +80,25 @@ def test_all_ways_to_run_agree_with_one_device(name, x64):
         expected = meshes.one_device(make, params, batches)
         v = optax.tree.get(expected[1], "eigenvector")
         np.testing.assert_allclose(tree_math.norm(v), 1, rtol=1e-5)
-        for mode, run in MODES.items():
-            got = run(make, params, batches)
+        for mode in modes:
+            got = MODES[mode](make, params, batches)
             got = one_of_each(got) if mode in STACKED else got
             assert_close(got, expected, rtol)
 
 
+@pytest.mark.parametrize(
+    "check_vma", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("mode", ["reverse_over_reverse", "finite_difference"])
-def test_other_products_agree_under_the_check_of_varying_values(mode):
+def test_other_products_agree_under_the_check_of_varying_values(mode, check_vma):
     with jax.enable_x64(True):
         params, batches = meshes.parameters(float), meshes.batches(4, float)
         tracker = trackers.power_iteration(2, update_interval=2)
         make = partial(chain, tracker, hvp_mode=mode)
         expected = meshes.one_device(make, params, batches)
-        for check_vma in (True, False):
-            got = meshes.by_shard_map(make, params, batches, check_vma)
-            got = got if check_vma else one_of_each(got)
-            assert_close(got, expected, 1e-9)
+        got = meshes.by_shard_map(make, params, batches, check_vma)
+        got = got if check_vma else one_of_each(got)
+        assert_close(got, expected, 1e-9)
 
 
 def test_layers_split_among_devices_train_alike():
@@ -137,7 +141,12 @@ def test_a_curvature_function_is_averaged_as_well():
     assert_close(got, expected, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["secant", "power_iteration"])
+products_or_slow = pytest.mark.parametrize(
+    "name", [pytest.param("secant", marks=pytest.mark.slow), "power_iteration"]
+)
+
+
+@products_or_slow
 def test_a_gradient_function_is_averaged_and_a_mask_kept(name):
     params, batches = meshes.parameters(), meshes.batches(10)
     mask = {"hidden": {"w": True, "b": False}, "out": True}
@@ -167,7 +176,7 @@ def _with_value_zero(trained):
     return params, (state, rest)
 
 
-@pytest.mark.parametrize("name", ["secant", "power_iteration"])
+@products_or_slow
 def test_a_loss_that_is_a_mean_over_devices_needs_no_axis_name(name):
     params, batches = meshes.parameters(), meshes.batches(10)
 
@@ -235,7 +244,13 @@ RULES = {
 
 @pytest.mark.parametrize(
     ("rule", "mode"),
-    [("sam", "shard_map"), ("asam", "vmap"), *(("eigen_sam", mode) for mode in MANUAL)],
+    [
+        *(("sam", "shard_map"), ("asam", "vmap")),
+        *(("eigen_sam", "pmap"), ("eigen_sam", "shard_map")),
+        # Of these, what the tracker sees is compared below.
+        pytest.param("eigen_sam", "shard_map unchecked", marks=pytest.mark.slow),
+        pytest.param("eigen_sam", "vmap", marks=pytest.mark.slow),
+    ],
 )
 def test_each_device_perturbs_by_itself(rule, mode):
     params, batches = meshes.parameters(), meshes.batches(4)

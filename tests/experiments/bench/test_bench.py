@@ -342,6 +342,7 @@ def test_optax_sam_is_the_same_mathematics():
     assert not np.allclose(ends["sam"]["w"], ends["sgd"]["w"], rtol=1e-3)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_growth_counts_passes_and_exchanges(tmp_path, monkeypatch, capsys):
     """Also when it is interrupted, and goes on."""
     monkeypatch.setattr(growth, "OPTIMIZERS", ("sam", "secant"))

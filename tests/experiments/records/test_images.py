@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
 from eigensam_jax.experiments.records import images
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.usefixtures("drawn")
 
 
 def figure():

@@ -102,6 +102,7 @@ def test_the_smoke_run(tmp_path):
     assert len(set(ends)) == len(ends)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_every_path_is_there_and_the_command_says_what_came_out(
     without_work, tmp_path, capsys
 ):

@@ -56,6 +56,7 @@ def _steps_are_compiled_once():
         yield
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     out = tmp_path / "results"
     assert cli.main([*OPTIONS.split(), str(out)]) == 0

@@ -11,6 +11,7 @@ from problems import dense_hessian
 from eigensam_jax.experiments import cli, registry
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.records import checkpoints
+from eigensam_jax.experiments.study import ablations
 from eigensam_jax.experiments.study import run as study
 from eigensam_jax.experiments.training import loop as training
 from eigensam_jax.experiments.training import losses, methods
@@ -127,6 +128,8 @@ def test_a_run_that_two_tables_share_is_done_once(tmp_path, monkeypatch):
         return lambda job: trained.append(job) or do(job)
 
     monkeypatch.setattr(study, "make_runs", counting)
+    only_sam = lambda rho, alpha: [("sam", methods.Setup("sam", rho))]
+    monkeypatch.setattr(ablations, "_pair", only_sam)  # half of the compilations
     command = [*ABLATE, "parts", "--out", str(tmp_path)]
     assert cli.main(command) == 0
     found = figures(tmp_path)

@@ -95,6 +95,7 @@ def test_a_figure_over_training_has_a_column_a_look(runs):
     assert len(rows) == len(ROWS)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_everything_is_shown_and_drawn(runs, tmp_path):
     runs += [run("tuning", "sgd", 9, 0.5), *(x | {"table": "when"} for x in runs)]
     console = Console(width=120, record=True)
@@ -109,6 +110,7 @@ def test_everything_is_shown_and_drawn(runs, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_frontier_says_what_was_spent_and_what_it_came_to(tmp_path):
     kinds = {"steps": (1.0, 0.75), "gradients": (1.25, 0.5)}
     names = {"sgd": 1.0, "sam_periodic": 1.2}

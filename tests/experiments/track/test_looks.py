@@ -1,4 +1,4 @@
-from functools import cache
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -34,7 +34,8 @@ SLOW = ("lanczos", "secant_5")  # they look as "power_iteration" and "secant" do
 class Tiny(nn.Module):
     @nn.compact
     def __call__(self, images):
-        return nn.Dense(3)(nn.tanh(nn.Dense(4)(images.reshape(len(images), -1))))
+        dense = partial(nn.Dense, use_bias=False)  # two arrays: soon compiled
+        return dense(3)(nn.tanh(dense(4)(images.reshape(len(images), -1))))
 
 
 LOSS = losses.evaluation_loss(Tiny())
@@ -59,22 +60,27 @@ def tiny_dataset():
 
 
 @cache
-def measure():
-    return following.make_measure(Tiny(), tiny_dataset(), BATCH_SIZE, STEPS)
+def measure_and_tracked():
+    """What is measured, and the v of it, compiled once."""
+    tracked = following.make_tracked(Tiny(), tiny_dataset(), BATCH_SIZE, STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(following, "make_tracked", lambda *_: tracked)
+        args = Tiny(), tiny_dataset(), BATCH_SIZE, STEPS
+        return following.make_measure(*args), tracked
 
 
 @cache
 def followed(name):
     """The points of a run; and the flat parameters and v that each was made from."""
     seen = []
-    tracked = following.make_tracked(Tiny(), tiny_dataset(), BATCH_SIZE, STEPS)
+    measure, tracked = measure_and_tracked()
 
     def spying(setup, state, start):
         v = None
         if setup.tracker and state.step < STEPS:
             v = flatten(tracked(setup, state).eigenvector)
         seen.append((flatten(state.params), v))
-        return measure()(setup, state, start)
+        return measure(setup, state, start)
 
     at = () if name == "sam" else LOOKS
     settings = loop.Settings(STEPS, BATCH_SIZE, RATE, (*at, STEPS))
@@ -228,10 +234,15 @@ def test_a_spec_says_what_its_tracker_does(name):
     tracker = spec.make(spec.num_matvecs, spec.update_interval)
     assert tracker.refresh_interval in (None, spec.update_interval)
     assert (tracker.refresh_interval is None) == (spec.num_matvecs == 0)
-    state = tracker.init(spectrum)
-    if name == "ritz":  # which has no v to multiply before it has observed
-        state = tracker.observe(state, spectrum, None, None)
-    jax.block_until_ready(tracker.refresh(state, matvec))
+
+    @jax.jit
+    def refreshed():
+        state = tracker.init(spectrum)
+        if name == "ritz":  # which has no v to multiply before it has observed
+            state = tracker.observe(state, spectrum, None, None)
+        return tracker.refresh(state, matvec)
+
+    jax.block_until_ready(refreshed())
     jax.effects_barrier()
     assert len(calls) == spec.num_matvecs
     assert tracker.observe_interval in (None, 1, spec.update_interval)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -6,7 +8,6 @@ import pytest
 from eigensam_jax import eigen_sam, sam, trackers
 from eigensam_jax.experiments import registry
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.models import small as models
 from eigensam_jax.experiments.training import loop as training
 from eigensam_jax.experiments.training import losses, measures, methods
 
@@ -14,6 +15,7 @@ STEPS = 4 * 8
 SETTINGS = training.Settings(
     steps=STEPS, batch_size=64, learning_rate=0.05, looks=(0, STEPS // 2, STEPS)
 )
+AT_THE_END = SETTINGS._replace(looks=(STEPS,))
 METHODS = {name: methods.named(name, 0.1, 0.5) for name in registry.METHODS}
 
 
@@ -26,19 +28,28 @@ def digits():
     )
 
 
+@pytest.fixture(scope="module")
+def measured(digits):
+    """By its name, a network and what measures it, compiled once."""
+
+    @functools.cache
+    def of(name):
+        model = registry.model(name, digits.num_classes)
+        return model, measures.make_measure(model, digits, 64, 2_000)
+
+    return of
+
+
 @pytest.fixture(
     scope="module", params=["mlp", pytest.param("cnn", marks=pytest.mark.slow)]
 )
-def network(request, digits):
-    """A network and what measures it, compiled once."""
-    model = registry.model(request.param, digits.num_classes)
-    return model, measures.make_measure(model, digits, 64, 2_000)
+def network(request, measured):
+    return measured(request.param)
 
 
 @pytest.fixture(scope="module")
-def mlp(digits):
-    model = models.MLP(digits.num_classes)
-    return model, measures.make_measure(model, digits, 64, 2_000)
+def mlp(measured):
+    return measured("mlp")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +110,7 @@ def plain_loop(digits, model, link, descent, seed):
 
 def test_fixing_the_refresh_is_the_trackers_own_schedule(digits, mlp):
     method = METHODS["eigen_sam_paper"]._replace(update_interval=10)
-    points = run(digits, mlp, method, seed=1)
+    points = run(digits, mlp, method, settings=AT_THE_END, seed=1)
     link = eigen_sam(0.1, 0.5, trackers.power_iteration(5, 10))
     descent = optax.sgd(optax.cosine_decay_schedule(0.05, STEPS), momentum=0.9)
     expected = plain_loop(digits, mlp[0], link, descent, seed=1)
@@ -121,7 +132,7 @@ def test_fixing_the_refresh_is_the_trackers_own_schedule(digits, mlp):
     ],
 )
 def test_the_base_optimizer_is_the_one_that_is_named(name, base, make, digits, mlp):
-    settings = SETTINGS._replace(learning_rate=0.003, base=base, weight_decay=0.3)
+    settings = AT_THE_END._replace(learning_rate=0.003, base=base, weight_decay=0.3)
     points = run(digits, mlp, METHODS[name], settings=settings, seed=2)
     link = sam(0.1) if name == "sam" else optax.identity()
     descent = make(optax.cosine_decay_schedule(0.003, STEPS))

@@ -163,8 +163,10 @@ def worst_case_sharpness(
         climbed: _Search = run(params, search, rho * (1 - i.astype(dtype) / num_steps))
         return climbed
 
+    random_vector = programs.jitted(host_loop, _krylov.random_vector)
+
     def ascent(i: jax.Array, search: _Search) -> _Search:
-        noise = _krylov.random_vector(jax.random.fold_in(key, i), zero)
+        noise = random_vector(jax.random.fold_in(key, i), zero)
         half = tree_math.scale(jnp.where(i == 0, 1, 0), own)
         between = tree_math.add_scaled(half, rho, _unit(noise))
         search = search._replace(x=tree_math.scale(rho, _unit(between)))

@@ -1,21 +1,21 @@
 """Every measure of sharpness of one network, for a number of products."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from eigensam_jax import eigen, tree_math
 from eigensam_jax._update import arguments, masking, programs
-from eigensam_jax._update.masking import Mask, Subspace
+from eigensam_jax._update.masking import Mask
 from eigensam_jax.diagnostics._balls import (
     WorstCase,
     average_sharpness,
     sam_sharpness,
     worst_case_sharpness,
 )
-from eigensam_jax.diagnostics._sharpness import block, top_eigenpair
+from eigensam_jax.diagnostics._sharpness import Block, block
 from eigensam_jax.eigen import Eigenpair, Estimate
-from eigensam_jax.hessian import HvpMode, Matvec, ValueFn
+from eigensam_jax.hessian import HvpMode, ValueFn
 from eigensam_jax.tree_math import PyTree
 
 _TOLERANCE = 1e-3
@@ -129,32 +129,32 @@ def report(
         raise ValueError("report needs values, got traced params: call it outside jit.")
     spent = 0
 
-    def counted(mask: Mask) -> tuple[Matvec, PyTree, Subspace]:
-        host_loop, matvec, space = block(value_fn, params, mask, hvp_mode, True)
-        if not host_loop:
-            remedy = ": call report outside jit"
-            arguments.require(False, "value_fn", "traced", "of known values", remedy)
+    def of_mask(mask: Mask) -> Block:
+        """The block, whose products are counted."""
+        found = block(value_fn, params, mask, hvp_mode, True)
+        if not found.host_loop:
+            raise ValueError(
+                "report needs values, got a traced value_fn: call it outside jit."
+            )
 
-        def product(vector: PyTree) -> PyTree:
+        def counted(vector: PyTree) -> PyTree:
             nonlocal spent
             spent += 1
-            return matvec(vector)
+            return found.matvec(vector)
 
-        return product, space.select(params), space
+        return found._replace(matvec=counted)
 
-    def top_of(mask: Mask, budget: int) -> tuple[Eigenpair, Subspace]:
-        matvec, like, space = counted(mask)
-        return top_eigenpair(matvec, like, _TOLERANCE, budget, None, True), space
-
-    top, space = top_of(None, num_matvecs // 2)
-    matvec, like, _ = counted(None)
-    trace = eigen.trace(
-        matvec, like, num_matvecs=num_matvecs // 4, seed=seed, host_loop=True
-    )
+    whole = of_mask(None)
+    top = whole.top_eigenpair(_TOLERANCE, num_matvecs // 2)
+    options: Any = {"num_matvecs": num_matvecs // 4, "seed": seed, "host_loop": True}
+    trace = eigen.trace(whole.matvec, whole.like, **options)
     masks, layers = masking.layers(params), {}
     share = (num_matvecs - spent) // max(len(masks), 1)
     if share >= _FEWEST:
-        layers = {name: top_of(mask, share)[0] for name, mask in masks.items()}
+        layers = {
+            name: of_mask(mask).top_eigenpair(_TOLERANCE, share)
+            for name, mask in masks.items()
+        }
     _, value_and_grad = programs.host_loop_of(
         True, value_fn, jax.value_and_grad(value_fn), params
     )
@@ -162,7 +162,7 @@ def report(
     return Report(
         float(value),
         float(tree_math.norm(grads)),
-        top._replace(eigenvector=space.embed(top.eigenvector, params)),
+        top._replace(eigenvector=whole.space.embed(top.eigenvector, params)),
         trace,
         rho,
         float(sam_sharpness(value_fn, params, rho)),

@@ -1,8 +1,11 @@
 """λ_max of the Hessian of a loss."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from eigensam_jax import eigen, hessian, tree_math
@@ -63,12 +66,48 @@ def sharpness(
       Cohen, Kaur, Li, Kolter, Talwalkar, "Gradient Descent on Neural Networks Typically
       Occurs at the Edge of Stability", ICLR 2021.
     """
-    host_loop, matvec, space = block(value_fn, params, mask, hvp_mode, host_loop)
+    of_mask = block(value_fn, params, mask, hvp_mode, host_loop)
     if v0 is not None:
         v0 = arguments.like_params("v0", v0, params, "Start from a tree like params.")
-        v0 = space.select(v0)
-    top = top_eigenpair(matvec, space.select(params), tol, max_matvecs, v0, host_loop)
-    return top._replace(eigenvector=space.embed(top.eigenvector, params))
+        v0 = of_mask.pack(of_mask.space.select(v0))
+    top = of_mask.top_eigenpair(tol, max_matvecs, v0)
+    return top._replace(eigenvector=of_mask.space.embed(top.eigenvector, params))
+
+
+class Block(NamedTuple):
+    """The block of the Hessian that a mask selects.
+
+    Attributes:
+      space: its leaves among the parameters.
+      host_loop: whether to loop in Python.
+      matvec: the product with it.
+      like: a tree like the vectors: a list of leaves, or these in one array, for which
+        what is around the product compiles in a fraction of the time.
+      pack, unpack: from a list of leaves to a vector, and back.
+    """
+
+    space: Subspace
+    host_loop: bool
+    matvec: Matvec
+    like: PyTree
+    pack: Callable[[list[jax.Array]], PyTree]
+    unpack: Callable[[PyTree], list[jax.Array]]
+
+    def top_eigenpair(
+        self, tol: ArrayLike, max_matvecs: int, v0: PyTree | None = None
+    ) -> Eigenpair:
+        """By `eigen.top_eigenpairs`, the eigenvector as a list of leaves."""
+        pairs = eigen.top_eigenpairs(
+            self.matvec,
+            self.like,
+            k=1,
+            tol=tol,
+            max_matvecs=max_matvecs,
+            v0=v0,
+            host_loop=self.host_loop,
+        )
+        top = Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
+        return top._replace(eigenvector=self.unpack(top.eigenvector))
 
 
 def block(
@@ -77,12 +116,8 @@ def block(
     mask: Mask,
     hvp_mode: HvpMode,
     host_loop: bool | None,
-) -> tuple[bool, Matvec, Subspace]:
-    """The product with the block of a mask, on lists of its leaves.
-
-    Returns:
-      Whether to loop in Python, the product, and the subspace of the block.
-    """
+) -> Block:
+    """The block of the Hessian that `mask` selects; for `host_loop` see `sharpness`."""
     what, remedy = "a function of the parameters", ": hand in value_fn, params"
     arguments.require(callable(value_fn), "value_fn", value_fn, what, remedy)
     arguments.check_params(params)
@@ -90,28 +125,34 @@ def block(
     gradient = jax.grad(arguments.scalar_valued("value_fn", value_fn))
     space = masking.subspace(mask, params)
 
-    def product(params: PyTree, vector: list[jax.Array]) -> PyTree:
+    def product(params: PyTree, vector: list[jax.Array]) -> list[jax.Array]:
         of_block = lambda w: space.select(gradient(space.merge(w, params)))
-        within = space.select(params)
-        return hessian.matvec(of_block, within, hvp_mode=hvp_mode)(vector)
+        matvec = hessian.matvec(of_block, space.select(params), hvp_mode=hvp_mode)
+        along: list[jax.Array] = matvec(vector)
+        return along
 
-    like = tree_math.widen(space.select(params))
-    host_loop, run = programs.host_loop_of(host_loop, value_fn, product, params, like)
-    return host_loop, lambda vector: run(params, vector), space
+    like = tree_math.zeros_like(space.select(params))
+    if host_loop is not False and _on_one_device(like):
+        ravel: Any = ravel_pytree
+        flat, unpack = ravel(like)
+        pack: Any = lambda leaves: ravel(leaves)[0]
+
+        def packed(params: PyTree, vector: jax.Array) -> Any:
+            return pack(product(params, unpack(vector)))
+
+        by_host, run = programs.host_loop_of(host_loop, value_fn, packed, params, flat)
+        if by_host:
+            return Block(space, True, partial(run, params), flat, pack, unpack)
+    by_host, run = programs.host_loop_of(host_loop, value_fn, product, params, like)
+    matvec = partial(run, params)
+    return Block(space, by_host, matvec, like, lambda x: x, lambda x: x)
 
 
-def top_eigenpair(
-    matvec: Matvec,
-    like: PyTree,
-    tol: ArrayLike,
-    max_matvecs: int,
-    v0: PyTree | None,
-    host_loop: bool,
-) -> Eigenpair:
-    """The first of `eigen.top_eigenpairs`, without its axis."""
-    options: Any = {"tol": tol, "max_matvecs": max_matvecs, "v0": v0}
-    pairs = eigen.top_eigenpairs(matvec, like, k=1, host_loop=host_loop, **options)
-    return Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
+def _on_one_device(leaves: list[jax.Array]) -> bool:
+    """Whether they are known and not sharded, so that they may be joined."""
+    if not leaves or programs.is_traced(leaves):
+        return False
+    return all(len(x.devices()) == 1 for x in leaves)
 
 
 def sharpness_by_layer(

@@ -141,10 +141,10 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
             **{key: curve[at] for key, curve in curves.items()},
             "alignment": float(np.mean(curves["alignment"])),
         }
-        if job.tuning and len(held) == 1:  # the curves would say no more
+        if job.tuning:
             return found
         del curves["lambda_max_residual"]
-        return found | {"curves": curves}
+        return found | {"curves": {k: x for k, x in curves.items() if None not in x}}
 
     def do(job: Job) -> Record:
         try:

@@ -154,6 +154,8 @@ def _records(
                 figures = done.get(job) or do(job)
                 found = {"table": table, "row": row, **figures}
                 found |= {"table": table, "row": row}
+                if job in done:
+                    found.pop("curves", None)  # which the first of its records has
                 yield found
             done[job] = found
             bar.advance(task)

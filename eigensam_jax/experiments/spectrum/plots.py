@@ -14,9 +14,7 @@ from eigensam_jax.experiments.records import images
 def spectrum(document: Mapping[str, Any], title: str, path: Path) -> None:
     """Draws the spectral density of a results file, and its top eigenvalues."""
     (run,) = document["runs"]
-    density = eigen.SpectralDensity(
-        *(jnp.asarray(run[x]) for x in ("nodes", "weights"))
-    )
+    nodes, weights = (jnp.asarray(run[key]) for key in ("nodes", "weights"))
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = plotting.spectral_density(
         eigen.SpectralDensity(nodes, weights),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.records.tables import half_interval
@@ -120,11 +121,13 @@ def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
                 label = method.label if table == "steps" else None
                 hollow = {"markerfacecolor": "white"} if table == "gradients" else {}
                 _point(axes, drawn, "spent", method.colour, label, key, **hollow)
-        axes.set(xlabel="gradients for each step of SGD", title=_LABELS[key])
+        plain = METHODS[runs[0]["optimizer"]].label
+        axes.set(xlabel=f"gradients for each step of {plain}", title=_LABELS[key])
         axes.grid(alpha=0.3)
     panels[1].set_yscale("log")
+    panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[1].yaxis.set_major_formatter("{x:g}")
-    panels[1].yaxis.set_minor_formatter("{x:g}")
+    panels[1].yaxis.set_minor_formatter("")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
     images.save(figure, path)

@@ -166,7 +166,7 @@ def mean_matvec(
     def on_the_host(vector: PyTree) -> PyTree:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vector)):
             raise ValueError(
-                "a product with batches from a function can't be traced: call it "
+                "a product with batches that stay on the host can't be traced: call it "
                 "outside jit, by a solver with host_loop=True, or give arrays."
             )
         total, count = tree_math.zeros_like(params), 0

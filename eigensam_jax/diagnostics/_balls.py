@@ -117,7 +117,7 @@ def worst_case_sharpness(
       host_loop: as in `sharpness`.
 
     Returns:
-      A `WorstCase`. Values that are not finite are passed over.
+      A `WorstCase`. Non-finite values are passed over; it is NaN where f(w) is.
 
     Raises:
       ValueError: as `sam_sharpness`, and for `num_steps` or `num_starts` less than 1.
@@ -136,8 +136,8 @@ def worst_case_sharpness(
     """
     arguments.check_positive_int("num_steps", num_steps, "steps of an ascent")
     arguments.check_positive_int("num_starts", num_starts, "ascents")
-    ball = _in_ball(value_fn, params, rho, eta, scale_biases, mask)
-    value_at, zero, displacement = ball
+    checked = _in_ball(value_fn, params, rho, eta, scale_biases, mask)
+    value_at, zero, displacement = checked
     dtype = tree_math.accumulation_dtype(zero)
     rho = jnp.asarray(rho, dtype)
 
@@ -159,20 +159,18 @@ def worst_case_sharpness(
     search = run(params, search, 0 * rho)
     key, own = jax.random.key(seed), search.x
 
-    def step(i: jax.Array, search: _Search) -> _Search:
-        climbed: _Search = run(params, search, rho * (1 - i.astype(dtype) / num_steps))
-        return climbed
+    def step(i: jax.Array, search: _Search) -> Any:
+        return run(params, search, rho * (1 - i.astype(dtype) / num_steps))
 
     random_vector = programs.jitted(host_loop, _krylov.random_vector)
 
-    def ascent(i: jax.Array, search: _Search) -> _Search:
+    def ascent(i: jax.Array, search: _Search) -> Any:
         noise = random_vector(jax.random.fold_in(key, i), zero)
         half = tree_math.scale(jnp.where(i == 0, 1, 0), own)
         between = tree_math.add_scaled(half, rho, _unit(noise))
         search = search._replace(x=tree_math.scale(rho, _unit(between)))
         search = programs.repeat(host_loop, num_steps, step, search)
-        last: _Search = run(params, search, 0 * rho)
-        return last
+        return run(params, search, 0 * rho)
 
     search = programs.repeat(host_loop, num_starts, ascent, search)
     return WorstCase(search.highest - start, displacement(search.best))

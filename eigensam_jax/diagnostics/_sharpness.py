@@ -35,8 +35,8 @@ def sharpness(
     change. Inside `jit`, convolutions are many times slower on a CPU. For a data set or
     the Gauss–Newton matrix, call the solver:
 
-        matvec = hessian.mean_matvec(loss, params, batches)
-        eigen.top_eigenpairs(matvec, params, k=1, host_loop=callable(batches))
+        matvec = hessian.mean_matvec(loss, params, [batch, ...])  # or a loader
+        eigen.top_eigenpairs(matvec, params, k=1, host_loop=True)
 
     Args:
       value_fn: f, a function of the parameters alone that returns a real scalar.
@@ -156,7 +156,13 @@ def _on_one_device(leaves: list[jax.Array]) -> bool:
 
 
 def sharpness_by_layer(
-    value_fn: ValueFn, params: PyTree, **options: Any
+    value_fn: ValueFn,
+    params: PyTree,
+    *,
+    tol: ArrayLike = 1e-3,
+    max_matvecs: int = 1000,
+    hvp_mode: HvpMode = "forward_over_reverse",
+    host_loop: bool | None = None,
 ) -> dict[str, Eigenpair]:
     """Sharpness λ_max of each layer: that of its diagonal block of the Hessian.
 
@@ -164,8 +170,8 @@ def sharpness_by_layer(
     alone, such as "encoder/attention/kernel" and "encoder/attention/bias".
 
     Args:
-      value_fn, params: as in `sharpness`.
-      **options: of `sharpness`, save for `mask` and `v0`.
+      value_fn, params, tol, max_matvecs, hvp_mode, host_loop: as in `sharpness`, for
+        each layer.
 
     Returns:
       From the name of each layer, in the order of `params`, to its `Eigenpair`, whose
@@ -188,9 +194,9 @@ def sharpness_by_layer(
     References:
       Zhang, Bengio, Singer, "Are All Layers Created Equal?", JMLR 2022.
     """
-    found = {}
-    for name, mask in masking.layers(params).items():
-        top = sharpness(value_fn, params, mask=mask, **options)
-        leaves = masking.subspace(mask, params).select(top.eigenvector)
-        found[name] = top._replace(eigenvector=leaves)
-    return found
+    return {
+        name: block(value_fn, params, mask, hvp_mode, host_loop).top_eigenpair(
+            tol, max_matvecs
+        )
+        for name, mask in masking.layers(params).items()
+    }

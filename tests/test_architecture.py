@@ -33,7 +33,8 @@ EXPERIMENTS = [  # the floors of the rooms around it
     {"registry"},
     {"training"},
     {"options"},
-    {"study", "track", "spectrum", "sde", "bench"},  # none of which imports another
+    # none of which imports another
+    {"study", "track", "spectrum", "sde", "bench", "after_training"},
     {"wings"},
     {"report"},
     {"cli"},

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from eigensam_jax.experiments.after_training import wing as after_training
 from eigensam_jax.experiments.bench import wing as bench
 from eigensam_jax.experiments.options import Parser
 from eigensam_jax.experiments.sde import wing as sde
@@ -45,6 +46,7 @@ WINGS: dict[str, Wing] = {
     "spectrum": spectrum,
     "sde": sde,
     "bench": bench,
+    "after_training": after_training,
 }
 
 

@@ -89,7 +89,6 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
             *(steps, config.batch_size, rate),
             looks=loop.evaluation_steps(steps, 1 if is_short else config.looks)[1:],
             augment=registry.augmentation(config.dataset, config.augment),
-            begin=weights and weights.begin,
             base=config.base_optimizer,
             weight_decay=config.weight_decay,
         )
@@ -123,7 +122,8 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
         if unfinished.get("job") == job.record:
             curves, saved = unfinished["curves"], unfinished["progress"]
         run, steps = run_of(job.learning_rate, job.tuning, job.longer)
-        for point in run(job.method, job.seed, saved):
+        begin = weights and weights.begin
+        for point in run(job.method, job.seed, saved, begin):
             looked = {**point._asdict(), **point.measurement._asdict()}
             for key, curve in curves.items():
                 curve.append(looked[key])

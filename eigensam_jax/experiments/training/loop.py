@@ -38,8 +38,6 @@ class Settings(NamedTuple):
       looks: the steps after which to measure, ascending, the last of all among them.
       augment: what is done to the images of each step, before both gradients; None for
         nothing.
-      begin: what a network's new variables are exchanged for before the first step;
-        None to keep them.
       base: the base optimizer of methods that have none of their own.
       weight_decay: of the base optimizer.
     """
@@ -49,7 +47,6 @@ class Settings(NamedTuple):
     learning_rate: float
     looks: tuple[int, ...]
     augment: Augment | None = None
-    begin: Begin | None = None
     base: str = "sgd"
     weight_decay: float = 0.0
 
@@ -90,11 +87,16 @@ class Run(Protocol[Measurement]):
     """Trains by a method from a seed."""
 
     def __call__(
-        self, setup: Setup, seed: int, saved: dict[str, Any] | None = None
+        self,
+        setup: Setup,
+        seed: int,
+        saved: dict[str, Any] | None = None,
+        begin: Begin | None = None,
     ) -> Iterator[Point[Measurement]]:
         """Yields the points of the run; of one that was `saved`, the points to come.
 
-        `saved` is what `checkpoints.read` found of the `Progress` of a point.
+        `saved` is what `checkpoints.read` found of the `Progress` of a point. `begin`
+        exchanges the network's new variables before the first step.
         """
 
 
@@ -171,9 +173,8 @@ def make_run(
         descent = BASE_OPTIMIZERS[base].make(schedule, settings.weight_decay)
         return methods.make_optimizer(setup, descent)
 
-    def init(setup: Setup, seed: int) -> TrainState:
-        tx = optimizer(setup)
-        return training_steps.start(model, tx, images, seed, settings.begin)
+    def init(setup: Setup, seed: int, begin: Begin | None = None) -> TrainState:
+        return training_steps.start(model, optimizer(setup), images, seed, begin)
 
     def step(
         structure: Setup,
@@ -209,7 +210,10 @@ def make_run(
         return function.lower(key, order).compile()
 
     def run(
-        setup: Setup, seed: int, saved: dict[str, Any] | None = None
+        setup: Setup,
+        seed: int,
+        saved: dict[str, Any] | None = None,
+        begin: Begin | None = None,
     ) -> Iterator[Point[Measurement]]:
         kinds = [
             (acts, acts and setup.refreshes(i, steps))
@@ -220,7 +224,7 @@ def make_run(
         shuffle()  # compiled before anything is timed
         scalars, stops, done = setup.scalars, settings.looks, 0
         if saved is None:
-            state, top, seconds = init(setup, seed), None, 0.0
+            state, top, seconds = init(setup, seed, begin), None, 0.0
         else:
             example = jax.eval_shape(partial(init, setup), 0)
             state, top, seconds = restored(example, saved)

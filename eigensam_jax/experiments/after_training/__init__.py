@@ -1,0 +1,1 @@
+"""What is done to trained weights, and which measure of sharpness foretells it."""

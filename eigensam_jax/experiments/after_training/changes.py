@@ -33,18 +33,20 @@ def changes(value_fn: ValueFn, seed: int) -> dict[str, Change]:
       value_fn: the loss of the parameters, which the worst case climbs.
       seed: of the noise, and of where the climb begins.
     """
-    climb = lambda params, radius: diagnostics.worst_case_sharpness(
-        value_fn, params, radius, num_steps=ASCENT_STEPS, seed=seed
-    )
+
+    def climbed(params: PyTree, radius: float) -> PyTree:
+        found = diagnostics.worst_case_sharpness(
+            value_fn, params, radius, num_steps=ASCENT_STEPS, seed=seed
+        )
+        return tree_math.add_scaled(params, 1, found.perturbation)
+
     key = jax.random.key(seed)
     keys = [jax.random.fold_in(key, i) for i in range(NOISE_DRAWS)]
     return {
         "quantized": lambda params, bits: [quantized(params, int(bits))],
         "pruned": lambda params, share: [pruned(params, share)],
         "noise": lambda params, radius: [noisy(params, key, radius) for key in keys],
-        "worst_case": lambda params, radius: [
-            tree_math.add_scaled(params, 1, climb(params, radius).perturbation)
-        ],
+        "worst_case": lambda params, radius: [climbed(params, radius)],
     }
 
 

@@ -1,6 +1,6 @@
 """The tables of `eigensam after-training`, out of its results files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ Record = Mapping[str, Any]
 Chosen = dict[str, list[Record]]
 
 METHOD_HEADERS = ("gradients", "tuned", "‖ε‖", "test acc. %", "train loss", "λ_max")
-OUTCOMES = {  # of what may happen to a network, the worse the larger
+OUTCOMES: dict[
+    str, tuple[str, Callable[[Record], float]]
+] = {  # of what may happen to a network, the worse the larger
     "gap": ("test − train loss", lambda run: run["test_loss"] - run["train_loss"]),
     "error": ("test error", lambda run: 1 - run["test_accuracy"]),
     "next": (
@@ -140,8 +142,7 @@ def ranks(runs: Sequence[Record], outcomes: Sequence[str]) -> list[list[str]]:
                 of_seed = results.select(runs, seed=seed)
                 values = [run[measure] for run in of_seed]
                 fates = [_outcome(run, outcome) for run in of_seed]
-                kendall: Any = stats.kendalltau
-                found.append(kendall(values, fates).statistic)
+                found.append(stats.kendalltau(values, fates).statistic)
             row.append(tables.mean_and_interval(found, 2))
         rows.append(row)
     return rows

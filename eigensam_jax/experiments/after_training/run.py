@@ -60,7 +60,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         "batch_size": BATCH_SIZE,
         "alpha": chosen.alpha,
         **loop.protocol(dataset, chosen.base_optimizer, chosen.weight_decay),
-        "curvature_examples": measures.CURVATURE_EXAMPLES,
+        "curvature_examples": chosen.curvature_examples,
         "sizes": {kind: list(sizes) for kind, (_, sizes) in SIZES.items()},
     }
     document = resumption.of_runs(path, command, config)
@@ -87,9 +87,9 @@ def jobs(chosen: argparse.Namespace) -> list[Record]:
     """
     plain, kinds = chosen.base_optimizer, list[Record]()
     for rate in chosen.learning_rates:
-        for longer, averaged in ((1, False), (1, True), (2, False)):
-            own = {"tuned": rate, "longer": longer, "averaged": averaged}
-            kinds.append({"optimizer": plain, **own})
+        own = {"optimizer": plain, "tuned": rate}
+        kinds += [{**own, "longer": x, "averaged": False} for x in chosen.longer]
+        kinds.append({**own, "longer": 1, "averaged": True})
     for rho in chosen.rhos:
         for name in chosen.optimizers:
             tuned = rho * METHODS[METHODS[name].radius_of or name].rho_factor
@@ -103,7 +103,11 @@ def _next(chosen: argparse.Namespace, dataset: Dataset) -> Dataset | None:
     """The data that the networks learn next, of the same shape."""
     if not chosen.next_dataset:
         return None
-    found = registry.dataset(chosen.next_dataset, chosen.next_dir)
+    try:
+        found = registry.dataset(chosen.next_dataset, chosen.next_dir)
+    except UserError as error:
+        text = str(error).replace("--dataset", "--next-dataset")
+        raise UserError(text.replace("--data-dir", "--next-dir")) from error
     shapes = [(x.train_images.shape[1:], x.num_classes) for x in (dataset, found)]
     if shapes[0] != shapes[1]:
         raise UserError(
@@ -123,7 +127,7 @@ def _records(
     """Does the jobs that the results file lacks; yields the record of each."""
     model = registry.model(chosen.model, dataset.num_classes)
     loss, means = losses.evaluation_loss(model), measures.make_means(model)
-    few = slice(measures.CURVATURE_EXAMPLES)
+    few = slice(chosen.curvature_examples)
     images, labels = dataset.train_images[few], dataset.train_labels[few]
     value_fn = lambda params: loss(params, images, labels)
     common: Record = {

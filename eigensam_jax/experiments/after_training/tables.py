@@ -32,7 +32,7 @@ _GROUP = ("optimizer", "longer", "averaged")
 def label(run: Record) -> str:
     """What a table and a plot call the method of a run."""
     longer = f", {run['longer']} times the steps" if run["longer"] > 1 else ""
-    averaged = ", weights averaged" if run["averaged"] else ""
+    averaged = ", averaged" if run["averaged"] else ""
     return f"{METHODS[run['optimizer']].label}{longer}{averaged}"
 
 

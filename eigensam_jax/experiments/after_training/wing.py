@@ -14,6 +14,8 @@ _PERTURBING = tuple(x for x in METHODS if METHODS[x].link)
 _USUAL: dict[str, Any] = {
     "seeds": 5,
     "epochs": 20,
+    "longer": [1, 2],  # times the epochs, of the base optimizer alone
+    "curvature_examples": 2_000,
     "learning_rates": [0.02, 0.05, 0.1],
     "rhos": [0.05, 0.1, 0.2],
     "optimizers": [
@@ -24,6 +26,8 @@ _USUAL: dict[str, Any] = {
 _SMOKE: dict[str, Any] = {
     "seeds": 1,
     "epochs": 1,
+    "longer": [1],
+    "curvature_examples": 100,
     "learning_rates": [0.05],
     "rhos": [0.1],
     "optimizers": ["eigen_sam", "sam_matched"],
@@ -61,7 +65,7 @@ def add_command(subparsers: Any) -> None:
     what = "share of training labels drawn anew"
     options.add_number(parser, "label-noise", 0.0, what)
     options.add_base(parser)
-    options.add_out(parser, "1 seed, 1 epoch, three networks: does it run at all?")
+    options.add_out(parser, "1 seed, 1 epoch, four networks: does it run at all?")
 
 
 def run(chosen: argparse.Namespace, command: str) -> None:

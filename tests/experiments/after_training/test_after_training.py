@@ -1,0 +1,232 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from command_line import assert_refused
+
+from eigensam_jax import tree_math
+from eigensam_jax.experiments import cli
+from eigensam_jax.experiments.after_training import changes, sharpness, tables
+from eigensam_jax.experiments.training import loop
+
+SMALL = ["after-training", "--smoke", "--epochs", "2"]
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def weights(seed):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = {"kernel": (3, 3, 4, 5), "matrix": (40, 6), "bias": (6,)}
+    return {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_quantized_to_the_nearest_level_of_each_channel(bits, seed):
+    params = weights(seed)
+    params["matrix"] = params["matrix"].at[:, 2].set(0.0)  # an output without weights
+    rounded = changes.quantized(params, bits)
+    np.testing.assert_array_equal(rounded["bias"], params["bias"])
+    for name in ("kernel", "matrix"):
+        before = np.asarray(params[name]).reshape(-1, params[name].shape[-1]).T
+        after = np.asarray(rounded[name]).reshape(before.shape[::-1]).T
+        for w, found in zip(before, after, strict=True):
+            step = abs(w).max() / (2 ** (bits - 1) - 1)
+            levels = step * np.arange(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1))
+            nearest = levels[abs(w[:, None] - levels).argmin(1)]
+            np.testing.assert_allclose(found, nearest, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_pruned_are_the_smallest_of_all_weights(share):
+    params = weights(0)
+    pruned = changes.pruned(params, share)
+    np.testing.assert_array_equal(pruned["bias"], params["bias"])
+    both = [np.concatenate([x["kernel"].ravel(), x["matrix"].ravel()])
+            for x in (params, pruned)]  # fmt: skip
+    gone = both[1] == 0
+    assert gone.sum() == round(share * gone.size)
+    assert abs(both[0][gone]).max() < abs(both[0][~gone]).min()
+    np.testing.assert_array_equal(both[0][~gone], both[1][~gone])
+
+
+def test_noise_has_the_length_that_is_asked_for_on_average():
+    params = weights(0)
+    lengths = [
+        tree_math.norm(
+            tree_math.add_scaled(params, -1, changes.noisy(params, key, 3.0))
+        )
+        for key in jax.random.split(jax.random.key(1), 64)
+    ]
+    error = 3 * 9 * np.sqrt(2 / 426 / 64)  # three standard errors, of 426 entries
+    assert abs(np.mean(np.square(lengths)) - 9) < error
+
+
+def test_the_worst_case_is_along_the_top_eigenvector():
+    value_fn = lambda p: 0.5 * (3 * p["a"] ** 2 + jnp.sum(p["b"] ** 2))
+    params = {"a": jnp.zeros(()), "b": jnp.zeros(2)}
+    (moved,) = changes.changes(value_fn, 0)["worst_case"](params, 0.2)
+    np.testing.assert_allclose(abs(moved["a"]), 0.2, rtol=1e-3)
+    np.testing.assert_allclose(moved["b"], 0, atol=0.01)
+
+
+def test_the_measures_of_a_quadratic():
+    curvatures = {"a": jnp.arange(1.0, 5)[:, None], "b": jnp.array([[6.0, 2.0]])}
+    square = lambda w, c: jnp.sum(c * w["kernel"] ** 2) / 2
+    value_fn = lambda p: sum(square(p[k], c) for k, c in curvatures.items())
+    params = {k: {"kernel": jnp.full(c.shape, 0.5)} for k, c in curvatures.items()}
+    found = sharpness.measured(value_fn, params)
+    assert {*found, "train_loss"} == set(sharpness.MEASURES)
+    slope = np.sqrt(sum(np.square(0.5 * c).sum() for c in curvatures.values()))
+    bound = lambda rho: rho * slope + 0.5 * rho**2 * 6
+    for name, expected, rtol in (
+        ("lambda_max", 6, 1e-3),
+        ("trace", 18, 1e-3),
+        ("relative", 4 * 1 + 6 * 0.5, 1e-3),
+        ("weight_norm", np.sqrt(1.5), 1e-6),
+        ("grad_norm", slope, 1e-6),
+        ("average_case", sharpness.AVERAGE_RHO**2 * 18 / 6 / 2, 0.3),
+    ):
+        np.testing.assert_allclose(found[name], expected, rtol=rtol, err_msg=name)
+    rho = sharpness.RHO
+    assert rho * slope < found["sam_sharpness"] <= found["worst_case"] < bound(rho)
+    # T = |w| + η is 0.51 for all: a ball of so many times the radius.
+    assert found["scaled_worst_case"] < bound(0.51 * sharpness.SCALED_RHO)
+    assert found["scaled_worst_case"] > 0.51 * sharpness.SCALED_RHO * slope
+
+
+@pytest.fixture(scope="module")
+def finished(quick, tmp_path_factory):
+    """A network of each kind, and other data afterwards."""
+    out = tmp_path_factory.mktemp("after")
+    asked = ["--next-dataset", "digits"]
+    assert cli.main([*SMALL, *asked, "--out", str(out)]) == 0
+    return out, asked, json.loads((out / "results.json").read_text())
+
+
+def test_every_network_is_measured_and_changed(finished):
+    _, _, document = finished
+    runs = document["runs"]
+    assert document["complete"] is True
+    assert len(runs) == 4
+    for run in runs:
+        assert {*sharpness.MEASURES} <= set(run)
+        for kind, (_, sizes) in changes.SIZES.items():
+            assert len(run[f"{kind}_accuracy"]) == len(sizes)
+            assert len(run[f"{kind}_loss"]) == len(sizes)
+        np.testing.assert_allclose(run["quantized_loss"][0], run["test_loss"], rtol=0.1)
+        assert run["worst_case_loss"][0] < run["worst_case_loss"][-1]
+        if run["optimizer"] == "sam_matched":
+            key = {x: run[x] for x in ("seed", "tuned")}
+            (other,) = (
+                x
+                for x in runs
+                if {**key, "optimizer": "eigen_sam"}.items() <= x.items()
+            )
+            assert run["rho"] == other["radius"]
+    plain = [run for run in runs if run["optimizer"] == "sgd"]
+    assert {run["averaged"] for run in plain} == {False, True}
+    assert plain[0]["test_loss"] != plain[1]["test_loss"]
+
+
+def test_what_is_there_is_kept(finished, tmp_path, monkeypatch, capsys):
+    _, asked, document = finished
+    half = {**document, "runs": document["runs"][:2], "complete": False}
+    (tmp_path / "results.json").write_text(json.dumps(half))
+    make_run, started = loop.make_run, []
+
+    def counted(*args):
+        run = make_run(*args)
+
+        def call(setup, seed, *more, **begin):
+            if not begin:
+                started.append(setup.optimizer)
+            return run(setup, seed, *more, **begin)
+
+        return call
+
+    monkeypatch.setattr(loop, "make_run", counted)
+    assert cli.main([*SMALL, *asked, "--out", str(tmp_path)]) == 0
+    assert len(started) == 2
+    again = json.loads((tmp_path / "results.json").read_text())["runs"]
+    times = ("wall_time_s", "training_time_s")
+    for run, other in zip(again, document["runs"], strict=True):
+        assert {k: x for k, x in run.items() if k not in times} == {
+            k: x for k, x in other.items() if k not in times
+        }
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    printed = [" ".join(line.split()) for line in lines]
+    for row in tables.methods(again) + tables.after(again, "quantized"):
+        assert " ".join(row) in printed
+
+
+def made(optimizer, tuned, seed, held, **more):
+    """A record with what tables need."""
+    plain = {"longer": 1, "averaged": False, "gradients": 1.0, "radius": tuned}
+    figures = {"test_accuracy": held, "train_loss": 0.1, "lambda_max": 1.0}
+    of_sizes = {
+        f"{k}_accuracy": [held - 0.1 * i for i in range(4)] for k in changes.SIZES
+    }
+    own = {"optimizer": optimizer, "tuned": tuned, "seed": seed, "held_accuracy": held}
+    return {**plain, **figures, **of_sizes, **own, **more}
+
+
+def test_each_method_is_shown_at_what_was_best_on_what_is_held_out():
+    runs = [
+        made("sgd", rate, seed, 0.8 - rate + 0.01 * seed)
+        for seed in (0, 1)
+        for rate in (0.1, 0.2)
+    ]
+    runs += [
+        made(name, rho, seed, 0.8 + sign * rho + 0.02 * seed)
+        for seed in (0, 1)
+        for rho in (0.05, 0.1)
+        for name, sign in (("eigen_sam", 1), ("sam_matched", -1))
+    ]
+    rows = {row[0]: row[1:] for row in tables.methods(runs)}
+    assert rows["SGD"][1] == "0.1"
+    assert rows["Eigen-SAM, secant"][1] == "0.1"
+    assert rows["SAM, secant's ‖ε‖"][1] == "0.1"  # as its method, though 0.05 is better
+    after = {row[0]: row[1:] for row in tables.after(runs, "pruned")}
+    assert [x.split()[0] for x in after["SGD"]] == ["70.5", "60.5", "50.5", "40.5"]
+    less = {row[0]: row[1:] for row in tables.differences(runs, "noise")}
+    assert less["Eigen-SAM, secant − SAM, secant's ‖ε‖"] == ["+20.0 ± 0.0"] * 4
+    assert less["Eigen-SAM, secant − SGD"][0].startswith("+20.5 ± 6.")
+
+
+def test_ranks_are_kendalls_tau_within_each_seed():
+    """A measure that orders the networks of each seed, at levels of their own."""
+    runs = [
+        made("sgd", rate, seed, 0.5, test_loss=x + 7 * seed, train_loss=5.0 * seed)
+        | {
+            name: 100.0 * seed + y
+            for name in sharpness.MEASURES
+            if name != "train_loss"
+        }
+        | {"quantized_loss": [0, 0, 3 * x + 7 * seed, 0]}
+        for seed in (0, 1)
+        for rate, x, y in ((0.1, 1, 1), (0.2, 2, 3), (0.3, 3, 2), (0.4, 4, 4))
+    ]
+    rows = {row[0]: row[1:] for row in tables.ranks(runs, ["gap", "quantized:3"])}
+    assert rows["λ_max"] == ["+0.67 ± 0.00"] * 2  # five pairs of six in order
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong", "right"),
+    [
+        ("--next-dataset mnist", "--next-dataset mnist", "--next-dir"),
+        ("--dataset digits --next-dataset fashion_mnist", "--next-dataset", "digits"),
+        ("--out pyproject.toml", "pyproject.toml", "another folder"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    options, wrong, right, capsys, monkeypatch, tmp_path
+):
+    assert_refused(
+        "after-training", options, wrong, right, capsys, monkeypatch, tmp_path
+    )

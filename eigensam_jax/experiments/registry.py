@@ -124,9 +124,17 @@ def _later(module: str, name: str, *more: Any) -> Callable[..., Any]:
     return call
 
 
-def _sgd(rate: optax.ScalarOrSchedule, decay: float) -> optax.GradientTransformation:
-    descent = optax.sgd(rate, momentum=MOMENTUM)
-    return optax.chain(optax.add_decayed_weights(decay), descent) if decay else descent
+def _sgd(momentum: float | None) -> Any:
+    """(learning rate, weight decay) -> SGD."""
+
+    def make(
+        rate: optax.ScalarOrSchedule, decay: float
+    ) -> optax.GradientTransformation:
+        descent = optax.sgd(rate, momentum=momentum)
+        decayed = optax.add_decayed_weights(decay)
+        return optax.chain(decayed, descent) if decay else descent
+
+    return make
 
 
 def _link(make: Any) -> Any:
@@ -146,7 +154,8 @@ MOMENTUM = 0.9
 REUSE = 0.3  # of `periodic`
 
 BASE_OPTIMIZERS = {
-    "sgd": BaseOptimizer(_sgd, (0.05, 0.02, 0.1), {"momentum": MOMENTUM}),
+    "sgd": BaseOptimizer(_sgd(MOMENTUM), (0.05, 0.02, 0.1), {"momentum": MOMENTUM}),
+    "plain_sgd": BaseOptimizer(_sgd(None), (0.5, 0.2, 1.0), {}),
     "adamw": BaseOptimizer(
         lambda rate, decay: optax.adamw(rate, weight_decay=decay),
         (0.001, 0.0003, 0.003),
@@ -156,6 +165,9 @@ BASE_OPTIMIZERS = {
 
 METHODS = {
     "sgd": Method("SGD", "#7f7f7f", gradients=1, base="sgd", usual=True),
+    "plain_sgd": Method(
+        "SGD without momentum", "#c7c7c7", gradients=1, base="plain_sgd"
+    ),
     "adamw": Method("AdamW", "#8c564b", gradients=1, base="adamw"),
     "sam": Method("SAM", "#1f77b4", _link(sam), baseline=PLAIN, usual=True),
     "sam_every": Method(

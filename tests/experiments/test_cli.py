@@ -169,7 +169,7 @@ def test_python_dash_m_is_the_command():
     "command",
     [
         *("", "compare", "accuracy", "frontier", "ablate"),
-        *("track", "spectrum", "sde", "bench"),
+        *("track", "spectrum", "sde", "bench", "after-training"),
     ],
 )
 def test_help_fits_a_screen(command, capsys, monkeypatch):

@@ -122,8 +122,8 @@ def _add_compare(subparsers: Any) -> None:
         usage="%(prog)s [options]",
         help="train a network with SGD, SAM and Eigen-SAM, and show the difference",
         description="Train the same network from the same seeds with each optimizer, "
-        "at the same ρ and α. Leaves results.json and compare.png in --out; the same "
-        "command goes on where it ended.",
+        "at the same ρ and α. Leaves results.json and compare.png in --out; goes on "
+        "from there.",
     )
     usual = f" [{' '.join(options.usual_methods('sgd'))}]"
     options.add_choices(compare, "optimizers", tuple(METHODS), usual)

@@ -200,12 +200,21 @@ def test_sharpness_of_a_data_set_that_stays_on_the_host():
     np.testing.assert_allclose(top.eigenvalue, values[:-3:-1], rtol=1e-4)
 
 
+def test_the_sharpness_of_a_layer_that_the_loss_ignores_is_zero():
+    f = lambda p: jnp.sum(p["used"] ** 2)
+    params = {"used": jnp.ones(3), "unused": jnp.ones(2)}
+    top = sharpness(f, params, mask={"used": False, "unused": True})
+    assert top.eigenvalue == 0
+
+
 def test_sharpness_refuses_what_it_cannot_use():
     params, loss = network()
     with pytest.raises(ValueError, match="hvp_mode must be one of"):
         sharpness(loss, params, hvp_mode="reverse")
     with pytest.raises(ValueError, match="value_fn must return a scalar"):
         sharpness(lambda p: p["hidden"]["b"], params)
+    with pytest.raises(ValueError, match="value_fn ignores its argument"):
+        sharpness(lambda p: loss(params), params)
     with pytest.raises(ValueError, match=r"params\['w'\] must be real floating-point"):
         sharpness(loss, {"w": jnp.ones(2, jnp.int32)})
     with pytest.raises(ValueError, match="v0 must be a tree like params"):

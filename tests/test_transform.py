@@ -773,6 +773,30 @@ def test_a_call_that_lacks_something_shows_the_call_that_works(factory):
         tx.update(params, state, params, value_fn=loss(params))
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("name", ["value_fn", "curvature_fn"])
+def test_a_function_that_ignores_its_argument_is_refused(name, jitted):
+    params, loss = network()
+    tx = eigen_sam(tracker=trackers.power_iteration())
+    state = tx.init(params)
+
+    def step(params, used):
+        given = {"value_fn": loss, name: used(params)}
+        return tx.update(jax.grad(loss)(params), state, params, **given)[0]
+
+    if jitted:
+        step = jax.jit(step, static_argnums=1)
+    mistake = lambda params: lambda p: loss(params)
+    part = lambda params: lambda p: loss({**params, "out": p["out"]})
+    frozen = lambda params: lambda p: loss(jax.lax.stop_gradient(p))
+    for used in (mistake, frozen):
+        with pytest.raises(ValueError, match=f"{name} ignores its argument.*loss\\(p"):
+            step(params, used)
+    chex.assert_tree_all_finite(step(params, part))  # of part of it is enough
+    zero = lambda params: lambda p: 0.0 * loss(p)  # by value and not by structure
+    chex.assert_tree_all_finite(step(params, zero))
+
+
 def test_functions_that_return_the_wrong_thing():
     params, loss = network()
     tx = eigen_sam(tracker=trackers.power_iteration())

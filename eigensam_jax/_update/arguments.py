@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from eigensam_jax import tree_math
@@ -201,6 +202,33 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
     return checked
 
 
+def differentiable(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
+    """As `scalar_valued`, with an error also where a gradient is zero by structure.
+
+    Seen while tracing: it adds nothing to the program.
+    """
+    value_at = scalar_valued(name, value_fn, axes)
+
+    @jax.custom_jvp
+    def same(value: jax.Array, leaves: list[jax.Array]) -> jax.Array:
+        return value
+
+    @partial(same.defjvp, symbolic_zeros=True)
+    def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        change, of_leaves = tangents
+        if isinstance(change, SymbolicZero):
+            # Else it may depend on those leaves that are not differentiated.
+            if not any(isinstance(x, SymbolicZero) for x in of_leaves):
+                raise ValueError(
+                    f"{name} ignores its argument, so its gradient is zero: use it, "
+                    f"{name}=lambda p: loss(p, batch) and not loss(params, batch)."
+                )
+            change = jnp.zeros_like(primals[0])
+        return primals[0], change
+
+    return lambda params: same(value_at(params), jax.tree.leaves(params))
+
+
 def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any:
     """`function(params)`; errors get a note on how it was called."""
     try:
@@ -244,7 +272,7 @@ def gradient_function(
     """`params -> (value, gradient)`; the value is 0 where `grad_fn` gives none."""
     if grad_fn is None:
         assert value_fn is not None  # by check_update
-        return jax.value_and_grad(scalar_valued("value_fn", value_fn, axes))
+        return jax.value_and_grad(differentiable("value_fn", value_fn, axes))
 
     def value_and_gradient(params: PyTree) -> tuple[jax.Array, PyTree]:
         value = jnp.zeros((), tree_math.accumulation_dtype(params))

@@ -154,7 +154,7 @@ def sharpness_aware(
             curvature_grad = lambda p: own_value_and_grad(p)[1]
             if curvature_fn is not None:
                 curvature_grad = jax.grad(
-                    arguments.scalar_valued("curvature_fn", curvature_fn, axes)
+                    arguments.differentiable("curvature_fn", curvature_fn, axes)
                 )
             matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
             # No use inside a `cond`, where convolutions are slow anyway.

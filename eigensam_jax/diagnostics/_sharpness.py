@@ -122,7 +122,7 @@ def block(
     arguments.require(callable(value_fn), "value_fn", value_fn, what, remedy)
     arguments.check_params(params)
     arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
-    gradient = jax.grad(arguments.scalar_valued("value_fn", value_fn))
+    gradient = jax.grad(arguments.differentiable("value_fn", value_fn))
     space = masking.subspace(mask, params)
 
     def product(params: PyTree, vector: list[jax.Array]) -> list[jax.Array]:

@@ -35,7 +35,8 @@ class Measurement(NamedTuple):
     """One look at a network.
 
     Attributes:
-      train_loss, test_loss: means over the training set and the test set.
+      train_loss: the mean over the training set, or over its first images.
+      test_loss: the mean over the test set.
       test_accuracy: the fraction classified correctly; None for forecasts.
       held_loss: on the data set's own held-out examples; None if it has none.
       lambda_max: of the training loss's Hessian on the first training images.

@@ -20,12 +20,12 @@ _INTERRUPTED = 130
 
 
 def command() -> NoReturn:
-    """The `eigensam` command: `main`, and a way out that is safe in every terminal."""
-    for stream in (sys.stdout, sys.stderr):  # an encoding may have no λ
+    """The `eigensam` command: runs `main` and exits."""
+    for stream in (sys.stdout, sys.stderr):  # an encoding may lack λ
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     code = main()
-    if code == _INTERRUPTED:  # a program that still runs may outlive what it uses
+    if code == _INTERRUPTED:  # skip teardown: a program may still be running
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -33,7 +33,7 @@ def command() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, 2 for a bad option, 130 for Ctrl-C."""
+    """Runs the command; returns 0, 2 after a `UserError`, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = _parser().parse_args(arguments)
     if getattr(chosen, "smoke", False):
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compile_fast() -> None:
-    """Compiles in a quarter of the time what is run for seconds only.
+    """Makes compilation about four times faster, for runs of seconds.
 
-    Call it before JAX is first used. Flags that the environment sets stay in force.
+    Call it before JAX is first used. Flags set in the environment stay in force.
     """
     flags = ["--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version_info__ < (0, 11):  # the older code generator
@@ -80,7 +80,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_report(commands: Any) -> None:
-    """Adds `eigensam report`."""
     report = commands.add_parser(
         "report",
         help="bring the tables and plots of a clone up to date with its results",

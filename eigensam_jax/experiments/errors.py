@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """What is wrong with what was asked for, and what would be right."""
+    """Says what is wrong with a request, and what would be right."""

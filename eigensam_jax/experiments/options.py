@@ -1,4 +1,4 @@
-"""Options that the commands share, and the types of what they take."""
+"""Options that the commands share, and their types."""
 
 import argparse
 import math
@@ -19,7 +19,7 @@ Config = TypeVar("Config")
 
 
 def usual_methods(base: str) -> list[str]:
-    """What `compare` trains by unless told otherwise, the base optimizer first."""
+    """The methods that `compare` trains by default, the base optimizer first."""
     usual = [x for x in METHODS if METHODS[x].usual and METHODS[x].link is not None]
     return [base, *usual]
 
@@ -29,14 +29,14 @@ def add_problem(
     models: Sequence[str] | None = None,
     series: bool = False,
 ) -> None:
-    """The options of what is learnt, by what; `series` if forecasting may be."""
+    """Adds --dataset, --data-dir and --model; `series` admits forecasting."""
     add_data(parser, series)
     models = models or tuple(x for x in MODELS if series or not MODELS[x].is_series)
     add_choice(parser, "model", models, "mlp")
 
 
 def add_data(parser: argparse.ArgumentParser, series: bool = False) -> None:
-    """The options of what is learnt."""
+    """Adds --dataset and --data-dir; `series` admits forecasting."""
     files = {k: x.files for k, x in DATASETS.items() if series or not x.is_series}
     add_choice(parser, "dataset", tuple(files), "digits")
     first = {what: name for name, what in reversed(files.items()) if what}
@@ -47,7 +47,7 @@ def add_data(parser: argparse.ArgumentParser, series: bool = False) -> None:
 def add_method(
     parser: argparse.ArgumentParser, alpha: float = 0.2, above: float | None = None
 ) -> None:
-    """The options of the learning rate, and of ρ and α, at least 0 or above `above`."""
+    """Adds --learning-rate, and --rho and --alpha, at least 0 or above `above`."""
     usual = (f"{x.learning_rates[0]:g} for {k}" for k, x in BASE_OPTIMIZERS.items())
     add_learning_rate(parser, ", ".join(usual))
     add_number(parser, "rho", 0.1, "ρ", above)
@@ -55,7 +55,7 @@ def add_method(
 
 
 def add_learning_rate(parser: argparse.ArgumentParser, usual: str) -> None:
-    """The option of the learning rate at the start."""
+    """Adds --learning-rate; the help names the `usual` one."""
     parser.add_argument(
         "--learning-rate",
         metavar="X",
@@ -65,14 +65,14 @@ def add_learning_rate(parser: argparse.ArgumentParser, usual: str) -> None:
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """The options of what takes the steps."""
+    """Adds --base-optimizer and --weight-decay."""
     what, names = "what takes the steps, ", tuple(BASE_OPTIMIZERS)
     add_choice(parser, "base-optimizer", names, "sgd", what)
     add_number(parser, "weight-decay", 0.0)
 
 
 def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
-    """The options of many runs of the same network."""
+    """Adds the options of a study of many runs."""
     add_problem(parser, series=True)
     parser.add_argument(
         "--pretrained",
@@ -96,7 +96,7 @@ def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
 
 
 def add_no_augment(parser: argparse.ArgumentParser) -> None:
-    """The option to train on images as they are."""
+    """Adds --no-augment."""
     names = [name for name in DATASETS if DATASETS[name].augment is not None]
     parser.add_argument(
         "--no-augment",
@@ -107,12 +107,12 @@ def add_no_augment(parser: argparse.ArgumentParser) -> None:
 
 
 def is_augmented(chosen: argparse.Namespace) -> bool:
-    """Whether training images are changed at random: where that is usual, if wanted."""
+    """Whether training images are augmented: if usual for the data set, and wanted."""
     return DATASETS[chosen.dataset].augment is not None and chosen.augment
 
 
 def add_out(parser: argparse.ArgumentParser, smoke: str) -> None:
-    """The options of where results go, and of a run that only tries whether they do."""
+    """Adds --out and --smoke."""
     parser.add_argument(
         "--out",
         metavar="DIR",
@@ -128,7 +128,7 @@ def add_counts(
     counts: Mapping[str, str],
     usual: Mapping[str, int] = {},
 ) -> None:
-    """Options that count something, by their helps; some have a usual value."""
+    """Adds options for whole numbers above 0; `counts` has their help by name."""
     for name, text in counts.items():
         keywords: Any = {"metavar": "N", "type": number(int, above=0), "help": text}
         parser.add_argument(f"--{name}", **keywords, default=usual.get(name))
@@ -141,7 +141,7 @@ def add_number(
     what: str = "",
     above: float | None = None,
 ) -> None:
-    """An option that takes a number of at least 0, or above `above`."""
+    """Adds an option for a number of at least 0, or above `above`."""
     keywords: Any = {"metavar": "X", "type": number(float, above), "default": usual}
     parser.add_argument(f"--{name}", **keywords, help=f"{what} [%(default)s]".strip())
 
@@ -149,7 +149,7 @@ def add_number(
 def add_grid(
     parser: argparse.ArgumentParser, name: str, what: str, usual: Sequence[float]
 ) -> None:
-    """An option that takes several numbers above 0."""
+    """Adds an option for several numbers above 0."""
     parser.add_argument(
         f"--{name.replace('_', '-')}",
         metavar="X",
@@ -166,7 +166,7 @@ def add_choice(
     usual: str,
     what: str = "",
 ) -> None:
-    """An option that takes one of these names."""
+    """Adds an option for one of `names`."""
     keywords: Any = {"metavar": "NAME", "choices": names, "default": usual}
     text = f"{what}{', '.join(names)} [%(default)s]"
     parser.add_argument(f"--{name}", **keywords, help=text)
@@ -178,7 +178,7 @@ def add_choices(
     names: Sequence[str],
     what: str = " [all]",
 ) -> None:
-    """An option that takes some of these names."""
+    """Adds an option for one or more of `names`."""
     keywords: Any = {"metavar": "NAME", "nargs": "+", "choices": names}
     text = f"some of {', '.join(names)}{what}"
     parser.add_argument(f"--{name}", **keywords, help=text)
@@ -187,14 +187,14 @@ def add_choices(
 def filled(
     chosen: argparse.Namespace, usual: Mapping[str, Any], smoke: Mapping[str, Any]
 ) -> argparse.Namespace:
-    """What was chosen; where nothing was, what is usual, or enough to see it run."""
+    """The options; those not given have the usual value, or the smoke test's."""
     preset = {**usual, **smoke} if chosen.smoke else {**usual}
     asked = {key: x for key, x in vars(chosen).items() if x is not None}
     return argparse.Namespace(**{**vars(chosen), **preset, **asked})
 
 
 def config(kind: type[Config], chosen: argparse.Namespace, **others: Any) -> Config:
-    """A command's configuration: its fields, of the options or of `others`."""
+    """A command's configuration; its fields come from the options or from `others`."""
     fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
     values = {**vars(chosen), **others}
     return kind(**{key: values[key] for key in fields})
@@ -202,7 +202,7 @@ def config(kind: type[Config], chosen: argparse.Namespace, **others: Any) -> Con
 
 @contextmanager
 def extras() -> Iterator[None]:
-    """Says what to install where an import of the extras fails."""
+    """Says what to install if an import of the extras fails."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -215,7 +215,7 @@ def extras() -> Iterator[None]:
 
 
 def number(kind: type[Any], above: float | None = None) -> Callable[[str], Any]:
-    """Parses a finite number of at least 0, or above `above`."""
+    """Builds a parser of finite numbers of at least 0, or above `above`."""
 
     def parse(text: str) -> Any:
         try:
@@ -232,11 +232,11 @@ def number(kind: type[Any], above: float | None = None) -> Callable[[str], Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of whole options, whose errors are one line, without the usage above."""
+    """A parser without abbreviations, whose errors are one line without the usage."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
-        """Ends the command with the one line."""
+        """Ends the command with one line."""
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")

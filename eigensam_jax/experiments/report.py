@@ -1,15 +1,14 @@
-"""`eigensam report`: the tables of the pages, and the plots, from the results files.
+"""`eigensam report`: rewrites tables and plots of the pages from the results files.
 
-A page says where a table goes, and leaves its headers to whoever writes the page:
+A page marks the place of a table and keeps its own headers:
 
     <!-- report: compare_digits summary main -->
     | | gradients |
     | --- | --- |
 
-After `report:` come a folder of results (or several, with a + between them), the name
-of a table in the `tables` of their wing, and what that table is of, where it takes
-anything. The rows under the headers are replaced. `run` in place of a table is the
-paragraph that says how long it took, and on what.
+After `report:` come a results folder (or several, joined by +), the name of a table in
+the `tables` of their wing, and that table's argument, if it takes one. The rows under
+the headers are replaced. The name `run` gives a paragraph on seeds, time and machine.
 """
 
 import re
@@ -29,17 +28,12 @@ _MARK = re.compile(r"<!-- report: (\S+) (\S+) ?([^>]*?) -->\n")
 
 
 def run(root: Path, only: str | None = None) -> list[Path]:
-    """Brings the pages and plots of a clone up to date.
+    """Updates the pages and plots of a clone; returns the files written, plots first.
 
-    Args:
-      root: the folder of the clone.
-      only: the name of the wing whose results are reported; None for all.
-
-    Returns:
-      What was written, plots first; pages only where they changed.
+    `only` limits the update to one wing.
 
     Raises:
-      UserError: where there are no results, or a page asks for what there is not.
+      UserError: if there are no results, or a page asks for an unknown table.
     """
     found = results_of(root)
     if not found:
@@ -62,7 +56,7 @@ def run(root: Path, only: str | None = None) -> list[Path]:
 
 
 def results_of(root: Path) -> dict[str, Document]:
-    """The results files of a clone, by the names of their folders."""
+    """The results files of a clone, by folder name."""
     return {
         path.parent.name: results.read(path)
         for path in sorted(root.glob(f"{FOLDER}/*/{results.FILE}"))
@@ -78,13 +72,10 @@ def pages_of(root: Path) -> Iterator[Path]:
 def rendered(
     text: str, found: dict[str, Document], page: str, only: str | None = None
 ) -> str:
-    """A page with the rows and paragraphs that the results files say.
+    """A page with its marked rows and paragraphs replaced by those of the results.
 
-    Args:
-      text: of the page.
-      found: the results files, by folder.
-      page: its name, for errors.
-      only: the name of the wing whose tables are written; None for all.
+    `found` holds the results by folder. `page` names the page in errors. `only` limits
+    the update to one wing.
     """
     first, *pieces = _MARK.split(text)
     result = [first]
@@ -112,7 +103,7 @@ def rendered(
 
 
 def provenance(document: Document) -> list[str]:
-    """The time that it took, the machine and the seeds, in one paragraph."""
+    """The paragraph on seeds, wall time and machine."""
     device, versions = document["device"], document["versions"]
     seeds = {run["seed"] for run in document["runs"] if not run.get("tuning")}
     platform, kind = device["platform"], device["kind"]

@@ -1,1 +1,1 @@
-"""`eigensam bench`: what a training step costs, by each optimizer."""
+"""`eigensam bench`: what a training step costs, by optimizer."""

@@ -1,4 +1,4 @@
-"""The optimizers whose steps are compared, each before the same SGD with momentum."""
+"""The optimizers whose steps are compared, each with the same SGD with momentum."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,9 +25,9 @@ class Contender(NamedTuple):
 
     Attributes:
       tx: the whole chain.
-      extra_args: from the loss of a batch to what `tx.update` takes by keyword.
-      interval: every so many steps it does more than on others, if above 1.
-      fixed_by: the argument of `tx.update` that says whether this is one of those.
+      extra_args: from a batch's loss to the keyword arguments of `tx.update`.
+      interval: above 1 if every `interval`-th step is due, and does more.
+      fixed_by: the argument of `tx.update` that says whether a step is due.
     """
 
     tx: optax.GradientTransformationExtraArgs
@@ -40,7 +40,7 @@ Step = Callable[[PyTree, PyTree, PyTree, Batch], tuple[PyTree, PyTree, jax.Array
 
 
 def make_contenders() -> dict[str, Contender]:
-    """SGD, SAM in three ways, and Eigen-SAM by each tracker that one would train by."""
+    """SGD, SAM in three ways, and Eigen-SAM by each tracker meant for training."""
     setups = {"sgd": Setup("sgd"), "sam": named("sam", RHO, ALPHA)}
     setups |= {name: named("eigen_sam", RHO, ALPHA, name) for name in _TRACKERS}
     by_value = lambda value_fn: {"value_fn": value_fn}
@@ -58,12 +58,9 @@ def make_contenders() -> dict[str, Contender]:
 
 
 def make_step(contender: Contender, loss: Loss, is_due: bool | None = None) -> Step:
-    """Builds (params, opt_state, other variables, batch) -> the first two, and L(w).
+    """Builds (params, opt_state, others, batch) -> the first two, and L(w).
 
-    Args:
-      contender: the optimizer.
-      loss: of its network.
-      is_due: whether a step is one of those that do more, where that is fixed.
+    `is_due` fixes whether the step is due; None leaves that to the optimizer.
     """
 
     def step(
@@ -85,6 +82,6 @@ def _sgd() -> optax.GradientTransformation:
 
 
 def _optax_sam() -> optax.GradientTransformationExtraArgs:
-    """The same mathematics as `sam`, by optax's own implementation."""
+    """The mathematics of `sam`, by optax's own implementation."""
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
     return optax.contrib.sam(_sgd(), ascent, reset_state=True, opaque_mode=True)

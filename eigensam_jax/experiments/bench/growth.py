@@ -25,9 +25,8 @@ Record = dict[str, Any]
 def run(chosen: argparse.Namespace, command: str) -> None:
     """Compiles all; leaves `results.json` and `growth.png` in `--out`.
 
-    Nothing is run and no array is made: 10⁸ parameters take no memory. Numbers of
-    devices that there are not are left out. Figures of the same configuration that are
-    there already are kept.
+    Nothing is run and no array is made: 10⁸ parameters take no memory. Unavailable
+    numbers of devices are left out. Figures of the same configuration are kept.
     """
     for name in ("models", "optimizers", "devices", "steps"):
         if getattr(chosen, name):
@@ -65,7 +64,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
 
 def _records(document: Record, console: Console) -> Iterator[list[Record]]:
-    """The records that are missing, of one network and number of devices together."""
+    """Yields the missing records, one network and number of devices at a time."""
     config, every, work = document["config"], contenders.make_contenders(), []
 
     def compiled(
@@ -76,7 +75,7 @@ def _records(document: Record, console: Console) -> Iterator[list[Record]]:
             figures = steps.figures(steps.compile_steps(task, every[name]))
             found[name] = {**shared, "optimizer": name, **figures}
             advance(1)
-        for figures in found.values():  # in four bytes a parameter
+        for figures in found.values():  # a pass is four bytes per parameter
             beyond = figures["bytes_accessed"] - found["sam"]["bytes_accessed"]
             figures["passes_over_sam"] = beyond / (4 * task.parameters)
         return list(found.values())

@@ -1,4 +1,4 @@
-"""Devices, and how arrays lie on them in data-parallel training."""
+"""Devices, and the placement of arrays for data-parallel training."""
 
 import os
 from contextlib import suppress
@@ -15,8 +15,8 @@ class Placement(NamedTuple):
     """Data parallelism: every device has all parameters and a part of the batch.
 
     Attributes:
-      replicated: the sharding of parameters and of the optimizer's state.
-      split: the sharding of what has an axis over the examples, the first.
+      replicated: the sharding of parameters and optimizer state.
+      split: the sharding of arrays whose first axis is over the examples.
     """
 
     replicated: NamedSharding
@@ -24,11 +24,7 @@ class Placement(NamedTuple):
 
 
 def claim(count: int) -> list[jax.Device]:
-    """The first `count` devices; a CPU is divided into as many, see `available`.
-
-    Raises:
-      UserError: if there are fewer.
-    """
+    """The first `count` devices, as `available`; UserError if there are fewer."""
     devices = available(count)
     if len(devices) < count:
         raise UserError(
@@ -39,14 +35,13 @@ def claim(count: int) -> list[jax.Device]:
 
 
 def available(most: int) -> list[jax.Device]:
-    """The first devices, `most` of them or all.
+    """The first `most` devices, or all; a CPU is divided into that many.
 
-    A CPU is divided into that many, which is possible only in a process that has not
-    used JAX before.
+    Division works only in a process that has not used JAX before.
     """
     config: Any = jax.config
     if most > max(config.jax_num_cpu_devices, 1):
-        with suppress(RuntimeError):  # too late, or divided by XLA_FLAGS already
+        with suppress(RuntimeError):  # JAX is in use, or XLA_FLAGS divides
             config.update("jax_num_cpu_devices", most)
     return jax.devices()[:most]
 

@@ -1,4 +1,4 @@
-"""`eigensam bench`: what a training step costs, by each optimizer."""
+"""`eigensam bench`: what a training step costs, by optimizer."""
 
 import argparse
 import time
@@ -27,11 +27,7 @@ Record = dict[str, Any]
 
 
 def run(chosen: argparse.Namespace, command: str) -> None:
-    """Runs the benchmark; leaves `results.json` and `bench.png` in `--out`.
-
-    Figures of other networks that are there already are kept, those of the same network
-    are replaced.
-    """
+    """Runs the benchmark; leaves `results.json` and `bench.png` in `--out`."""
     console = Console()
     names = {model: optimizers(chosen, model) for model in chosen.models}
     placed = placement.data_parallel(placement.claim(chosen.devices))
@@ -82,10 +78,10 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
 
 def optimizers(chosen: argparse.Namespace, model: str) -> list[str]:
-    """What to measure on this network: the baselines, and what is asked for or all.
+    """The baselines, and the chosen optimizers or all that can be measured here.
 
     Raises:
-      UserError: for what is asked for and can't be, on any device.
+      UserError: if the batch size or a chosen optimizer is not possible.
     """
     batch_size = chosen.batch_size or workloads.WORKLOADS[model].batch_size
     if batch_size % chosen.devices:
@@ -109,7 +105,7 @@ def measure(
     placed: Placement,
     console: Console,
 ) -> list[Record]:
-    """All figures of one network: a record a unit and an optimizer."""
+    """All figures of one network: a record per unit and optimizer."""
     workload = workloads.WORKLOADS[model]
     batch_size = chosen.batch_size or workload.batch_size
     task = steps.make_task(model, workload, batch_size, chosen.dtype, placed)
@@ -152,7 +148,7 @@ def measure(
 
 
 def _without_torch(chosen: argparse.Namespace, model: str) -> str | None:
-    """Why PyTorch has no part in this; None where it has."""
+    """Why PyTorch cannot take part; None if it can."""
     if model not in torch_reference.NETWORKS:
         known = " ".join(torch_reference.NETWORKS)
         return f"there is no {model} in PyTorch here; use --models {known}"

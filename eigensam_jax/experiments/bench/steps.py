@@ -23,12 +23,9 @@ class Task(NamedTuple):
     """One network, and all that its steps are compiled for.
 
     Attributes:
-      name: of the network.
-      workload: the network.
+      name, workload: of the network.
       loss: of its parameters, other variables and a batch.
-      params: shapes of its parameters.
-      others: shapes of its other variables.
-      batch: shapes of a batch.
+      params, others, batch: shapes of these.
       placement: of all of these.
     """
 
@@ -42,18 +39,17 @@ class Task(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained parameters."""
         return sum(x.size for x in jax.tree.leaves(self.params))
 
 
 class Steps(NamedTuple):
-    """The compiled steps of one optimizer, one program where all are the same.
+    """The compiled steps of one optimizer; one program if all are the same.
 
     Attributes:
-      default: the tracker decides in the program what a step does.
-      plain: a step that is not due.
-      due: one that is.
-      interval: steps from one that is due to the next.
+      default: whether a step is due is decided in the program.
+      plain, due: a step that is not due, and one that is.
+      interval: steps from one due step to the next.
     """
 
     default: Program
@@ -69,7 +65,7 @@ def make_task(
     dtype: DTypeLike,
     placed: Placement,
 ) -> Task:
-    """The `Task` of a network, for which no array is made."""
+    """The `Task` of a network, without making any array."""
     shapes = jax.eval_shape(lambda: workloads.init(workload))
     batch = jax.eval_shape(lambda: workloads.make_batch(workload, batch_size))
     return Task(
@@ -95,7 +91,7 @@ def compile_steps(task: Task, contender: Contender) -> Steps:
 
 
 def compile_step(task: Task, contender: Contender, is_due: bool | None) -> Program:
-    """One program; parameters and state are given away."""
+    """One program, which donates parameters and state."""
     placed = task.placement
     state = jax.eval_shape(contender.tx.init, task.params)
     return programs.compile_program(
@@ -110,7 +106,7 @@ def compile_step(task: Task, contender: Contender, is_due: bool | None) -> Progr
 
 
 def compile_units(task: Task) -> dict[str, Program]:
-    """What steps are made of: one gradient, and one Hessian-vector product."""
+    """The parts of steps: one gradient, and one Hessian-vector product."""
 
     def gradient(params: PyTree, others: PyTree, batch: Batch) -> Any:
         return jax.value_and_grad(task.loss)(params, others, batch)
@@ -129,7 +125,7 @@ def compile_units(task: Task) -> dict[str, Program]:
 
 
 def figures(steps: Steps) -> Record:
-    """What the compiler says of an optimizer's programs, for the results file."""
+    """The compiler's figures of an optimizer's programs, for the results file."""
     costs = programs.weigh(steps.plain.costs, steps.due.costs, steps.interval)
     result: Record = {
         **costs._asdict(),

@@ -1,4 +1,4 @@
-"""Tables of what `eigensam bench` found."""
+"""The tables of `eigensam bench`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from eigensam_jax.experiments.records import results, tables
 
 Record = Mapping[str, Any]
 
-UNITS = ("gradient", "hvp")  # in the place of an optimizer's name
+UNITS = ("gradient", "hvp")  # recorded like optimizers
 
 HEADERS = ("optimizer", "ops", "MB", "MiB", "compile", "ms", "÷ SGD", "÷ SAM")
 EXPLANATION = (
@@ -27,13 +27,13 @@ def networks(runs: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def named(runs: Sequence[Record]) -> tuple[dict[str, Record], dict[str, Record]]:
-    """The records of the units of one network, and of its optimizers, by name."""
+    """One network's records by name: the units', and the optimizers'."""
     found = {run["optimizer"]: run for run in runs}
     return {name: found.pop(name) for name in UNITS}, found
 
 
 def network_tables(runs: Sequence[Record]) -> list[Table]:
-    """The figures of one network, and below them what its devices exchange, if any."""
+    """The figures of one network and, with several devices, their exchanges."""
     (gradient, product), run = named(runs)[0].values(), runs[0]
     title = (
         f"{run['model']}: {run['parameters']:,} parameters, batch {run['batch_size']}, "
@@ -49,12 +49,12 @@ def network_tables(runs: Sequence[Record]) -> list[Table]:
 
 
 def summary(runs: Sequence[Record]) -> list[list[str]]:
-    """A row an optimizer of the records of one network, by `HEADERS`."""
+    """A row per optimizer of one network, by `HEADERS`."""
     units, optimizers = named(runs)
     gradient, sam = units["gradient"], optimizers["sam"]
     rows = []
     for name, run in optimizers.items():
-        compiled = ["–"] * 4  # nothing is known of another library's programs
+        compiled = ["–"] * 4  # programs of other libraries are unknown
         if "operations" in run:
             compiled = [
                 f"{run['operations'] / gradient['operations']:.3f}",
@@ -69,7 +69,7 @@ def summary(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def across(runs: Sequence[Record]) -> list[list[str]]:
-    """A row an optimizer: operations, and time over SAM's, of each network."""
+    """A row per optimizer: operations, and time over SAM's, on each network."""
     of_networks = [summary(network) for network in networks(runs).values()]
     names = dict.fromkeys(row[0] for rows in of_networks for row in rows)
     cells = [
@@ -79,7 +79,7 @@ def across(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def exchanges(runs: Sequence[Record]) -> list[list[str]]:
-    """A row an optimizer: how many exchanges between devices, and of how much."""
+    """A row per optimizer: the number and size of exchanges between devices."""
     return [
         [name, f"{run['collectives']:.4g}", f"{run['collective_bytes'] / 1e6:.4g}"]
         for name, run in named(runs)[1].items()
@@ -104,7 +104,7 @@ def growth_tables(runs: Sequence[Record]) -> list[Table]:
 
 
 def growth_summary(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a size and optimizer: operations, bytes, memory, passes more than SAM's."""
+    """A row per size and optimizer: operations, bytes, memory, passes over SAM's."""
     return [
         [
             f"{run['parameters']:,}",
@@ -119,7 +119,7 @@ def growth_summary(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def devices_summary(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a number of devices and optimizer: operations and what is exchanged."""
+    """A row per number of devices and optimizer: operations and exchanges."""
     return [
         [
             f"{run['devices']}",

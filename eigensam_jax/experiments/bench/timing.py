@@ -1,4 +1,4 @@
-"""Steps timed in turns, so that what the machine does beside them hits all alike."""
+"""Steps timed in turns, so that disturbances of the machine affect all alike."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,16 +15,16 @@ from eigensam_jax.experiments.bench.steps import Steps, Task
 from eigensam_jax.experiments.training.programs import Program
 
 WARM_UP = 2
-_SETTLE = 0.005  # seconds: threads of the step before may wait for work in a loop
-_SHARE = 20  # what is a smaller part of the whole than 1/20 is timed less often
+_SETTLE = 0.005  # seconds, until threads of the last step stop spinning
+_SHARE = 20  # steps with a weight below 1/20 are timed less often
 
 
 class Turn(NamedTuple):
     """What is timed.
 
     Attributes:
-      step: takes one step and waits until it is done.
-      due: as `step`, of every `interval`-th step; None where all are the same.
+      step: takes one step and waits for it.
+      due: as `step`, for every `interval`-th step; None if all are the same.
       interval: steps from one `due` to the next.
     """
 
@@ -34,11 +34,11 @@ class Turn(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds a step.
+    """Seconds per step.
 
     Attributes:
-      rounds: of each round, the due steps weighed in.
-      due: the median of a due step; None where all are the same.
+      rounds: of each round, with due steps weighed in.
+      due: the median of a due step; None if all are the same.
     """
 
     rounds: np.ndarray
@@ -48,9 +48,9 @@ class Times(NamedTuple):
 def make_turns(
     task: Task, names: list[str], ours: dict[str, Contender], steps: dict[str, Steps]
 ) -> dict[str, Turn]:
-    """Training by each of `names`, step by step, from the same parameters and batch.
+    """Training by each of `names`, from the same parameters and batch.
 
-    Those that are not `ours`, compiled to `steps`, are PyTorch's.
+    Names that are not among `ours`, whose programs are `steps`, are PyTorch's.
     """
     workload, placed = task.workload, task.placement
     batch_size = task.batch.labels.shape[0]
@@ -85,16 +85,11 @@ def make_turns(
 def in_turns(
     turns: Mapping[str, Turn], rounds: int, advance: Callable[[], object]
 ) -> dict[str, Times]:
-    """Times one step of each, `rounds` times over, after `WARM_UP` rounds.
+    """Times one step of each, `rounds` times, after `WARM_UP` rounds.
 
-    Due steps, which weigh 1/interval, have their turn in every round, or in every
-    interval/20-th where that is less often. To the time of each round they add the
-    median of all of them.
-
-    Args:
-      turns: by name.
-      rounds: how many.
-      advance: called after each round.
+    Due steps weigh 1/interval. They are timed in every round, or every interval/20-th
+    if that is less often. Their median is weighed into the time of each round.
+    `advance` is called after each round.
     """
     plain: dict[str, list[float]] = {name: [] for name in turns}
     due: dict[str, list[float]] = {name: [] for name in turns}

@@ -1,6 +1,6 @@
-"""SGD, SAM and Eigen-SAM with the paper's tracker in PyTorch, to hold steps against.
+"""SGD, SAM and Eigen-SAM with the paper's tracker in PyTorch, for comparison.
 
-PyTorch is no dependency of this package: it is imported by what needs it.
+PyTorch is not a dependency of this package: functions that need it import it.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,11 +29,11 @@ Forward = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 
 class Method(NamedTuple):
-    """An optimizer with weights of its own.
+    """An optimizer with its own weights.
 
     Attributes:
       step: takes a step.
-      due: takes one of those that refresh the eigenvector; None where there is none.
+      due: takes a step that refreshes the eigenvector; None if there is none.
       weights: the tensors that it trains.
     """
 
@@ -46,13 +46,13 @@ def is_installed() -> bool:
     """Whether PyTorch can be imported."""
     try:
         import_module("torch")
-    except (ImportError, OSError):  # a library that it needs may be missing
+    except (ImportError, OSError):  # OSError: its libraries are incomplete
         return False
     return True
 
 
 def start(threads: int) -> str:
-    """Gives PyTorch this number of threads; returns its version."""
+    """Sets PyTorch's number of threads; returns its version."""
     import torch
 
     torch.set_num_threads(threads)
@@ -62,17 +62,11 @@ def start(threads: int) -> str:
 def make_method(
     name: str, network: str, params: PyTree, batch: Batch, eigenvector: PyTree
 ) -> Method:
-    """One of `METHODS`, on the network and batch of `workloads` in PyTorch.
+    """One of `METHODS`, on one of `NETWORKS`, in PyTorch.
 
     Eigen-SAM perturbs by ε = ρ·(u + α·sign⟨g,v⟩·v⊥), and refreshes v by five power
-    iterations, which differentiate the gradient of the batch once more.
-
-    Args:
-      name: of the method.
-      network: one of `NETWORKS`.
-      params: the weights to start from, as Flax has them.
-      batch: what every step is taken on.
-      eigenvector: v to start from, a tree like `params`.
+    iterations, which differentiate the batch's gradient once more. Weights and v start
+    from `params` and `eigenvector`, as Flax has them; every step is on `batch`.
     """
     import torch
 

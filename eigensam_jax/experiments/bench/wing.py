@@ -1,4 +1,4 @@
-"""`eigensam bench`: its options, and what it answers."""
+"""`eigensam bench`: its options, tables and plots."""
 
 import argparse
 from pathlib import Path
@@ -73,7 +73,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
 
 def tables(results: list[Document]) -> dict[str, Any]:
-    """The tables of a results file, by name: from what a page asks for to rows."""
+    """Functions from a page's argument to rows, by the table's name."""
     from eigensam_jax.experiments.bench import tables as made
 
     runs = results[0]["runs"]

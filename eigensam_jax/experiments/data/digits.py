@@ -1,4 +1,4 @@
-"""The digits of scikit-learn, which come with it."""
+"""The digits that come with scikit-learn."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from eigensam_jax.experiments.errors import UserError
 
 
 def digits(data_dir: Path | None) -> Arrays:
-    """1,797 images of 8×8 pixels, of which a fifth of each class is the test set."""
+    """1,797 images of 8×8 pixels; a fifth of each class is the test set."""
     if data_dir is not None:
         raise UserError(
             f"--data-dir {data_dir}: digits comes with scikit-learn and reads no "

@@ -16,7 +16,7 @@ _UNSIGNED_BYTE = 0x08
 
 
 def fashion_mnist(data_dir: Path | None) -> Arrays:
-    """60,000 and 10,000 images of 28×28 pixels; Debian's, where no folder is named."""
+    """60,000 and 10,000 images of 28×28 pixels, by default of Debian's package."""
     if data_dir is None and not DEBIAN_FASHION_MNIST.is_dir():
         raise UserError(
             "--dataset fashion_mnist: no --data-dir is given and "
@@ -45,7 +45,7 @@ def _idx_folder(name: str, data_dir: Path | None) -> Arrays:
 
 
 def _idx_pair(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images of shape (n, height, width, 1) and labels of shape (n,)."""
+    """Images (n, height, width, 1) and labels (n,)."""
     images_path = _find(folder, f"{prefix}-images", 3)
     labels_path = _find(folder, f"{prefix}-labels", 1)
     images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)

@@ -1,4 +1,4 @@
-"""What the real data sets are known by: classes, channel means, checksums."""
+"""Known facts of the real data sets, to check files against."""
 
 import zlib
 from pathlib import Path
@@ -9,21 +9,19 @@ import numpy as np
 from eigensam_jax.experiments.errors import UserError
 
 _TOLERANCE = 0.05  # of a channel's mean, from 0 to 255
-_CHUNK = 1_000  # images: sums over more at once would copy them as wider numbers
+_CHUNK = 1_000  # images per sum, which makes a wider copy
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class Facts(NamedTuple):
-    """What a data set of 32×32×3 images is known by.
+    """Known facts of a data set of 32×32×3 images.
 
     Attributes:
       name: of the data set.
-      train_counts: images of each class in the training set.
-      test_counts: images of each class in the test set.
+      train_counts, test_counts: images of each class.
       train_means: of each channel over the training set, from 0 to 255.
-      sheets: the `checksum` of every sheet with its labels, that of the test set last;
-        empty where there are no sheets.
+      sheets: the `checksum` of each sheet with its labels, the test set's last, if any.
     """
 
     name: str
@@ -54,11 +52,7 @@ FACTS = {
 
 
 def folder_of(name: str, data_dir: Path | None, content: str) -> Path:
-    """The folder of `--data-dir`, which the data set needs.
-
-    Raises:
-      UserError: if it is not given, or no folder; it says what `content` should be.
-    """
+    """`data_dir` if it is a folder; else raises UserError and names the `content`."""
     if data_dir is None:
         raise UserError(f"--dataset {name} needs --data-dir, the folder with {content}")
     if not data_dir.is_dir():
@@ -69,7 +63,7 @@ def folder_of(name: str, data_dir: Path | None, content: str) -> Path:
 
 
 def check_there(paths: list[Path], content: str) -> None:
-    """Raises UserError where a file is missing; it says what `content` should be."""
+    """Raises UserError if a file is missing, and names the `content`."""
     for path in paths:
         if not path.is_file():
             is_pickled = path.suffix == ".bin" and path.with_suffix("").is_file()
@@ -80,11 +74,7 @@ def check_there(paths: list[Path], content: str) -> None:
 
 
 def read(path: Path) -> bytes:
-    """What is in a file.
-
-    Raises:
-      UserError: if it cannot be read.
-    """
+    """The bytes of a file; raises UserError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -94,7 +84,7 @@ def read(path: Path) -> bytes:
 
 
 def check_counts(labels: np.ndarray, counts: tuple[int, ...], source: str) -> None:
-    """Raises UserError where the classes have other numbers of images."""
+    """Raises UserError if a class has another number of images."""
     found = np.bincount(labels, minlength=len(counts))
     wrong = np.flatnonzero(found != counts)
     if len(wrong):
@@ -106,7 +96,7 @@ def check_counts(labels: np.ndarray, counts: tuple[int, ...], source: str) -> No
 
 
 def check_means(images: np.ndarray, means: tuple[float, ...], source: str) -> None:
-    """Raises UserError where a channel has another mean."""
+    """Raises UserError if a channel has another mean."""
     sums = [
         images[i : i + _CHUNK].sum((0, 1, 2), np.int64)
         for i in range(0, len(images), _CHUNK)

@@ -1,9 +1,4 @@
-"""Image data sets as arrays on the device, read from where they already are.
-
-Nothing is downloaded. `digits` comes with scikit-learn; `mnist` and `fashion_mnist` are
-read from a folder of idx files, plain or gzipped, in the format of the MNIST database;
-`cifar10`, `cifar100` and `svhn` from a folder in the format of their authors.
-"""
+"""Data sets as arrays on the device, from local files: nothing is downloaded."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,23 +14,21 @@ from eigensam_jax.experiments.errors import UserError
 
 Reader = Callable[[Path | None], Arrays]
 
-_CHUNK = 1_000  # images: more at once would be copied as wider numbers
+_CHUNK = 1_000  # images per count, which makes a wider copy
 
 
 class Dataset(NamedTuple):
-    """Images and labels, split into a training and a test set.
+    """A training set, a test set and, in some, a validation set.
+
+    Images are standardised for each channel by mean and standard deviation of the
+    training set. For time series, images are windows (examples, length, channels), and
+    labels are the values that follow, float32 of shape (examples, horizon, channels).
 
     Attributes:
-      train_images: float32, shape (examples, height, width, channels), each channel
-        standardised by its mean and standard deviation over all training pixels.
+      train_images: float32, shape (examples, height, width, channels).
       train_labels: int32, shape (examples,).
-      test_images: as `train_images`, standardised by the training set's figures.
-      test_labels: as `train_labels`.
-      held_images: held out of both, to choose by; None for a part of the training set.
-      held_labels: as `train_labels`.
-
-    Windows of time series have the shape (examples, length, channels), and what follows
-    them, (examples, horizon, channels), is in place of labels.
+      test_images, test_labels: of the test set.
+      held_images, held_labels: of the validation set; None if there is none.
     """
 
     train_images: jax.Array
@@ -47,7 +40,7 @@ class Dataset(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """One more than the largest training label; of a series, the horizon."""
+        """One more than the largest training label; the horizon of a series."""
         if jnp.issubdtype(self.train_labels.dtype, jnp.floating):
             return self.train_labels.shape[1]
         return int(self.train_labels.max()) + 1
@@ -56,11 +49,10 @@ class Dataset(NamedTuple):
 def load(read: Reader, data_dir: Path | None = None) -> Dataset:
     """The data set that `read` finds in a folder.
 
-    Its images are bytes, which are standardised on the device, or floating-point
-    numbers, of which a copy is made.
+    Images of uint8 are standardised on the device, floating-point ones before.
 
     Raises:
-      UserError: if the folder or a file is missing, cut off or not in its format.
+      UserError: if the folder or a file is missing, cut off or invalid.
     """
     images, labels, test_images, test_labels = read(data_dir)
     standardise: Callable[[np.ndarray], jax.Array]
@@ -76,11 +68,7 @@ def load(read: Reader, data_dir: Path | None = None) -> Dataset:
 
 
 def first(dataset: Dataset, examples: int, name: str) -> Dataset:
-    """The data set of a name with so many of its training images.
-
-    Raises:
-      UserError: if there are not as many.
-    """
+    """Keeps the first `examples` training images; UserError if there are fewer."""
     images, labels = dataset.train_images, dataset.train_labels
     if examples > len(labels):
         raise UserError(
@@ -93,7 +81,7 @@ def first(dataset: Dataset, examples: int, name: str) -> Dataset:
 
 
 def with_label_noise(dataset: Dataset, share: float) -> Dataset:
-    """A `share` of the training labels, drawn anew from all classes alike."""
+    """Redraws a `share` of the training labels, uniformly from all classes."""
     if not share:
         return dataset
     rng = np.random.default_rng(0)
@@ -111,10 +99,7 @@ def num_for_tuning(dataset: Dataset) -> int:
 
 
 def for_tuning(dataset: Dataset) -> Dataset:
-    """What is held out as the test set: a tenth of the training set, drawn at random.
-
-    Or what the data set itself holds out, where it does.
-    """
+    """Tests on the validation set, or else on a random tenth of the training set."""
     if dataset.held_images is not None and dataset.held_labels is not None:
         return dataset._replace(
             test_images=dataset.held_images, test_labels=dataset.held_labels
@@ -126,15 +111,10 @@ def for_tuning(dataset: Dataset) -> Dataset:
 
 
 def standardised_values(images: np.ndarray) -> np.ndarray:
-    """What each value of a pixel is after standardisation, for each channel.
+    """What standardisation makes of each pixel value, float32 (256, channels).
 
-    Images stay bytes until they are on the device, where they are looked up in this.
-
-    Args:
-      images: the training set, uint8, shape (examples, height, width, channels).
-
-    Returns:
-      (value − mean) / standard deviation, float32, shape (256, channels).
+    `images` are the training set, uint8 (examples, height, width, channels). Images
+    stay bytes until they are on the device, where they are looked up in this table.
     """
     values = np.arange(256.0)[:, None]
     counts = np.zeros((256, images.shape[-1]))

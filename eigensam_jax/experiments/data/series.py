@@ -1,9 +1,8 @@
-"""Windows of multivariate time series, from a CSV file in the layout of the ETT series.
+"""Windows of multivariate time series, from a CSV file in the layout of ETT.
 
-Its first line names the columns, its first column is the date; the others are series
-of one value an hour. As in the literature on these series, months have 30 days: the
-first 12 are for training and say mean and deviation of each series, the next 4 are
-held out to choose by, the last 4 are the test.
+The first line names the columns, the first column is the date, the others are hourly
+series. As in the literature, months have 30 days: the first 12 are for training and
+standardisation, the next 4 for validation, the last 4 for the test.
 """
 
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
 
-LENGTH = 512  # hours that a forecast is made from
+LENGTH = 512  # of a window, in hours
 _MONTH = 30 * 24
 _MONTHS = (12, 16, 20)  # where the parts end
 
@@ -22,16 +21,12 @@ _MONTHS = (12, 16, 20)  # where the parts end
 def forecasting(folder: Path | None, horizon: int) -> Dataset:
     """All windows of `LENGTH` hours, and the `horizon` hours after each.
 
-    Args:
-      folder: holds one CSV file.
-      horizon: hours to forecast.
-
     Returns:
-      A `Dataset` whose images have the shape (windows, `LENGTH`, series) and whose
-      labels have (windows, `horizon`, series), both float32 and standardised.
+      Standardised float32 images (windows, `LENGTH`, series) and labels (windows,
+      `horizon`, series).
 
     Raises:
-      UserError: if there is no such file, or it is not in this layout, or too short.
+      UserError: if the folder has no single CSV file, or it is invalid or too short.
     """
     values = _read(folder)
     train = values[: _MONTHS[0] * _MONTH]
@@ -40,7 +35,7 @@ def forecasting(folder: Path | None, horizon: int) -> Dataset:
         raise UserError("--data-dir: a series is constant over the first 12 months")
     values = ((values - train.mean(0)) / deviation).astype(np.float32)
     ends = [months * _MONTH for months in _MONTHS]
-    starts = [0, *(end - LENGTH for end in ends[:-1])]  # the first forecast is of `end`
+    starts = [0, *(end - LENGTH for end in ends[:-1])]  # forecasts begin at `end`
     parts = [
         _windows(values[first:last], horizon)
         for first, last in zip(starts, ends, strict=True)

@@ -1,4 +1,4 @@
-"""The street view house numbers: SVHN's cropped digits, from its two .mat files."""
+"""SVHN's cropped digits (street view house numbers), from its two .mat files."""
 
 from io import BytesIO
 from pathlib import Path
@@ -17,12 +17,8 @@ _CONTENT = "train_32x32.mat and test_32x32.mat, SVHN's format 2"
 def svhn(data_dir: Path | None, facts: Facts = FACTS["svhn"]) -> Arrays:
     """73,257 and 26,032 images of shape (32, 32, 3) of the ten digits.
 
-    Args:
-      data_dir: the folder with the two files.
-      facts: what is expected of the images and labels.
-
     Raises:
-      UserError: if a file is missing, cut off or not what it should be.
+      UserError: if a file is missing, cut off or invalid.
     """
     folder = integrity.folder_of("svhn", data_dir, _CONTENT)
     path, test_path = folder / "train_32x32.mat", folder / "test_32x32.mat"
@@ -34,11 +30,11 @@ def svhn(data_dir: Path | None, facts: Facts = FACTS["svhn"]) -> Arrays:
 
 
 def _read(path: Path, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Images X of shape (32, 32, 3, n) and labels y (n, 1), in which 0 is 10."""
+    """Images from X (32, 32, 3, n) and digits from y (n, 1), which has 10 for 0."""
     content = integrity.read(path)
     try:
         found = io.loadmat(BytesIO(content), variable_names=("X", "y"))
-    except Exception as error:  # damaged files raise whatever there is
+    except Exception as error:  # damaged files raise all kinds of errors
         raise UserError(
             f"{path} cannot be read as .mat ({error}); it may be cut off: fetch it anew"
         ) from error

@@ -1,1 +1,1 @@
-"""Networks for images, and weights that they may begin from."""
+"""Networks, and pretrained weights for one of them."""

@@ -1,4 +1,4 @@
-"""A convolution of each channel by itself, quick on CPUs too."""
+"""Depthwise convolution that is fast on CPUs too."""
 
 from functools import partial
 from typing import NamedTuple
@@ -9,17 +9,12 @@ import jax.numpy as jnp
 
 
 class Depthwise(nn.Module):
-    """A convolution of each channel by itself.
+    """A depthwise convolution, `size`×`size`, with a kernel of `nn.Conv`'s shape.
 
-    On a CPU it is a sum over the elements of the kernel, for XLA's convolution in
-    groups takes many times as long there, above all its derivatives. Gradients can be
-    pushed forward, for products with the Hessian, but the values can't, for
-    `jax.custom_vjp` has no forward mode. The kernel is of the shape that `nn.Conv`
-    would give it.
-
-    Attributes:
-      size: of the kernel.
-      stride: between the places of the output.
+    On a CPU it is a sum over the kernel's elements: XLA's grouped convolutions, above
+    all their derivatives, are many times slower there. `jax.jvp` applies to its
+    gradient, as Hessian-vector products need, but not to its value: `jax.custom_vjp`
+    has no forward mode.
     """
 
     size: int
@@ -46,12 +41,9 @@ class _Axis(NamedTuple):
     """How a kernel moves over one axis of the images.
 
     Attributes:
-      side: of the images.
-      size: of the kernel.
-      stride: between the places of the output.
-      places: of the output.
-      low: how many zeros stand before the images.
-      high: how many stand after them.
+      side, size, stride: of the images, of the kernel and of its steps.
+      places: the length of the output.
+      low, high: zeros before and after the images.
     """
 
     side: int
@@ -62,11 +54,11 @@ class _Axis(NamedTuple):
     high: int
 
     def seen(self, i: int) -> slice:
-        """Where images with their zeros are multiplied by element i of the kernel."""
+        """The part of the padded images that element i of the kernel multiplies."""
         return slice(i, i + (self.places - 1) * self.stride + 1, self.stride)
 
     def met(self, i: int) -> tuple[slice, slice]:
-        """Where images without zeros are, and the places of the output it goes to."""
+        """The parts of the images without zeros, and of the output, for element i."""
         first = max(0, -((i - self.low) // self.stride))
         last = min(self.places - 1, (self.side - 1 + self.low - i) // self.stride)
         start = first * self.stride + i - self.low
@@ -78,10 +70,7 @@ _Axes = tuple[_Axis, _Axis]
 
 
 def _on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """The convolution with "SAME" zeros, without the elements that see these alone.
-
-    There are such elements where images are smaller than the kernel.
-    """
+    """The "SAME" convolution, without kernel elements that meet only zeros."""
     sides, sizes, axes = x.shape[1:3], kernel.shape[:2], []
     pads = jax.lax.padtype_to_pads(sides, sizes, (stride, stride), "SAME")
     for k, (side, size, (low, _)) in enumerate(zip(sides, sizes, pads, strict=True)):
@@ -111,9 +100,8 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array]:
     """Two more sums, over the elements of the kernel and over the images.
 
-    The transpose that JAX would make adds a padded array for each element, and XLA's
-    sums over all but the last axis take many times longer than one image after the
-    other.
+    JAX's own transpose adds a padded array per element, and XLA's sums over all but the
+    last axis are many times slower than a scan over images.
     """
     x, kernel = saved
     back = jax.lax.optimization_barrier(back)  # type: ignore[no-untyped-call]
@@ -152,8 +140,8 @@ _depthwise.defvjp(_forward, _backward)
 
 
 def _over_elements(x: jax.Array, kernel: jax.Array, axes: _Axes) -> jax.Array:
-    """The sum over the kernel's elements of what each sees, times the element."""
-    # Else XLA makes x anew for each of them.
+    """Sums, over the kernel's elements, the element times the input that it meets."""
+    # Else XLA recomputes x for each of them.
     x = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
     rows, columns = axes
     total: jax.Array = sum(

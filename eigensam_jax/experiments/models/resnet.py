@@ -12,18 +12,12 @@ _BLOCKS = 2  # a stage
 
 
 class ResNet18(nn.Module):
-    """The residual network of 18 layers, with the stem that is usual for CIFAR.
+    """ResNet-18 with the usual stem for CIFAR: a 3×3 convolution without pooling.
 
-    A 3×3 convolution of 64 channels without pooling, four stages of two blocks, the
-    mean over all places, and a linear layer. Convolutions are initialised by He's rule
-    (normal, variance 2/fan-in) and have no bias, for batch normalisation follows each.
-
-    In training, normalisation is by the statistics of the batch, and `apply` with
-    `mutable=["batch_stats"]` returns the running ones beside the logits. A pass at
-    perturbed weights should leave these alone.
-
-    Attributes:
-      num_classes: the number of logits.
+    Convolutions have He initialisation (normal, variance 2/fan-in) and no bias, since
+    batch normalisation follows each. In training, `apply` with
+    `mutable=["batch_stats"]` returns the new running statistics too. Drop those of a
+    pass at perturbed weights.
 
     References:
       He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016.
@@ -33,12 +27,7 @@ class ResNet18(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Logits of shape (batch, num_classes).
-
-        Args:
-          images: shape (batch, height, width, channels).
-          train: whether to normalise by the batch, else by the running statistics.
-        """
+        """Logits (batch, num_classes); `train` normalises by the batch."""
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         x = _convolution(64)(images)
         x = nn.relu(norm()(x))
@@ -51,15 +40,7 @@ class ResNet18(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with a connection around them.
-
-    Where the shape changes, that connection is a 1×1 convolution with normalisation.
-
-    Attributes:
-      channels: of the output.
-      stride: of the first convolution.
-      norm: makes a normalisation layer.
-    """
+    """Two 3×3 convolutions with a skip connection, 1×1 where the shape changes."""
 
     channels: int
     stride: int

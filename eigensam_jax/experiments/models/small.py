@@ -1,4 +1,4 @@
-"""Small Flax networks for images of shape (batch, height, width, channels)."""
+"""Small Flax networks: images (batch, height, width, channels) to logits."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,7 @@ import jax
 
 
 class MLP(nn.Module):
-    """Two hidden layers, of rectified linear units where no others are named.
-
-    Attributes:
-      num_classes: the number of logits.
-      width: units a layer.
-      activation: of the hidden units.
-    """
+    """Two hidden layers of `width` units."""
 
     num_classes: int
     width: int = 128
@@ -62,8 +56,7 @@ class StridedCNN(nn.Module):
 class NormCNN(nn.Module):
     """Three 3×3 convolutions of stride 2 with batch normalisation, and a linear layer.
 
-    They have 32, 64 and 64 channels and no bias, and are initialised by He's rule
-    (normal, variance 2/fan-in).
+    They have 32, 64 and 64 channels, no bias, and He initialisation.
     """
 
     num_classes: int
@@ -85,8 +78,7 @@ class NormCNN(nn.Module):
 class CNN6(nn.Module):
     """Five 3×3 convolutions (24 to 64 channels) and a linear layer.
 
-    Three of the convolutions have stride 2, the first two among them, so that it is
-    cheap on a CPU. They are initialised by He's rule (normal, variance 2/fan-in).
+    The first two and the fourth have stride 2, which makes the network cheap on a CPU.
     """
 
     num_classes: int

@@ -1,12 +1,12 @@
-"""State dicts of PyTorch, as it wrote them before version 1.6, without PyTorch.
+"""State dicts in PyTorch's format before version 1.6, read without PyTorch.
 
-Such a file is a row of pickles: a magic number, the version of the protocol, what the
-writer's system was like, the state dict, and the keys of its storages; then come the
-storages in that order, each a count of elements (int64) and the elements. A tensor is
-a storage with an offset, a shape and strides, counted in elements.
+A file is a sequence of pickles: a magic number, the protocol version, the writer's
+system, the state dict, the keys of its storages. The storages follow in that order,
+each a count of elements (int64) and the elements. A tensor is a storage with an offset,
+a shape and strides, counted in elements.
 
-A pickle may name any function for its reader to call. Here it gets three kinds of name
-and nothing else, so that whatever is in the file, reading it runs none of it.
+A pickle may name any function for its reader to call. This reader accepts three kinds
+of names and nothing else, so no code from the file can run.
 """
 
 import io
@@ -34,12 +34,11 @@ _DTYPES = {
 
 
 class _Storage(NamedTuple):
-    """What the pickle says of a storage; its elements come later in the file.
+    """A storage as the pickle describes it; its elements come later in the file.
 
     Attributes:
       kind: a key of `_DTYPES`.
-      key: its name in the file.
-      size: how many elements.
+      key, size: its name in the file, and its number of elements.
     """
 
     kind: str
@@ -51,10 +50,7 @@ class _Tensor(NamedTuple):
     """A view of a storage, counted in elements.
 
     Attributes:
-      storage: what it is a view of.
-      offset: where it begins.
-      shape: of the view.
-      strides: from one element to the next, along each axis.
+      storage, offset, shape, strides: as in `torch.as_strided`.
     """
 
     storage: _Storage
@@ -64,19 +60,14 @@ class _Tensor(NamedTuple):
 
 
 def arrays(content: bytes, path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict by their names, in the order of the file.
+    """The tensors of a state dict by name, in the order of the file.
 
-    Args:
-      content: of the file.
-      path: where it is from, for what is said of it.
-
-    Returns:
-      Arrays that cannot be written to: views of `content`, with the shapes and strides
-      that the tensors had. Tensors that shared memory share it here.
+    Errors name `path`. The arrays are read-only views of `content`; tensors that shared
+    memory still do.
 
     Raises:
-      UserError: if it is not such a file, is cut off or damaged, or if its pickles name
-        anything that a state dict of tensors has no use for.
+      UserError: if the file has another format, is cut off or damaged, or if its
+        pickles name anything that a state dict of tensors does not need.
     """
     if content.startswith(_ZIP):
         raise UserError(
@@ -87,7 +78,7 @@ def arrays(content: bytes, path: Path) -> dict[str, np.ndarray]:
         return _state_dict(io.BytesIO(content), path)
     except UserError:
         raise
-    except Exception as error:  # damaged pickles raise whatever there is
+    except Exception as error:  # damaged pickles raise all kinds of errors
         raise UserError(
             f"{path} is no torch file from before version 1.6, or cannot be read to "
             f"its end ({error}); it may be another file, cut off or damaged: fetch it "
@@ -112,7 +103,7 @@ def _state_dict(stream: io.BytesIO, path: Path) -> dict[str, np.ndarray]:
             f"{path} holds a {type(tensors).__name__}; it should hold a state dict: "
             "write model.state_dict()"
         )
-    # Of the class, for a pickle may hide the method of this one by an attribute.
+    # dict's own method: a pickle may set an attribute that hides the instance's.
     for name, tensor in dict.items(tensors):
         if type(name) is not str or type(tensor) is not _Tensor:
             raise UserError(
@@ -133,14 +124,13 @@ def _state_dict(stream: io.BytesIO, path: Path) -> dict[str, np.ndarray]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes a state dict's tensors from a pickle, and refuses any other function."""
+    """Rebuilds the tensors of a state dict, and refuses any other function."""
 
     def __init__(self, stream: io.BytesIO, path: Path):
         super().__init__(stream)
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands here for a function or class that the pickle names."""
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -157,7 +147,6 @@ class _Unpickler(pickle.Unpickler):
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """The storage that a persistent id of the pickle describes."""
         tag, kind, key, _, size, view = pid
         if tag != "storage" or kind not in _DTYPES or view is not None:
             raise ValueError(f"{pid!r} is no storage")
@@ -165,7 +154,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _elements(stream: io.BytesIO, storage: _Storage) -> np.ndarray:
-    """The elements of the storage that is next in the file."""
+    """The elements of the next storage in the file."""
     (size,) = np.frombuffer(stream.read(_COUNT.itemsize), _COUNT)
     if size != storage.size:
         raise ValueError(f"storage {storage.key} has {size} of {storage.size} elements")
@@ -176,7 +165,7 @@ def _elements(stream: io.BytesIO, storage: _Storage) -> np.ndarray:
 
 
 def _view(tensor: _Tensor, elements: np.ndarray) -> np.ndarray:
-    """The tensor as an array, if it is within its storage."""
+    """The tensor as an array, if it lies within its storage."""
     _, offset, shape, strides = tensor
     whole = all(type(n) is int and n >= 0 for n in (offset, *shape, *strides))
     if not whole or len(shape) != len(strides):

@@ -8,15 +8,8 @@ import jax.numpy as jnp
 class ViT(nn.Module):
     """A vision transformer: patches as tokens, pre-norm blocks, the mean over tokens.
 
-    Normalisation is LayerNorm and there is no dropout, so that it has no other state
-    than its parameters.
-
-    Attributes:
-      num_classes: the number of logits.
-      patch: side of a patch, in pixels; the sides of the images are multiples of it.
-      width: of a token.
-      depth: number of blocks.
-      heads: of the self-attention; a divisor of `width`.
+    It has LayerNorm and no dropout, so its parameters are its only state. The images'
+    sides must be multiples of `patch`, and `width` a multiple of `heads`.
 
     References:
       Dosovitskiy et al., "An Image is Worth 16×16 Words: Transformers for Image
@@ -47,11 +40,7 @@ class ViT(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, then two layers with GELU of four times the width between them.
-
-    Attributes:
-      heads: of the self-attention.
-    """
+    """Self-attention, then two dense layers with GELU, four times as wide inside."""
 
     heads: int
 

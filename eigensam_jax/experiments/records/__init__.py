@@ -1,5 +1,1 @@
-"""What a command writes, carries on and shows.
-
-Every results file has one schema, whose version is `results.SCHEMA`; what it is stands
-in notebooks/results/README.md.
-"""
+"""Results files, checkpoints and terminal output of the commands."""

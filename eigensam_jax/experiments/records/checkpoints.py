@@ -1,4 +1,4 @@
-"""Checkpoint files: a tree of arrays and plain values, whole or not at all."""
+"""Checkpoint files: a tree of arrays and plain values, complete or absent."""
 
 import hashlib
 from pathlib import Path
@@ -14,23 +14,17 @@ _DIGEST = hashlib.sha256
 
 
 def write(path: Path, tree: dict[str, Any]) -> None:
-    """Writes `tree` in one piece, in place of the checkpoint that is there.
+    """Writes `tree` in one piece, in place of an earlier checkpoint.
 
-    Args:
-      path: of the file.
-      tree: dicts and lists of arrays, numbers, texts and None. States are made such by
-        `flax.serialization.to_state_dict`. Nothing in it may be a typed random key.
+    It may hold dicts and lists of arrays, numbers, strings and None, but no typed
+    random keys. `flax.serialization.to_state_dict` converts states.
     """
     content = serialization.msgpack_serialize(jax.device_get(tree))
     results.replace(path, _DIGEST(content).digest() + content)
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The tree at `path`, with NumPy's arrays; None where there is no file.
-
-    Raises:
-      UserError: if it is not as it was written.
-    """
+    """The tree at `path` in NumPy arrays, None without a file; UserError if damaged."""
     try:
         found = path.read_bytes()
     except FileNotFoundError:

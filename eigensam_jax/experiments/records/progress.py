@@ -1,4 +1,4 @@
-"""How far a command is: a bar in a terminal, else a line now and then."""
+"""The progress of a command: a bar in a terminal, else a line now and then."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ from rich.progress import (
 from eigensam_jax.experiments.records import results
 
 SECONDS = 30.0  # from one line to the next
-# In seconds; by rich's own 30, parts that take longer would show no time left.
+# In seconds; rich's default of 30 shows no time left for longer pieces.
 _SPEED_PERIOD = 86_400.0
 
 Record = dict[str, Any]
@@ -31,13 +31,10 @@ Piece = tuple[str, Callable[[Advance], list[Record]]]
 def done(
     work: Iterable[Piece], total: float, console: Console
 ) -> Iterator[list[Record]]:
-    """Does work piece by piece; yields the records of each, rounded, with its time.
+    """Does work piece by piece; yields each piece's records, rounded and timed.
 
-    Args:
-      work: of each piece its name, and what does it, given what to call with how much
-        more is done.
-      total: how much all pieces are.
-      console: where it is shown how far the work is.
+    A piece has a name and a function. The function reports its progress to a callback,
+    in the units of `total`.
     """
     with shown(console) as bar:
         task = bar.add_task("", total=total)
@@ -51,10 +48,7 @@ def done(
 
 @contextmanager
 def shown(console: Console) -> Iterator[Progress]:
-    """A bar with what is running, how much is done, and the time it took and takes.
-
-    Where `console` is no terminal, a line with the same every `SECONDS`.
-    """
+    """A bar of the running task; without a terminal, a line every `SECONDS`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -89,7 +83,7 @@ def shown(console: Console) -> Iterator[Progress]:
 
 
 def _line(bar: Progress) -> str:
-    """What the bar would show of the task that was added last."""
+    """The bar of the last task, as text."""
     if not bar.tasks:
         return ""
     task = bar.tasks[-1]

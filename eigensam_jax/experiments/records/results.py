@@ -14,14 +14,14 @@ from eigensam_jax.experiments.errors import UserError
 
 PACKAGES = ("eigensam_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scipy")
 FILE = "results.json"
-SCHEMA = 1  # of the files that are written and read
-DIGITS = 9  # of a number, which is all that float32 holds
-CURVES = ("curves", "nodes", "weights")  # of which no table has more than
+SCHEMA = 1  # described in notebooks/results/README.md
+DIGITS = 9  # of a number; float32 holds no more
+CURVES = ("curves", "nodes", "weights")  # with `CURVE_DIGITS`, enough for all tables
 CURVE_DIGITS = 6
 
 
 def environment() -> dict[str, Any]:
-    """Versions and device, so that a number can be traced to what made it."""
+    """Versions and device, for every results file."""
     device = jax.devices()[0]
     return {
         "versions": {
@@ -39,11 +39,7 @@ def environment() -> dict[str, Any]:
 
 
 def make_folder(out: Path) -> None:
-    """Makes the folder of `--out`, before any work is done for it.
-
-    Raises:
-      UserError: if it cannot be written to.
-    """
+    """Makes the folder of `--out`; raises UserError if it is not writable."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / "results.json.part"
@@ -56,12 +52,12 @@ def make_folder(out: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A results file.
+    """Reads a results file.
 
     Raises:
-      UserError: if it is of another schema.
+      UserError: if it has another schema.
       OSError: if it cannot be read.
-      ValueError: if it is no JSON.
+      ValueError: if it is not JSON.
     """
     document = json.loads(path.read_text("utf-8"))
     if not isinstance(document, dict):
@@ -76,15 +72,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """Writes a results file as `replace` does, a list of plain values in one line."""
+    """Writes a results file by `replace`, each list of plain values on one line."""
     replace(path, (_text({"schema": SCHEMA, **document}) + "\n").encode())
 
 
 def rounded(figures: Any, digits: int = DIGITS) -> Any:
-    """What was measured, with the digits that are kept of it.
+    """Figures with the digits that results files keep.
 
-    Rounded before a later run begins from it, so that one that is gone on with, from
-    the file, comes to the same.
+    Round before a later run uses them: then a resumed study gives the same figures.
     """
     if isinstance(figures, dict):
         few = {key: CURVE_DIGITS if key in CURVES else digits for key in figures}
@@ -102,14 +97,14 @@ def select(runs: Iterable[Mapping[str, Any]], **entries: Any) -> list[Any]:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Writes a file in one piece: a reader sees the old one or the new one."""
+    """Writes a file in one piece: a reader sees the old or the new one."""
     draft = path.with_name(path.name + ".part")
     draft.write_bytes(content)
     draft.replace(path)
 
 
 def _text(value: Any, indent: str = "\n") -> str:
-    """JSON in which a list or dict of plain values is one line."""
+    """JSON with each list or dict of plain values on one line."""
     if isinstance(value, dict) and any(map(_is_nested, value.values())):
         items = [(f"{json.dumps(key)}: ", x) for key, x in value.items()]
     elif isinstance(value, list) and any(map(_is_nested, value)):

@@ -1,4 +1,4 @@
-"""Results files that a later call of the same command carries on."""
+"""Results files that a later call of the same command continues."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -10,7 +10,7 @@ from rich.console import Console
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.records import results
 
-# What was so before a configuration said it.
+# Values in older files, which do not record them.
 _ONCE = {"base_optimizer": "sgd", "weight_decay": 0.0}
 
 
@@ -20,18 +20,14 @@ def of_runs(
     config: dict[str, Any],
     trackers: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The results file of separate runs to go on with, or one that has none yet.
+    """The results file at `path` to continue, or a new one without runs.
 
-    Args:
-      path: of `results.json`, in the folder of `--out`.
-      command: the command line of this call, which is added to those before it.
-      config: all that the figures of every run depend on, in types that JSON knows.
-      trackers: how each tracker is made, where that is to be kept. Those of the file
-        that are not among them may be any, and are kept.
+    `config` is everything that all runs depend on, in types of JSON. `trackers` says
+    how each tracker is made, if the file should; others in the file are kept.
 
     Raises:
-      UserError: if the file is of another configuration or other versions, by the name
-        of the first difference, or is none.
+      UserError: if the file is invalid, or has another configuration, device or
+        versions; names the first difference.
     """
     new: dict[str, Any] = {
         "commands": [command],
@@ -72,18 +68,14 @@ def add_runs(
     in_order: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
     checkpoint: Path | None = None,
 ) -> None:
-    """Adds `runs` to the results file one by one, as they end, and completes it.
+    """Adds runs to the results file one by one, as they end, and completes it.
 
-    Args:
-      path: of `results.json`.
-      document: what it holds; brought up to date.
-      runs: those that are missing; a list of such as end together.
-      console: where it is said what is kept, if something ends this early.
-      in_order: how all of them are sorted.
-      checkpoint: the file in which a run in progress is kept, if it is.
+    `runs` are the missing ones; a list holds runs that end together. `document` is the
+    content of the file, updated in place; `in_order` sorts all runs. `checkpoint` is
+    the file of a run in progress, if any.
 
     Raises:
-      KeyboardInterrupt: passed on, as is a UserError, with what is done on disk.
+      KeyboardInterrupt: passed on, like a UserError, with the finished runs on disk.
     """
     before, start = document["wall_time_s"], time.perf_counter()
     try:
@@ -111,26 +103,17 @@ def add_runs(
 def missing(
     jobs: Iterable[dict[str, Any]], runs: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The jobs that are in none of the records, by what tells them from each other."""
+    """The jobs that match no record."""
     return [job for job in jobs if not results.select(runs, **job)]
 
 
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Holds what is in a folder against what a command is called for.
-
-    Args:
-      out: the folder of `--out`.
-      before: the configuration, versions or device of what is there.
-      now: those of this call. Paths of folders may be others.
-
-    Raises:
-      UserError: by the name of the first difference.
-    """
+    """Raises UserError if `before` and `now` differ, other than in paths of folders."""
     for key in {**before, **now}:
         one, other = before.get(key, _ONCE.get(key)), now.get(key, _ONCE.get(key))
         if isinstance(one, dict) and isinstance(other, dict):
             check_same(out, one, other)
-        # Folders may have been moved, or be named in another way.
+        # Folders may have moved, or be written differently.
         elif key not in ("out", "data_dir") and one != other:
             raise UserError(
                 f"--out {out} holds results of another configuration "

@@ -1,4 +1,4 @@
-"""What the commands show in a terminal, and the statistics in their tables."""
+"""Tables in a terminal, and their statistics."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from scipy import stats
 
 
 def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Rows of a name and figures, close enough together for 80 columns."""
+    """Rows of a name and figures, narrow enough for 80 columns."""
     result = Table(
         headers[0],
         *(Column(header, justify="right") for header in headers[1:]),
@@ -26,7 +26,7 @@ def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def mean_and_deviation(values: Sequence[float], digits: int, factor: float = 1) -> str:
-    """`mean ± standard deviation`, of `factor` times the values; of one, itself."""
+    """`mean ± standard deviation` of `factor` times the values; no ± for one value."""
     scaled = factor * np.asarray(values)
     mean = f"{scaled.mean():.{digits}f}"
     return mean + (f" ± {scaled.std(ddof=1):.{digits}f}" if len(scaled) > 1 else "")
@@ -39,20 +39,14 @@ def mean_and_interval(
     *,
     sign: bool = True,
 ) -> str:
-    """`mean ± half the 95% interval` by Student's t; of one value, itself.
-
-    Differences are shown with their `sign`, be it a plus.
-    """
+    """`mean ± half the 95% interval` by Student's t; `sign` shows a plus sign too."""
     scaled = factor * np.asarray(values)
     mean = f"{scaled.mean():{'+' if sign else ''}.{digits}f}"
     return mean + (f" ± {half_interval(scaled):.{digits}f}" if len(scaled) > 1 else "")
 
 
 def half_interval(values: np.ndarray) -> Any:
-    """Half the 95% interval of the mean over the first axis, by Student's t.
-
-    Of one value, 0: there is none.
-    """
+    """Half the 95% interval of the mean over axis 0 (Student's t); 0 for one value."""
     if len(values) < 2:
         return 0 * values[0]
     quantile = stats.t.ppf(0.975, len(values) - 1)
@@ -60,7 +54,7 @@ def half_interval(values: np.ndarray) -> Any:
 
 
 def of_seeds(runs: Iterable[Mapping[str, Any]]) -> str:
-    """What the figures of runs are over their seeds, in words."""
+    """The sentence on seeds and intervals for the figures of these runs."""
     seeds = {run["seed"] for run in runs if "seed" in run and not run.get("tuning")}
     if len(seeds) == 1:
         return "Of one seed, so that there are no intervals."

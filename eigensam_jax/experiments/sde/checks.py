@@ -1,4 +1,4 @@
-"""How far the equation is from SAM, where that can be told: errors, moments, costs."""
+"""Checks of the equation against SAM: errors, moments, costs."""
 
 import time
 from functools import partial
@@ -25,9 +25,9 @@ Record = dict[str, Any]
 
 
 def one_step(problem: Problem, alpha: float) -> list[Record]:
-    """‖E[∇f_γ(w + ε_γ)] + b‖ over ρ, of SAM and Eigen-SAM, in float64.
+    """‖E[∇f_γ(w + ε_γ)] + b‖ over ρ, for SAM and Eigen-SAM, in float64.
 
-    At the network before training, the expectation over all batches.
+    w is the network before training; the expectation is over all batches.
     """
 
     @jax.jit
@@ -58,7 +58,7 @@ def one_step(problem: Problem, alpha: float) -> list[Record]:
 
 
 def many_steps(problem: Problem, learning_rate: float) -> list[Record]:
-    """Distance of discrete SAM on all images at once to Euler's paths, over ρ."""
+    """The distance of full-batch SAM to the equations' Euler paths, over ρ."""
 
     @jax.jit
     def distances(params: PyTree, whole: PyTree, rho: jax.Array) -> list[jax.Array]:
@@ -94,10 +94,7 @@ def many_steps(problem: Problem, learning_rate: float) -> list[Record]:
 def moments(
     problem: Problem, rho: float, learning_rate: float, num_paths: int
 ) -> list[Record]:
-    """First and second moments over paths of `MOMENT_STEPS` steps from one start.
-
-    Of SAM's and each equation's: the mean of each, and its Monte Carlo error.
-    """
+    """First and second moments over paths from one start, with Monte Carlo errors."""
     params = problem.init(0)
     v = _eigenvector(problem)
     f = lambda p: problem.value_fn(p, problem.whole)
@@ -135,10 +132,10 @@ def moments(
 
 
 def costs(problem: Problem, rho: float) -> list[Record]:
-    """A drift in gradients, by order: operations of a batch, times of all batches.
+    """The operations and time of a drift by order, in gradients.
 
-    Operations are those that the compiler counts, of one batch, as it would count a
-    loop's body once. Times are medians of turns, each a ratio to the gradient's.
+    Operations are of one batch, since the compiler counts a loop's body once. Times are
+    of all batches: medians over turns.
     """
     params = problem.init(0)
     one = jax.tree.map(lambda x: x[:1], problem.batches)
@@ -179,7 +176,7 @@ def costs(problem: Problem, rho: float) -> list[Record]:
 
 
 def _eigenvector(problem: Problem) -> PyTree:
-    """The top one before training, from seed 0."""
+    """The top eigenvector before training, from seed 0."""
     params = problem.init(0)
     return problem.top_eigenpair(params, tree_math.zeros_like(params)).eigenvector
 
@@ -187,7 +184,6 @@ def _eigenvector(problem: Problem) -> PyTree:
 def _errors(
     optimizer: str, steps: int, rho: float, found: list[jax.Array]
 ) -> list[Record]:
-    """A record an order."""
     shared = {"optimizer": optimizer, "steps": steps, "rho": rho}
     return [
         {**shared, "order": order, "error": float(error)}
@@ -196,7 +192,7 @@ def _errors(
 
 
 def _in_float64(tree: PyTree) -> PyTree:
-    """The same with floating-point leaves in float64, under `jax.enable_x64`."""
+    """Makes floating-point leaves float64, under `jax.enable_x64`."""
     return jax.tree.map(
         lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         tree,

@@ -1,4 +1,4 @@
-"""Paths of discrete SAM and of its equations, and what is looked at along them."""
+"""Paths of discrete SAM and of its equations, with the looks along them."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -24,19 +24,18 @@ CURVATURE_TOLERANCE = 1e-2  # of each linear system in Itô's term
 _WITH_NOISE = ("sam", "sam_again", "order_2", "order_3")
 
 Record = dict[str, Any]
-State = tuple[PyTree, optax.OptState]  # of what is no optimizer's, an empty one
+State = tuple[PyTree, optax.OptState]  # empty without an optimizer
 Advance = Callable[[jax.Array, State, jax.Array, jax.Array], State]
 Run = Callable[[Record], Iterator[dict[str, float]]]
 
 
 def jobs(rhos: tuple[float, ...], alpha: float, seeds: int) -> list[Record]:
-    """What tells each path from the others, seed by seed; Eigen-SAM at the middle ρ.
+    """The identity of each path, seed by seed; Eigen-SAM at the middle ρ only.
 
-    `optimizer` is "sam" or "eigen_sam", which are discrete; "sam_again", SAM from the
-    same start on other batches; a key of `ORDERS`, the equation of that
-    order, of which "order_1" has no ρ; or one of `WITHOUT_NOISE`, steps along
-    the mean of SAM's gradient and the drifts alone. `seed` is of the start, and of what
-    is drawn.
+    `optimizer` is the discrete "sam" or "eigen_sam"; "sam_again", SAM from the same
+    start on other batches; a key of `ORDERS`, the equation of that order ("order_1" has
+    no ρ); or one of `WITHOUT_NOISE`, the mean of SAM's gradient or a drift alone.
+    `seed` fixes the start and the draws.
     """
     at = [(name, rho) for rho in rhos for name in _WITH_NOISE + WITHOUT_NOISE]
     return [
@@ -51,31 +50,20 @@ def jobs(rhos: tuple[float, ...], alpha: float, seeds: int) -> list[Record]:
 
 
 def middle(rhos: tuple[float, ...]) -> float:
-    """The ρ whose paths are drawn, and whose rates of λ_max are measured.
-
-    Of an even number, the lower one.
-    """
+    """The middle ρ (the lower of two): its paths are plotted, its rates measured."""
     return sorted(rhos)[(len(rhos) - 1) // 2]
 
 
 def make_run(
     problem: Problem, stops: tuple[int, ...], eta: float, measured_rho: float
 ) -> Run:
-    """Compiles what paths need; the result runs one of `jobs`, yielding its looks.
+    """Compiles what paths need; the result runs one of `jobs` and yields its looks.
 
-    A look has the `step`; losses over all batches and the test set, and the accuracy on
-    that; ‖w‖, and ‖∇f(w)‖ of the training loss; λ_max of its Hessian, and its residual.
-    For "sam" and "eigen_sam" at `measured_rho` it has the `sde.SharpnessRates` too,
-    with `rate_` before their names.
-
-    Args:
-      problem: what is learnt.
-      stops: the steps after which to look.
-      eta: η, the learning rate.
-      measured_rho: ρ where the rates of λ_max are measured.
-
-    Raises:
-      FloatingPointError: by a run whose training loss is not finite.
+    A look has the `step`, losses over all batches and the test set, test accuracy, ‖w‖,
+    ‖∇f(w)‖ and, for the training loss's Hessian, λ_max and its residual. "sam" and
+    "eigen_sam" at `measured_rho` also have the `sde.SharpnessRates`, named `rate_…`.
+    `stops` are the steps to look after; `eta` is the learning rate. A run whose
+    training loss is not finite raises FloatingPointError.
     """
     value_fn, whole = problem.value_fn, problem.whole
 
@@ -128,7 +116,7 @@ def make_run(
             look["lambda_max_residual"] = float(top.residual)
             if optimizer in ("sam", "eigen_sam") and job["rho"] == measured_rho:
                 found = rates(params, top, *scalars)._asdict()
-                del found["eigenvalue"], found["residual"]  # which are λ_max's above
+                del found["eigenvalue"], found["residual"]  # recorded above
                 look |= {f"rate_{name}": float(x) for name, x in found.items()}
             yield {"step": stop, **look}
 
@@ -143,7 +131,7 @@ def sam_gradient(value_fn: ValueFn, params: PyTree, rho: ArrayLike) -> PyTree:
 
 
 def start(method: str, params: PyTree) -> State:
-    """Parameters and, of a discrete method, the optimizer's state before any step."""
+    """Parameters and, for a discrete method, the optimizer's initial state."""
     if method in ORDERS or method in WITHOUT_NOISE:
         return params, ()
     return params, _optimizer(method, 0.0, 0.0, 0.0).init(params)
@@ -152,15 +140,10 @@ def start(method: str, params: PyTree) -> State:
 def make_advance(problem: Problem, method: str, eta: float, num_steps: int) -> Advance:
     """Builds (key, state, ρ, α) -> the state `num_steps` steps later.
 
-    Args:
-      problem: what is learnt.
-      method: "sam" and "eigen_sam", discrete steps on batches drawn one by one, with
-        replacement; a key of `ORDERS`, the equation over the time of as many steps, a
-        step of Euler's to each; or one of `WITHOUT_NOISE`, steps along the mean of
-        SAM's gradient or along a drift. Eigen-SAM's v is followed on the Hessian of all
-        batches, at every step.
-      eta: η, the learning rate.
-      num_steps: how many steps.
+    "sam" and "eigen_sam" are discrete steps on batches drawn with replacement;
+    Eigen-SAM tracks v on the Hessian of all batches, at every step. A key of `ORDERS`
+    takes one Euler step of its equation per step. One of `WITHOUT_NOISE` steps along
+    the mean of SAM's gradient or along a drift. `eta` is the learning rate.
     """
     value_fn, batches = problem.value_fn, problem.batches
     order = ORDERS.get(method.removeprefix("mean_"))
@@ -223,7 +206,6 @@ def make_advance(problem: Problem, method: str, eta: float, num_steps: int) -> A
 def _optimizer(
     method: str, rho: Any, alpha: Any, eta: float
 ) -> optax.GradientTransformationExtraArgs:
-    """SAM or Eigen-SAM before plain SGD."""
     ascent = sam(rho)
     if method == "eigen_sam":
         ascent = eigen_sam(rho, alpha, trackers.lanczos(3, update_interval=1))

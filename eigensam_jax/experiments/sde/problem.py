@@ -1,4 +1,4 @@
-"""What the paths of `eigensam sde` learn: a small smooth network on a few batches."""
+"""The problem of `eigensam sde`: a small smooth network on a few batches."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,15 +20,14 @@ TOLERANCE = 1e-4  # of λ_max's residual, relative to it
 
 
 class Problem(NamedTuple):
-    """What is learnt, by what.
+    """The functions and data of a problem.
 
     Attributes:
-      init: from a seed to parameters.
+      init: seed -> parameters.
       value_fn: (params, batch) -> the batch's mean cross-entropy.
-      batches: images and labels, the leading axis over `NUM_BATCHES` batches.
-      whole: those of all batches, in one.
-      test: images and labels of the test set.
-      top_eigenpair: from parameters, and where to start, to that of all batches.
+      batches: images and labels, with a leading axis over `NUM_BATCHES` batches.
+      whole, test: images and labels of all batches, and of the test set.
+      top_eigenpair: (params, start) -> the top eigenpair over all batches.
       means: (params, images, labels) -> loss and accuracy.
     """
 
@@ -44,8 +43,7 @@ class Problem(NamedTuple):
 def make_problem(dataset: Dataset) -> Problem:
     """A tanh network on the first `NUM_BATCHES` · `BATCH_SIZE` training images.
 
-    Of tanh, since the third derivative of a network of rectified linear units is not
-    what its kinks do.
+    Third derivatives of a ReLU network would ignore its kinks.
     """
     few = slice(NUM_BATCHES * BATCH_SIZE)
     whole = dataset.train_images[few], dataset.train_labels[few]

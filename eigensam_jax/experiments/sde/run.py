@@ -23,11 +23,7 @@ Record = dict[str, Any]
 
 
 def run(chosen: argparse.Namespace, command: str) -> None:
-    """Runs paths and checks; leaves `results.json` and three plots in `--out`.
-
-    The results are brought up to date after every path. Those of the same configuration
-    that are there already are kept, and not run again.
-    """
+    """Runs paths and checks; leaves `results.json` and three plots in `--out`."""
     console = Console()
     dataset = registry.dataset(chosen.dataset, chosen.data_dir)
     needed = sde_problem.NUM_BATCHES * sde_problem.BATCH_SIZE
@@ -39,7 +35,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     results.make_folder(chosen.out)
     problem = sde_problem.make_problem(dataset)
     path = chosen.out / results.FILE
-    config = {  # all that the figures of one path or check depend on, but its job
+    config = {  # everything that paths and checks depend on, beside the job
         "dataset": chosen.dataset,
         "data_dir": chosen.data_dir and str(chosen.data_dir),
         "rhos": list(chosen.rhos),
@@ -73,7 +69,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
 
 def _place(run: Record) -> tuple[float, ...]:
-    """Paths are by seed and ρ, whenever they were run, and checks after them."""
+    """Sorts paths by seed and ρ; checks come last."""
     if "check" in run:
         return (np.inf,)
     order = list(sde_tables.LABELS).index(run["optimizer"])
@@ -83,7 +79,7 @@ def _place(run: Record) -> tuple[float, ...]:
 def _records(
     chosen: argparse.Namespace, problem: Problem, runs: list[Record], console: Console
 ) -> Iterator[list[Record]]:
-    """Does the paths and checks that `runs` lacks; yields what each came to."""
+    """Does the missing paths and checks; yields the records of each."""
     stops = loop.evaluation_steps(chosen.steps, chosen.evaluations)
     run = sde_paths.make_run(
         problem, stops, chosen.learning_rate, sde_paths.middle(chosen.rhos)

@@ -1,4 +1,4 @@
-"""The tables of `eigensam sde`, out of its results file."""
+"""The tables of `eigensam sde`, from its results file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,13 +39,13 @@ Record = Mapping[str, Any]
 
 
 def title(document: Record) -> str:
-    """What was trained, in words."""
+    """Data set, network and learning rate."""
     config = document["config"]
     return f"{config['dataset']}, tanh network, η {config['learning_rate']:g}"
 
 
 def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
-    """What the command prints."""
+    """The tables that the command prints."""
     of_paths = ("off: loss %", "λ_max %", "distance: loss %", "λ_max %")
     orders = ("order 1", "order 2", "order 3")
     found: tuple[tuple[str, tuple[str, ...], list[list[str]]], ...] = (
@@ -68,7 +68,7 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
 
 
 def distances(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a ρ and kind of path: how far off SAM it is, in % of SAM's."""
+    """A row per ρ and kind of path: its distance to SAM, in % of SAM's figures."""
     methods = ("sam_again", "order_2", "order_3", "mean_order_2", "mean_order_3")
     interval = tables.mean_and_interval
     rows = []
@@ -82,10 +82,9 @@ def distances(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def differences(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a ρ: the distance to SAM of order 3 less that of order 2, paired by seed.
+    """A row per ρ: order 3's distance to SAM less order 2's, in % of SAM's figures.
 
-    In % of SAM's, with 95% intervals: negative where order 3 is nearer. First with the
-    noise, then without.
+    Paired by seed; negative where order 3 is nearer. First with noise, then without.
     """
     rows = []
     for rho in rhos(runs):
@@ -102,10 +101,7 @@ def differences(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def rates(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a figure, of SAM and of Eigen-SAM: means over training after its start.
-
-    The alignment |cos(ε, v)|, the parts of (dλ/dt)/λ, and the share.
-    """
+    """A row per figure: alignment, parts of (dλ/dt)/λ, share; means after the start."""
     columns = [measured(runs, method) for method in ("sam", "eigen_sam")]
     rows = [("alignment of ε with v", "perturbation_alignment", "", 2)]
     rows += [(label, part, "lambda_max", 3) for part, label in PARTS.items()]
@@ -125,19 +121,19 @@ def rates(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def measured(runs: Sequence[Record], method: str) -> list[Record]:
-    """The paths of a method along which the rates of λ_max are measured."""
+    """The paths of a method with measured rates of λ_max."""
     return [run for run in paths(runs, method) if "rate_first" in run["curves"]]
 
 
 def rate(run: Record, part: str, over: str = "lambda_max") -> np.ndarray:
-    """A part of dλ/dt at each look, over another curve, or nothing."""
+    """A part of dλ/dt at each look, divided by the curve `over` (or by 1)."""
     curves = run["curves"]
     found: np.ndarray = np.divide(curves[f"rate_{part}"], curves[over] if over else 1)
     return found
 
 
 def slopes(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a check: the slopes of log error over log ρ, by order."""
+    """A row per check: the slopes of log error over log ρ, by order."""
     of_row: dict[tuple[str, int], list[Record]] = {}
     for run in runs:
         if "error" in run and "order" in run:
@@ -154,10 +150,7 @@ def slopes(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def moments(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a moment: SAM's with its Monte Carlo error, and how far the others are.
-
-    By how many standard errors of the difference they are off.
-    """
+    """A row per moment: SAM's, then the others' differences in standard errors."""
     rows = []
     for sam in results.select(runs, check="moments", optimizer="sam"):
         moment = {key: sam[key] for key in ("observable", "power")}
@@ -172,7 +165,7 @@ def moments(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def costs(runs: Sequence[Record]) -> list[list[str]]:
-    """A row an order: a drift's operations and time in gradients, and milliseconds."""
+    """A row per order: a drift's operations and time in gradients, and milliseconds."""
     return [
         [
             run["optimizer"].removeprefix("order_"),
@@ -188,7 +181,7 @@ def costs(runs: Sequence[Record]) -> list[list[str]]:
 def paths(
     runs: Sequence[Record], method: str, rho: float | None = None
 ) -> list[Record]:
-    """The paths of a method, at a ρ if one is named, by seed."""
+    """The paths of a method by seed, at `rho` or at every ρ."""
     found = results.select(runs, optimizer=method)
     return [x for x in found if "check" not in x and rho in (None, x["rho"])]
 
@@ -201,7 +194,7 @@ def rhos(runs: Sequence[Record]) -> list[float]:
 def relative(
     runs: Sequence[Record], method: str, rho: float, quantity: str
 ) -> np.ndarray:
-    """(path − SAM's)/SAM's, a row a seed, a column a look after the start."""
+    """(path − SAM's)/SAM's, one row per seed, one column per look after the start."""
     reference = "mean_sam" if method.startswith("mean_") else "sam"
     ours, sams = (
         {run["seed"]: np.array(run["curves"][quantity][1:]) for run in found}

@@ -1,1 +1,1 @@
-"""`eigensam spectrum`: the eigenvalues of the Hessian of a trained network."""
+"""`eigensam spectrum`: the Hessian's eigenvalues of a trained network."""

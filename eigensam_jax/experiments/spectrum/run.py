@@ -1,4 +1,4 @@
-"""`eigensam spectrum`: the eigenvalues of the Hessian of a trained network."""
+"""`eigensam spectrum`: the Hessian's eigenvalues of a trained network."""
 
 import argparse
 import json
@@ -42,9 +42,8 @@ _IDENTITY = ("seed", "optimizer", "rho", "alpha", "learning_rate")
 def run(chosen: argparse.Namespace, command: str) -> None:
     """Trains a network; leaves `results.json` and `spectrum.png` in `--out`.
 
-    Whatever ends the command, the same one goes on from the last checkpoint of the
-    training, or from its end. Where the network or its Hessian is not finite, the next
-    one begins again.
+    An interrupted command continues from its last checkpoint, which is deleted if the
+    network or its Hessian is not finite.
     """
     console = Console()
     dataset = registry.dataset(chosen.dataset, chosen.data_dir)
@@ -165,17 +164,10 @@ def train(
     saved: dict[str, Any] | None = None,
     keep: Callable[[int, dict[str, Any]], None] = lambda step, what: None,
 ) -> dict[str, Any]:
-    """The network at the end of training.
+    """Trains; returns `params`, `batch_stats`, `train_loss` and `test_accuracy`.
 
-    Its `params` and `batch_stats`, the `train_loss`, which is the mean cross-entropy
-    over the training set, and the `test_accuracy`.
-
-    Args:
-      chosen: the options, see `eigensam spectrum --help`.
-      dataset: what it is trained on.
-      saved: what was kept of an interrupted training, to go on with.
-      keep: called on the way and at the end, with the steps so far and what there is
-        to go on with.
+    `saved` is what an interrupted training gave to `keep`, which is called on the way
+    and at the end, with the steps so far and what to continue from.
 
     Raises:
       DivergedError: if the loss is not finite.
@@ -219,7 +211,7 @@ def train(
 
 
 def _check(chosen: argparse.Namespace, dataset: Dataset, model: Any) -> int:
-    """Refuses what can't be done, and returns the number of parameters."""
+    """Refuses impossible options; returns the number of parameters."""
     images = len(dataset.train_images)
     if chosen.examples is not None and chosen.examples > images:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What `eigensam spectrum` says of the eigenvalues that it found."""
+"""The table of `eigensam spectrum`, and the sentence below it."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ NEAR_ZERO = 0.01  # times λ_max: an eigenvalue within it counts as close to zer
 def summarise(
     density: eigen.SpectralDensity, dimension: int, lambda_max: float
 ) -> dict[str, float]:
-    """Figures of the whole spectrum; ± is a standard error over the random vectors."""
+    """Figures of the whole spectrum, with standard errors over the random vectors."""
     nodes, weights = (np.asarray(x, np.float64) for x in density)
     samples = len(nodes)
     traces = samples * dimension * (nodes * weights).sum(1)
@@ -36,7 +36,7 @@ def table(document: dict[str, Any], title: str) -> Table:
 
 
 def summary(document: dict[str, Any]) -> list[list[str]]:
-    """A row an eigenvalue: number, value, ratio to the largest, share, residual."""
+    """A row per eigenvalue: number, value, ratio to the largest, share, residual."""
     (run,) = document["runs"]
     values, trace = run["eigenvalues"], run["trace"]
     return [
@@ -54,7 +54,7 @@ def summary(document: dict[str, Any]) -> list[list[str]]:
 
 
 def sentence(document: dict[str, Any]) -> str:
-    """What else there is to say of the spectrum, in words."""
+    """The other figures of the spectrum, in words."""
     config, (run,) = document["config"], document["runs"]
     k, top = config["k"], sum(run["eigenvalues"])
     return (

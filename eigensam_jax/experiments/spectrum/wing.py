@@ -1,4 +1,4 @@
-"""`eigensam spectrum`: its options, and what it answers."""
+"""`eigensam spectrum`: its options, tables and plots."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from eigensam_jax.experiments.registry import METHODS, learning_rate
 
 Document = dict[str, Any]
 
-EXAMPLES = 2_000  # training images, where not said
+EXAMPLES = 2_000  # training images, by default
 _USUAL = {"epochs": 100, "k": 10, "num_matvecs": 64, "num_samples": 8}
 _SMOKE = {"epochs": 2, "k": 3, "num_matvecs": 8, "num_samples": 2}
 
@@ -61,7 +61,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
 
 def tables(results: list[Document]) -> dict[str, Any]:
-    """The tables of a results file, by name: from what a page asks for to rows."""
+    """Functions from a page's argument to rows, by the table's name."""
     from eigensam_jax.experiments.spectrum import tables as made
 
     return {"spectrum": lambda count: made.summary(results[0])[: int(count)]}
@@ -75,7 +75,7 @@ def plots(results: Document, folder: Path) -> None:
 
 
 def title(results: Document) -> str:
-    """What was trained, by what."""
+    """Data set, network and optimizer."""
     return ", ".join(
         results["config"][key] for key in ("dataset", "model", "optimizer")
     )

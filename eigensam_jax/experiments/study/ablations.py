@@ -1,4 +1,4 @@
-"""What `eigensam ablate` trains: tables in which one thing is changed."""
+"""The tables of `eigensam ablate`, each of which changes one thing."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,7 +20,7 @@ def ablations(
 ) -> Plan:
     """The plan of the named tables of `ABLATIONS`, seed by seed.
 
-    All but one begin with `plain`, the method that does not perturb.
+    All but `tracker` begin with `plain`, the method that does not perturb.
     """
 
     def plan(done: Done) -> Iterator[Entry]:

@@ -1,4 +1,4 @@
-"""What a job of a study does: a training run, from its checkpoint if it has one."""
+"""The jobs of a study: training runs, continued from a checkpoint if there is one."""
 
 from collections.abc import Callable
 from functools import cache
@@ -29,26 +29,7 @@ Do = Callable[[Job], Record]
 
 
 class Config(NamedTuple):
-    """What all runs share, and what the results file says of the plan.
-
-    Attributes:
-      dataset: a key of `registry.DATASETS`.
-      data_dir: the folder with its files.
-      model: a key of `registry.MODELS`.
-      epochs: of each run.
-      batch_size: of each step.
-      augment: whether training images are changed at random, where that is usual.
-      label_noise: the share of training labels that are drawn anew.
-      looks: how often the network is measured on the way, the end included.
-      plan: the options of the plan.
-      out: where results go.
-      train_examples: how many of the training images there are; None for all.
-      pretrained: the file of what the network begins from; None for nothing.
-      resolution: height and width that the network resizes images to; None for its own.
-      curvature_examples: training images that λ_max is taken on at the end.
-      base_optimizer: of methods that have none of their own.
-      weight_decay: of the base optimizer.
-    """
+    """What all runs share (see the commands' help), and the options of the `plan`."""
 
     dataset: str
     data_dir: Path | None
@@ -69,9 +50,9 @@ class Config(NamedTuple):
 
 
 def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> Do:
-    """Builds what does a job; one that has a checkpoint goes on from there.
+    """Builds the function that does a job, from its checkpoint if there is one.
 
-    A candidate that diverges counts as the worst: no image is classified correctly.
+    A candidate that diverges counts as the worst: its test accuracy is 0.
     """
     path = config.out / CHECKPOINT
     unfinished = checkpoints.read(path) or {}
@@ -80,11 +61,11 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
     def run_of(
         rate: float, tuning: bool, longer: float
     ) -> tuple[loop.Run[Measurement], int]:
-        """What trains, which jobs of the same rate and data share, and its steps."""
+        """The training and its steps, shared by jobs of the same rate and data."""
         used = load.for_tuning(dataset) if tuning else dataset
         steps = loop.num_steps(used, config.batch_size, config.epochs)
         steps = round(longer * steps)
-        is_short = tuning and dataset.held_images is None  # which stop by their best
+        is_short = tuning and dataset.held_images is None  # else the best look counts
         settings = loop.Settings(
             *(steps, config.batch_size, rate),
             looks=loop.evaluation_steps(steps, 1 if is_short else config.looks)[1:],

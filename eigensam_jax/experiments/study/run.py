@@ -34,23 +34,18 @@ from eigensam_jax.experiments.study.plots import DRAW
 from eigensam_jax.experiments.training import loop, measures
 from eigensam_jax.experiments.training.methods import Setup
 
-_USUAL = Job(Setup(""), 0.0, 0).fields  # which a record does not say
+_USUAL = Job(Setup(""), 0.0, 0).fields  # omitted in records
 
 
 def run(config: Config, plan: Plan, kind: str, command: str) -> None:
-    """Does the runs that are missing; leaves a results file and a plot in `config.out`.
+    """Does the missing runs; leaves a results file and a plot in `config.out`.
 
-    The results file is brought up to date after each run, and a run in progress has a
-    checkpoint after every look. Whatever ends the command, the same one goes on.
-
-    Args:
-      config: what all runs share.
-      plan: what to run.
-      kind: the name of the command, a key of `DRAW`.
-      command: the command line, for the results file.
+    The file is updated after each run, and a run has a checkpoint after each look, so
+    the same command continues an interrupted one. `kind` is the command's name, a key
+    of `DRAW`; `command` is the command line.
 
     Raises:
-      UserError: for what can't be run, before any training; or when a run diverges.
+      UserError: for impossible options, before any training; or when a run diverges.
       KeyboardInterrupt: passed on, with the finished runs on disk.
     """
     console = Console()
@@ -87,7 +82,7 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
 
 
 def _check(config: Config) -> None:
-    """Raises UserError where the network or the batch does not fit an option."""
+    """Raises UserError if the network or the batch does not fit an option."""
     model = registry.model(config.model, 10, config.resolution)
     is_series = registry.DATASETS[config.dataset].is_series
     if registry.MODELS[config.model].is_series != is_series:
@@ -141,7 +136,7 @@ def _protocol(
 def _records(
     do: Do, plan: Plan, runs: list[Record], console: Console
 ) -> Iterator[Record]:
-    """The records that `runs` lacks; of a job that is done, another row's is copied."""
+    """Does the jobs that `runs` lacks; copies the record if another row had the job."""
     known = {_place(run["table"], run["row"], run): run for run in runs}
     done: dict[Job, Record] = {}
     total = sum(1 for _ in plan(_Anything()))
@@ -155,14 +150,14 @@ def _records(
                 found = {"table": table, "row": row, **figures}
                 found |= {"table": table, "row": row}
                 if job in done:
-                    found.pop("curves", None)  # which the first of its records has
+                    found.pop("curves", None)  # the job's first record has them
                 yield found
             done[job] = found
             bar.advance(task)
 
 
 def _place(table: str, row: str, run: Record) -> tuple[Any, ...]:
-    """What tells a record from all others: its place, and what was run."""
+    """What identifies a record: its place, and what was run."""
     return table, row, *(run.get(key, usual) for key, usual in _USUAL.items())
 
 

@@ -1,4 +1,4 @@
-"""What the results files of `compare`, `accuracy` and `ablate` say, in rows."""
+"""The tables of `compare`, `accuracy` and `ablate`, from their results files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from eigensam_jax.experiments.study.plans import score
 Record = dict[str, Any]
 
 HEADERS = ("gradients", "‖ε‖", "test acc. %", "train loss", "λ_max", "alignment")
-FRONTIER = ("steps", "gradients")  # its tables: what is the same for all methods
+FRONTIER = ("steps", "gradients")  # tables, by what is equal for all methods
 FRONTIER_HEADERS = ("", "gradients", "ρ")
 PAIRED_HEADERS = ("test acc. %", "train loss", "λ_max", "alignment")
 TUNING_HEADERS = ("learning rate", "ρ", "α", "validation acc. %")
@@ -29,7 +29,7 @@ _OF_FORECASTS = {"test_loss": (1, 4)} | {
 
 
 def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
-    """Everything, for a terminal."""
+    """All tables, for a terminal."""
     result = []
     for name in dict.fromkeys(run["table"] for run in runs):
         heading = f"{name}: {title}"
@@ -49,14 +49,14 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
 
 
 def quality(runs: Sequence[Record]) -> tuple[str, str]:
-    """What the methods are to be good at, as a field of a record and in words."""
+    """The figure to judge methods by: a record's field, and its name in words."""
     if all(run["test_accuracy"] is None for run in runs if "diverged" not in run):
         return "test_loss", "test error"
     return "test_accuracy", "test acc. %"
 
 
 def summary(runs: Sequence[Record], table: str) -> list[list[str]]:
-    """A row a method by `HEADERS`: means over seeds, with 95% intervals."""
+    """A row per method by `HEADERS`: means over seeds, with 95% intervals."""
     rows = []
     for row, of_row in by_row(runs, table).items():
         radii = [run["radius"] for run in of_row]
@@ -70,7 +70,7 @@ def summary(runs: Sequence[Record], table: str) -> list[list[str]]:
 
 
 def paired(runs: Sequence[Record], table: str) -> list[list[str]]:
-    """A row a pair of methods by `PAIRED_HEADERS`: differences of the same seeds."""
+    """A row per pair of methods by `PAIRED_HEADERS`: differences paired by seed."""
     rows, found = [], by_row(runs, table)
     plain = [name for name, method in METHODS.items() if method.link is None]
     for row in found:
@@ -84,7 +84,7 @@ def paired(runs: Sequence[Record], table: str) -> list[list[str]]:
 
 
 def frontier(runs: Sequence[Record], table: str) -> list[list[str]]:
-    """A row a method: gradients for each step of SGD, ρ, and what it came to."""
+    """A row per method: gradients per step of the usual length, ρ, and the figures."""
     rows = []
     for row, of_row in by_row(runs, table).items():
         gradients = spent(of_row[0])
@@ -98,12 +98,12 @@ def frontier(runs: Sequence[Record], table: str) -> list[list[str]]:
 
 
 def spent(run: Record) -> float:
-    """The gradients that a run took, for each step of a run of the usual length."""
+    """The gradients of a run, per step of a run of the usual length."""
     return float(run["gradients"] * run.get("longer", 1))
 
 
 def against_first(runs: Sequence[Record], table: str) -> list[list[str]]:
-    """As `paired`, of every method of a table with its first."""
+    """As `paired`, for every method of a table against the first."""
     found = by_row(runs, table)
     first, *others = found
     return [
@@ -112,7 +112,7 @@ def against_first(runs: Sequence[Record], table: str) -> list[list[str]]:
 
 
 def difference(one: Sequence[Record], other: Sequence[Record]) -> list[str]:
-    """The cells of `paired`: those of `one` less those of `other` of the same seed."""
+    """The cells of `paired`: `one` less `other`, paired by seed."""
     by_seed = {run["seed"]: run for run in other}
     pairs = [(run, by_seed[run["seed"]]) for run in one if run["seed"] in by_seed]
     return [
@@ -122,7 +122,7 @@ def difference(one: Sequence[Record], other: Sequence[Record]) -> list[str]:
 
 
 def tuning(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a candidate by `TUNING_HEADERS`; the best of each method is marked."""
+    """A row per candidate by `TUNING_HEADERS`; the best of each method is marked."""
     rows = []
     for row, of_row in by_row(runs, "tuning").items():
         best = max(of_row, key=score)
@@ -145,7 +145,7 @@ def tuning(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def over_training(runs: Sequence[Record], key: str) -> list[list[str]]:
-    """A row a method of `main`: a figure at each look, mean ± standard deviation."""
+    """A row per method of `main`: a figure at each look, mean ± standard deviation."""
     factor, digits = _figures(runs)[key]
     return [
         [

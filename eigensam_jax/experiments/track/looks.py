@@ -1,4 +1,4 @@
-"""What `eigensam track` sees of a run: how well its v follows the top eigenvector."""
+"""What `eigensam track` measures: how well v follows the top eigenvector."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from eigensam_jax.experiments.training.methods import Setup
 from eigensam_jax.experiments.training.steps import TrainState
 from eigensam_jax.tree_math import PyTree
 
-_UNSEEN = 0.15  # of the steps, at the start, before the first look
+_UNSEEN = 0.15  # the share of steps before the first look
 _MEASURED = ("train_loss", "test_accuracy", "lambda_max", "lambda_max_residual")
 
 Look = dict[str, Any]
@@ -26,7 +26,7 @@ Measure = Callable[[Setup, TrainState, Any], tuple[Look, PyTree]]
 
 
 def look_steps(steps: int, count: int) -> tuple[int, ...]:
-    """The steps whose v is looked at: the last one, and others back to 15%."""
+    """The steps at which v is measured, from 15% of the run to the last step."""
     first, last = round(_UNSEEN * steps), steps - 1
     spread = np.linspace(min(first, last), last, count)
     return tuple(sorted({round(step) for step in spread}))
@@ -35,9 +35,9 @@ def look_steps(steps: int, count: int) -> tuple[int, ...]:
 def make_tracked(
     model: nn.Module, dataset: Dataset, batch_size: int, steps: int
 ) -> Callable[[Setup, TrainState], Any]:
-    """Builds (setup, state) -> the tracker's state as the step to come perturbs by it.
+    """Builds (setup, state) -> the tracker's state that the next step perturbs by.
 
-    Where that step refreshes it, the refresh is made here too, on the same batch.
+    If that step refreshes it, the refresh is made here too, on the same batch.
     """
     loss = losses.evaluation_loss(model)
     images, labels = dataset.train_images, dataset.train_labels
@@ -77,14 +77,13 @@ def make_measure(
 ) -> Measure:
     """Builds (setup, state, start) -> a look at a run, and the top eigenvector.
 
-    A look is before the next step is taken, or at the end. It has the `Measurement`
-    without alignment, λ_max on the first `measures.CURVATURE_EXAMPLES` images. Of the v
-    that the step perturbs by, where there is one, it has `ratio`, vᵀHv/λ_max; `cosine`,
-    |cos| between v and the top eigenvector; `tracked_eigenvalue` and `tracked_residual`
-    as the tracker has them, on batches, None where they are not known.
+    A look has the `Measurement` before the next step, without alignment, with λ_max on
+    the first `measures.CURVATURE_EXAMPLES` images. If the step perturbs by a v, it also
+    has `ratio`, vᵀHv/λ_max; `cosine`, |cos| of v and the top eigenvector; and, from the
+    tracker on batches, `tracked_eigenvalue` and `tracked_residual` (None if unknown).
 
-    `start` is where the search for the top eigenvector begins. A training loss that is
-    not finite raises FloatingPointError, and so does a Hessian whose top is not found.
+    The eigenvector search begins at `start`. FloatingPointError is raised if the
+    training loss is not finite or the search finds nothing.
     """
     matvec_at = measures.make_matvec(losses.evaluation_loss(model))
     few = slice(measures.CURVATURE_EXAMPLES)

@@ -25,11 +25,7 @@ Record = dict[str, Any]
 
 
 def run(chosen: argparse.Namespace, command: str) -> None:
-    """Runs the benchmark; leaves `results.json` and `track.png` in `--out`.
-
-    The results are brought up to date after every run. Runs of the same configuration
-    that are there already are kept, and not run again.
-    """
+    """Runs the benchmark; leaves `results.json` and `track.png` in `--out`."""
     console = Console()
     dataset = registry.dataset(chosen.dataset, chosen.data_dir)
     available = min(TRAIN_EXAMPLES, len(dataset.train_labels))
@@ -38,7 +34,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     results.make_folder(chosen.out)
     path = chosen.out / results.FILE
     calls = {name: TRACKERS[name].call for name in chosen.trackers}
-    config = {  # all that the figures of one run depend on, apart from its job
+    config = {  # everything that runs depend on, beside the job
         "dataset": chosen.dataset,
         "data_dir": chosen.data_dir and str(chosen.data_dir),
         "model": chosen.model,
@@ -74,10 +70,10 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
 
 def jobs(chosen: argparse.Namespace) -> list[Record]:
-    """What tells each run from the others, so that an early end leaves whole seeds.
+    """The identity of each run; seed by seed, so that an early end leaves whole seeds.
 
-    `optimizer` is "eigen_sam"; "sam", without tracker and α; or "sam_matched", which is
-    SAM at the mean radius that the run of this tracker, α and seed had.
+    `optimizer` is "eigen_sam"; "sam", without tracker and α; or "sam_matched", SAM at
+    the mean radius of the Eigen-SAM run with this tracker, α and seed.
     """
     kinds: list[tuple[str, str | None, float | None]] = [("sam", None, None)]
     for alpha in chosen.alpha:
@@ -95,7 +91,7 @@ def jobs(chosen: argparse.Namespace) -> list[Record]:
 def _records(
     chosen: argparse.Namespace, dataset: Dataset, document: Record, console: Console
 ) -> Iterator[list[Record]]:
-    """Does the jobs that the results file lacks; yields the record of each."""
+    """Does the missing jobs; yields the record of each."""
     model, steps = registry.model(chosen.model, dataset.num_classes), chosen.steps
     measure = looks.make_measure(model, dataset, BATCH_SIZE, steps)
 

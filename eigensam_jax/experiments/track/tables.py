@@ -1,4 +1,4 @@
-"""The tables of `eigensam track`, out of its results files."""
+"""The tables of `eigensam track`, from its results files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,10 +37,10 @@ def difference_table(runs: Sequence[Record], title: str) -> Table:
 
 
 def summary(runs: Sequence[Record], alpha: float) -> list[list[str]]:
-    """SAM and every tracker at α: cost, how well v is followed, and where runs end.
+    """A row for SAM and for each tracker at α.
 
-    The columns are products per 100 steps, vᵀHv/λ_max and its minimum, |cos(v, v_top)|,
-    the final λ_max, training loss and test accuracy.
+    Products per 100 steps, vᵀHv/λ_max and its minimum, |cos(v, v_top)|; at the end,
+    λ_max, training loss and test accuracy.
     """
     rows = []
     for name in (None, *names(runs)):
@@ -72,7 +72,7 @@ def summary(runs: Sequence[Record], alpha: float) -> list[list[str]]:
 
 
 def across(networks: Sequence[Sequence[Record]]) -> list[list[str]]:
-    """A row a tracker: its products, and the ratio on each network at α 0.2 and 1."""
+    """A row per tracker: its products, and the ratio on each network at α 0.2 and 1."""
     summaries = [
         {row[0]: row for row in summary(runs, alpha)}
         for runs in networks
@@ -89,7 +89,7 @@ def across(networks: Sequence[Sequence[Record]]) -> list[list[str]]:
 
 
 def differences(runs: Sequence[Record]) -> list[list[str]]:
-    """A row a tracker and α: the radius, and Eigen-SAM less SAM at that of its run."""
+    """A row per tracker and α: the radius, and Eigen-SAM less SAM at that radius."""
     rows = []
     for alpha in alphas(runs):
         for name in names(runs):
@@ -107,7 +107,7 @@ def differences(runs: Sequence[Record]) -> list[list[str]]:
 def matched(
     runs: Sequence[Record], tracker: str, alpha: float
 ) -> list[tuple[Record, Record]]:
-    """The runs of a tracker at α that have one of SAM at their radius, with that."""
+    """The runs of a tracker at α, each with SAM's run at its radius."""
     kind = {"tracker": tracker, "alpha": alpha}
     return [
         (run, sam)

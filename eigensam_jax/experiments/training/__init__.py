@@ -1,1 +1,1 @@
-"""Training: losses, optimizers, the loop, and what is measured."""
+"""Training: losses, optimizers, the loop and the measurements."""

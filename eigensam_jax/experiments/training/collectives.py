@@ -4,10 +4,10 @@ import math
 import re
 from typing import NamedTuple
 
-LARGE = 1024  # bytes: above it is a gradient or a part of one, below it scalars
+LARGE = 1024  # bytes: gradients and parts of them are above, scalars below
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
-# Of an asynchronous pair it is the end whose type is the result's, and only that.
+# Of an asynchronous pair it counts the end, whose type is the result's.
 _INSTRUCTION = re.compile(rf"^.*? = (\(.*?\)|\S+) (?:{_KINDS})(?:-done)?\(", re.M)
 _ARRAY = re.compile(r"\b([a-z]+(\d*)\w*)\[([\d,]*)\]")
 
@@ -16,8 +16,8 @@ class Collectives(NamedTuple):
     """What devices exchange in one run of a program.
 
     Attributes:
-      number: how many instructions, scalars too; of several arrays in one, one.
-      large: how many of them with results of more than `LARGE` bytes.
+      number: of instructions, including scalars'; one with several arrays counts once.
+      large: how many of them have results above `LARGE` bytes.
       num_bytes: the size of all results on one device.
     """
 
@@ -27,13 +27,10 @@ class Collectives(NamedTuple):
 
 
 def count(text: str) -> Collectives:
-    """Counts the instructions of an optimized HLO module.
+    """Counts the collectives of an optimized HLO module, `compiled.as_text()`.
 
-    Those that reduce, gather, scatter, permute or exchange: each as often as it is
-    written, so that a loop's body counts once and of a conditional both branches.
-
-    Args:
-      text: of the module, `compiled.as_text()`.
+    Each counts as often as it is written: once in a loop's body, and in both branches
+    of a conditional.
 
     Example:
       >>> from eigensam_jax.experiments.training import collectives
@@ -45,12 +42,12 @@ def count(text: str) -> Collectives:
 
 
 def sizes(text: str) -> list[int]:
-    """The bytes of the result of each instruction that `count` counts, in order."""
+    """The bytes of the result of each collective, in order."""
     return [_num_bytes(match[1]) for match in _INSTRUCTION.finditer(text)]
 
 
 def _num_bytes(shape: str) -> int:
-    """Of one array, or of a tuple of them."""
+    """The bytes of one array or of a tuple of them."""
     total = 0
     for name, bits, dimensions in _ARRAY.findall(shape):
         size = math.prod(int(n) for n in dimensions.split(",") if n)

@@ -1,4 +1,4 @@
-"""Training runs: steps on the device, and what is measured between them."""
+"""Training runs: steps on the device, with measurements between them."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ Measurement = TypeVar("Measurement")
 
 
 class DivergedError(UserError):
-    """A run whose loss is not finite."""
+    """The loss of a run is not finite."""
 
 
 class Settings(NamedTuple):
@@ -33,12 +33,12 @@ class Settings(NamedTuple):
 
     Attributes:
       steps: of each run.
-      batch_size: examples a step; what is left over at the end of an epoch is dropped.
-      learning_rate: of the base optimizer, decayed to zero by a cosine.
-      looks: the steps after which to measure, ascending, the last of all among them.
-      augment: what is done to the images of each step, before both gradients; None for
-        nothing.
-      base: the base optimizer of methods that have none of their own.
+      batch_size: examples per step; an incomplete batch at the end of an epoch is
+        dropped.
+      learning_rate: initial rate of the base optimizer, decayed to zero by a cosine.
+      looks: the steps after which to measure, ascending, including the last.
+      augment: applied to the images of each step, before both gradients.
+      base: the base optimizer of methods without their own.
       weight_decay: of the base optimizer.
     """
 
@@ -52,11 +52,11 @@ class Settings(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """All that the rest of a run depends on.
+    """Everything that the rest of a run depends on.
 
     Attributes:
       state: after the steps so far.
-      top: what `measure` returned second the last time.
+      top: the second result of the last `measure`.
       seconds: wall time of the steps so far.
     """
 
@@ -66,14 +66,14 @@ class Progress(NamedTuple):
 
 
 class Point(NamedTuple, Generic[Measurement]):
-    """Where a run is, between its first step and its last.
+    """A run at one of its looks.
 
     Attributes:
       step: steps so far.
-      radius: the mean of ‖ε‖ over those of them that perturb.
-      step_time_ms: their mean wall time, refreshes included, compilation not.
-      measurement: what `make_run` was given to measure, of the network as it is now.
-      progress: from where the run goes on; given away for the next point.
+      radius: mean ‖ε‖ of the steps that perturb.
+      step_time_ms: mean wall time of a step, with refreshes but without compilation.
+      measurement: the first result of `measure`.
+      progress: where the run continues; donated on the way to the next point.
     """
 
     step: int
@@ -93,10 +93,9 @@ class Run(Protocol[Measurement]):
         saved: dict[str, Any] | None = None,
         begin: Begin | None = None,
     ) -> Iterator[Point[Measurement]]:
-        """Yields the points of the run; of one that was `saved`, the points to come.
+        """Yields the points of a run, or those after the `Progress` in `saved`.
 
-        `saved` is what `checkpoints.read` found of the `Progress` of a point. `begin`
-        exchanges the network's new variables before the first step.
+        `begin` maps the network's new variables to those that training starts from.
         """
 
 
@@ -104,7 +103,7 @@ Measure = Callable[[Setup, TrainState, Any], tuple[Measurement, Any]]
 
 
 def check_batch_size(batch_size: int, name: str, examples: int) -> None:
-    """Raises UserError where so many training images are less than a batch."""
+    """Raises UserError if a batch is larger than the training set."""
     if batch_size > examples:
         raise UserError(
             f"--batch-size {batch_size} is more than the {examples} training images of "
@@ -113,7 +112,7 @@ def check_batch_size(batch_size: int, name: str, examples: int) -> None:
 
 
 def protocol(dataset: Dataset, base: str, weight_decay: float) -> dict[str, Any]:
-    """What a results file says of the training beside the options of the command."""
+    """What a results file says of training beside the options of the command."""
     return {
         "base_optimizer": base,
         **BASE_OPTIMIZERS[base].constants,
@@ -125,18 +124,18 @@ def protocol(dataset: Dataset, base: str, weight_decay: float) -> dict[str, Any]
 
 
 def num_steps(dataset: Dataset, batch_size: int, epochs: int) -> int:
-    """The steps of a run: what is left over of an epoch makes none."""
+    """The steps of a run; the incomplete batch of an epoch is dropped."""
     return len(dataset.train_labels) // batch_size * epochs
 
 
 def evaluation_steps(total_steps: int, evaluations: int) -> tuple[int, ...]:
-    """The steps after which to measure: none, and `evaluations` or all, to the end."""
+    """Step 0 and `evaluations` more (or every step), evenly spread to the last."""
     evaluations = min(evaluations, total_steps)
     return tuple(k * total_steps // evaluations for k in range(evaluations + 1))
 
 
 def restored(example: TrainState, saved: dict[str, Any]) -> Progress:
-    """The `Progress` that was saved, with arrays that can be given away."""
+    """The saved `Progress`, in arrays that can be donated."""
     progress: Progress = serialization.from_state_dict(
         Progress(example, None, 0.0), saved
     )
@@ -149,18 +148,16 @@ def make_run(
     measure: Measure[Measurement],
     settings: Settings,
 ) -> Run[Measurement]:
-    """The training of a network by any setup, from any seed.
+    """Builds the training of a network, for any setup and seed.
 
-    `measure` is called at every evaluation, with the setup, the state, and what it
-    returned second the last time, at first None. The state is given away afterwards: it
-    must copy what it keeps.
+    Each look calls `measure` with the setup, the state and the second result of the
+    last call, at first None. The state is donated afterwards, so `measure` must copy
+    what it keeps.
 
-    The steps are dispatched one by one, without waiting for any: between evaluations
-    nothing is pulled to the host and nothing is sent to the device. Whether a step
-    perturbs, and whether it refreshes the eigenvector, is known here, so it is fixed at
-    trace time, and each of the programs is free of branches and loops (which XLA's CPU
-    backend runs slowly where convolutions are inside). ρ and α are their arguments, so
-    that methods that differ in these alone share them.
+    Between looks the host neither waits for steps nor transfers data. Whether a step
+    perturbs and refreshes is fixed at trace time, so programs have no branches or
+    loops, in which XLA's CPU backend runs convolutions slowly. ρ and α are arguments,
+    so methods that differ only in these share programs.
     """
     images, labels = dataset.train_images, dataset.train_labels
     steps_per_epoch = len(images) // settings.batch_size

@@ -1,4 +1,4 @@
-"""The losses of a network, in training and in evaluation."""
+"""The losses of a network in training and in evaluation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,7 @@ import optax
 
 from eigensam_jax.tree_math import PyTree
 
-# (params, images, labels, batch_stats): the last may be left out, running statistics of
-# batch normalisation, None or empty where there are none.
+# (params, images, labels[, batch_stats]); None or empty without batch normalisation.
 Loss = Callable[..., jax.Array]
 TrainingLoss = Callable[
     [PyTree, PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]
@@ -19,7 +18,7 @@ TrainingLoss = Callable[
 
 
 def each(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """The loss of each example: cross-entropy, or of a forecast the squared error."""
+    """The loss of each example: cross-entropy, or the squared error of a forecast."""
     if jnp.issubdtype(labels.dtype, jnp.floating):
         return jnp.square(outputs - labels).mean(range(1, labels.ndim))
     found: jax.Array = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
@@ -27,10 +26,7 @@ def each(outputs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def evaluation_loss(model: nn.Module) -> Loss:
-    """(params, images, labels, batch_stats) -> the mean loss of the batch.
-
-    In evaluation: batch normalisation, where there is any, is by `batch_stats`.
-    """
+    """(params, images, labels, batch_stats) -> the mean loss, in evaluation mode."""
 
     def loss(
         params: PyTree, images: jax.Array, labels: jax.Array, batch_stats: PyTree = None
@@ -42,11 +38,11 @@ def evaluation_loss(model: nn.Module) -> Loss:
 
 
 def training_loss(model: nn.Module) -> TrainingLoss:
-    """(params, batch_stats, images, labels) -> the mean loss, new statistics.
+    """(params, batch_stats, images, labels) -> the mean loss and new statistics.
 
-    In training: batch normalisation is by the batch. Only of a pass at the weights of
-    the network, not at perturbed ones, should the new running statistics be kept. A
-    network without any has an empty `batch_stats`, and takes no argument `train`.
+    Batch normalisation uses the batch. Keep the new statistics of a pass at the
+    network's weights, never at perturbed ones. A network without statistics has an
+    empty `batch_stats` and no argument `train`.
     """
 
     def loss(
@@ -69,6 +65,6 @@ def training_loss(model: nn.Module) -> TrainingLoss:
 
 
 def variables(params: PyTree, batch_stats: PyTree) -> dict[str, PyTree]:
-    """What a network's `apply` takes first, with statistics where there are any."""
+    """The first argument of a network's `apply`, with statistics if there are any."""
     statistics = {"batch_stats": batch_stats} if batch_stats else {}
     return {"params": params, **statistics}

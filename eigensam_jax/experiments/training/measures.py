@@ -1,4 +1,4 @@
-"""What is measured of a network while it trains, always on the unperturbed weights."""
+"""Measurements of a network in training, always at the unperturbed weights."""
 
 import math
 from collections.abc import Callable
@@ -23,11 +23,10 @@ from eigensam_jax.tree_math import PyTree
 CURVATURE_EXAMPLES = 2_000
 CURVATURE_TOLERANCE = 1e-3
 ALIGNMENT_BATCHES = 8
-_CHUNK = 2_000  # examples per call when a whole set is evaluated
-CHUNK = 250  # and when it is differentiated twice
+_CHUNK = 2_000  # examples per call, in evaluation
+CHUNK = 250  # and in Hessian-vector products
 
-# The last argument of both, which may be left out: running statistics of batch
-# normalisation, None or empty where there are none.
+# The last argument of both is the optional `batch_stats` of `losses.Loss`.
 Means = Callable[..., tuple[float, float]]
 MatvecAt = Callable[..., Matvec]
 
@@ -36,16 +35,14 @@ class Measurement(NamedTuple):
     """One look at a network.
 
     Attributes:
-      train_loss: the mean over the training set.
-      test_loss: of the test set.
-      test_accuracy: fraction of the test set that is classified correctly; None for
-        forecasts.
-      held_loss: of what the data set holds out to choose by; None where it does not.
-      lambda_max: λ_max of the Hessian of the training loss, on the first training
-        images.
+      train_loss: the mean over the training set, or over its first images.
+      test_loss: the mean over the test set.
+      test_accuracy: the fraction classified correctly; None for forecasts.
+      held_loss: on the data set's own held-out examples; None if it has none.
+      lambda_max: of the training loss's Hessian on the first training images.
       lambda_max_residual: ‖Hv − λv‖ of that eigenpair.
-      alignment: |cos| between the perturbation and that eigenvector, the mean over
-        `ALIGNMENT_BATCHES` training batches; for plain SGD, of the gradient.
+      alignment: |cos| of v and the perturbation (for SGD, the gradient), the mean over
+        `ALIGNMENT_BATCHES` training batches.
     """
 
     train_loss: float
@@ -63,8 +60,8 @@ Measure = Callable[..., tuple[Measurement, PyTree]]
 def make_matvec(loss: Loss) -> MatvecAt:
     """Builds (params, images, labels, batch_stats) -> the product with ∇²loss.
 
-    A chunk at a time: on a CPU, convolutions of a few hundred images take half as long
-    for each as those of a few thousand.
+    It works in chunks. On a CPU, convolutions take half the time per image for a few
+    hundred images that they take for a few thousand.
     """
 
     @partial(jax.jit, donate_argnums=0)
@@ -101,16 +98,11 @@ def make_matvec(loss: Loss) -> MatvecAt:
 
 
 def top_eigenpair(matvec: Matvec, params: PyTree, start: Any, tol: float) -> Eigenpair:
-    """The top eigenpair of a Hessian, by products that the host asks for one by one.
+    """The top eigenpair of a Hessian, by products in a loop on the host.
 
-    On a CPU, convolutions inside a compiled loop would be many times slower.
-
-    Args:
-      matvec: the product with the Hessian.
-      params: a tree with the shapes of its vectors.
-      start: where to begin, for example the eigenvector found some steps ago; None for
-        a random vector.
-      tol: of the residual, relative to the eigenvalue.
+    On a CPU, convolutions in a compiled loop would be many times slower. `start` is the
+    first vector, None for a random one; `tol` is that of the residual over the
+    eigenvalue.
 
     Raises:
       FloatingPointError: if the Hessian is zero or not finite.
@@ -125,16 +117,12 @@ def top_eigenpair(matvec: Matvec, params: PyTree, start: Any, tol: float) -> Eig
 
 
 def make_means(model: nn.Module) -> Means:
-    """Builds (params, images, labels, batch_stats) -> mean loss and accuracy.
-
-    Of forecasts there is no accuracy: it is 0.
-    """
+    """(params, images, labels, batch_stats) -> mean loss, accuracy (forecasts: 0)."""
 
     @jax.jit
     def totals(
         params: PyTree, images: jax.Array, labels: jax.Array, batch_stats: PyTree
     ) -> tuple[jax.Array, jax.Array]:
-        """The summed loss and the number of correct answers."""
         logits: Any = model.apply(losses.variables(params, batch_stats), images)
         is_right = logits.argmax(-1) == labels if labels.ndim == 1 else jnp.zeros(())
         return losses.each(logits, labels).sum(), is_right.sum()
@@ -163,24 +151,21 @@ def make_measure(
     loss_examples: int | None = None,
     batches: int = ALIGNMENT_BATCHES,
 ) -> Measure:
-    """Builds what looks at a network: -> (`Measurement`, top eigenvector).
+    """Builds (setup, state, start) -> a `Measurement` and the top eigenvector.
 
-    Its arguments are (setup, state, start): `start` is where the search for the top
-    eigenvector begins, None for anywhere. Loss, accuracy and Hessian are those of
-    evaluation, by the running statistics where the network has any; the perturbation is
-    that of training, but on images that are not augmented. A training loss that is not
-    finite raises FloatingPointError.
+    `start` is where the eigenvector search begins, or None. Loss, accuracy and Hessian
+    are those of evaluation mode; the perturbation is that of training mode, without
+    augmentation. FloatingPointError is raised if the training loss is not finite.
 
     Args:
       model: the network.
       dataset: what it is trained on.
       batch_size: of its training.
-      examples: the Hessian is that of the first so many training images.
-      matvec_at: as `make_matvec` builds it, to be shared.
-      tolerance: of λ_max's residual, relative to it.
-      loss_examples: the training loss is that of the first so many; None for all.
-      batches: for the alignment, the first ones of the order in which the state has the
-        training images; 0 to leave it out, which makes it NaN.
+      examples: the number of training images for the Hessian.
+      matvec_at: a result of `make_matvec`, to share its programs.
+      tolerance: of λ_max's residual, relative to λ_max.
+      loss_examples: the number of training images for the loss; None for all.
+      batches: the number of training batches for the alignment, which is NaN for 0.
     """
     loss, means = losses.training_loss(model), make_means(model)
     matvec_at = matvec_at or make_matvec(losses.evaluation_loss(model))
@@ -193,7 +178,6 @@ def make_measure(
     def cosine(
         structure: Setup, alpha: jax.Array, top: PyTree, *batch_and_state: PyTree
     ) -> jax.Array:
-        """|cos| between `top` and the perturbation from a batch."""
         setup = structure._replace(alpha=alpha)
         direction = methods.epsilon(setup, *batch_and_state)
         along = jnp.abs(tree_math.vdot(direction, top))
@@ -237,6 +221,6 @@ def make_measure(
 
 
 def first_batches(order: jax.Array, batch_size: int, count: int) -> jax.Array:
-    """The first `count` batches of an epoch, or all: indices, a row a batch."""
+    """Indices of the first `count` batches of an epoch (or of all), one row each."""
     used = len(order) // batch_size * batch_size
     return order[:used].reshape(-1, batch_size)[:count]

@@ -1,4 +1,4 @@
-"""What a run trains by: a method, its ρ and α, and the steps on which it perturbs."""
+"""Methods that a run trains by, with ρ, α and the steps that perturb."""
 
 import math
 from collections.abc import Sequence
@@ -14,24 +14,23 @@ from eigensam_jax.experiments.registry import METHODS, TRACKERS, matched
 from eigensam_jax.trackers import Tracker
 from eigensam_jax.tree_math import PyTree
 
-PARTS = "parts"  # the axis over the parts of a batch that are perturbed by themselves
+PARTS = "parts"  # the axis over separately perturbed parts of a batch
 
 
 class Setup(NamedTuple):
-    """A method with all that can be chosen of it.
+    """A method and all its choices.
 
     Attributes:
       optimizer: the method, a key of `registry.METHODS`.
-      rho: ρ.
-      alpha: α of Eigen-SAM.
+      rho, alpha: ρ, and α of Eigen-SAM.
       tracker: how Eigen-SAM follows v, a key of `registry.TRACKERS`.
-      num_products: Hessian-vector products of a refresh, where it has a choice.
+      num_products: Hessian-vector products per refresh, if the tracker has a choice.
       update_interval: steps from one refresh to the next.
-      every: perturbs on every so many steps.
-      reuse: of `periodic` on the steps between; 0 leaves them to the base optimizer.
+      every: perturbs on every `every`-th step.
+      reuse: of `periodic`, on the other steps; 0 leaves them to the base optimizer.
       last: perturbs in this last share of the steps only.
       norms_only: perturbs the parameters of normalisation layers only.
-      parts: each batch is cut into so many parts, each perturbed by its own gradient.
+      parts: the parts of a batch, each perturbed by its own gradient.
     """
 
     optimizer: str
@@ -48,18 +47,18 @@ class Setup(NamedTuple):
 
     @property
     def structure(self) -> "Setup":
-        """What compiled steps depend on: ρ, α and the reuse are their arguments."""
+        """The static part, on which compiled steps depend; the rest are `scalars`."""
         every, reuse = min(self.every, 2), 1.0 if self.reuse else 0.0
         return self._replace(rho=0.0, alpha=0.0, every=every, reuse=reuse, last=1.0)
 
     @property
     def scalars(self) -> tuple[jax.Array, ...]:
-        """Those arguments, for `with_scalars`."""
+        """ρ, α and, if there is any, the reuse."""
         reuse = (self.reuse,) if self.reuse else ()
         return tuple(map(jnp.float32, (self.rho, self.alpha, *reuse)))
 
     def with_scalars(self, scalars: Sequence[jax.Array]) -> "Setup":
-        """The setup with these in their places."""
+        """The setup with these `scalars`."""
         rho, alpha, *reuse = scalars
         return self._replace(rho=rho, alpha=alpha, reuse=reuse[0] if reuse else 0.0)
 
@@ -70,11 +69,11 @@ class Setup(NamedTuple):
         return perturbs and since >= 0 and since % self.every == 0
 
     def refreshes(self, step: int, total_steps: int) -> bool:
-        """Whether the tracker refreshes v on this step, one of those that perturb."""
+        """Whether the tracker refreshes v on this step, if the step perturbs."""
         return (step - self._first(total_steps)) % self.update_interval == 0
 
     def gradients(self, total_steps: int) -> float:
-        """Gradient evaluations a step, on average; a product counts as two of them."""
+        """Mean gradient evaluations per step; a Hessian product counts as two."""
         acting = sum(self.acts(step, total_steps) for step in range(total_steps))
         products = 2 * self.num_products / self.update_interval
         more = METHODS[self.optimizer].gradients - 1 + products
@@ -82,7 +81,7 @@ class Setup(NamedTuple):
 
     @property
     def matched(self) -> "Setup | None":
-        """SAM in its place, ρ still to be set, where a method is compared with that."""
+        """SAM, with ρ still to be set, if this method is compared with SAM."""
         if matched(self.optimizer) is None:
             return None
         return self._replace(
@@ -94,7 +93,7 @@ class Setup(NamedTuple):
 
 
 def named(name: str, rho: float, alpha: float, tracker: str = "") -> Setup:
-    """The method of this name, with what it takes of ρ, α and a tracker."""
+    """The method of this name, with ρ, α and tracker as far as it uses them."""
     method = METHODS[name]
     if method.link is None:
         return Setup(name)
@@ -112,14 +111,14 @@ def named(name: str, rho: float, alpha: float, tracker: str = "") -> Setup:
 
 
 def make_tracker(setup: Setup) -> Tracker:
-    """The tracker of a method that has one."""
+    """The tracker of a setup that has one."""
     return TRACKERS[setup.tracker].make(setup.num_products, setup.update_interval)
 
 
 def make_optimizer(
     setup: Setup, descent: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """The method's link before `descent`. Its `update` takes `perturb`."""
+    """The method's link before `descent`; its `update` takes `perturb`."""
     method, options = METHODS[setup.optimizer], dict[str, Any]()
     if method.link is None:
         return optax.chain(optax.with_extra_args_support(optax.identity()), descent)
@@ -135,7 +134,7 @@ def make_optimizer(
 
 
 def epsilon(setup: Setup, grads: PyTree, params: PyTree, opt_state: Any) -> PyTree:
-    """The direction of the perturbation from a batch's `grads`; their own, for SGD."""
+    """The perturbation's direction, from a batch's gradient; for SGD, the gradient."""
     if setup.norms_only:
         mask = is_norm(params)
         grads = jax.tree.map(lambda g, inside: inside * g, grads, mask)
@@ -147,7 +146,7 @@ def epsilon(setup: Setup, grads: PyTree, params: PyTree, opt_state: Any) -> PyTr
 
 
 def is_norm(params: PyTree) -> PyTree:
-    """Which parameters are scales and biases of normalisation layers."""
+    """Marks the scales and biases of normalisation layers."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: "norm" in jax.tree_util.keystr(path).lower(), params
     )

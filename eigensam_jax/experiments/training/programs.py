@@ -1,4 +1,4 @@
-"""Programs compiled ahead of time, and what the compiler says that they cost."""
+"""Programs compiled ahead of time, and their costs as the compiler counts them."""
 
 import time
 from collections.abc import Callable
@@ -10,11 +10,10 @@ from eigensam_jax.experiments.training import collectives
 
 
 class Costs(NamedTuple):
-    """What one run of a program costs, on one device.
+    """The costs of one run of a program, on one device.
 
     Attributes:
-      operations: floating-point, as the compiler counts them; a multiplication with an
-        addition is two.
+      operations: floating-point operations; a multiply-add is two.
       bytes_accessed: read and written by all instructions of the compiled program.
       collectives: exchanges between devices of more than `collectives.LARGE` bytes.
       collective_bytes: the size of the results of all exchanges.
@@ -42,7 +41,7 @@ class Program(NamedTuple):
     compile_s: float
 
     def figures(self) -> dict[str, float]:
-        """All of it that belongs in a results file."""
+        """The figures for a results file."""
         return {
             **self.costs._asdict(),
             "temp_bytes": self.temp_bytes,
@@ -58,15 +57,9 @@ def compile_program(
 ) -> Program:
     """Compiles `function` for arguments like `args`, arrays or their shapes.
 
-    The compiler counts a loop's body once and of a conditional both branches: what is
-    counted should have neither.
-
-    Args:
-      function: to be compiled; a new one each time, where the time is to be that of a
-        first compilation.
-      *args: arrays, or `jax.ShapeDtypeStruct`s, with the shardings that they have.
-      donate: which arguments are given away.
-      out_shardings: of the results, as in `jax.jit`.
+    The compiler counts a loop's body once, and both branches of a conditional. Programs
+    whose costs are compared should have neither. Pass a new `function` each time, if
+    the time of a first compilation matters.
     """
     start = time.perf_counter()
     jitted = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)

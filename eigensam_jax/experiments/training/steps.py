@@ -1,4 +1,4 @@
-"""The steps of training, pure functions of a state on the device."""
+"""Training steps, as pure functions of a state on the device."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,22 +12,21 @@ from eigensam_jax.experiments.training import methods
 from eigensam_jax.experiments.training.losses import Loss, TrainingLoss
 from eigensam_jax.tree_math import PyTree
 
-Begin = jax.tree_util.Partial  # of variables to variables, with arrays of its own
+Begin = jax.tree_util.Partial  # maps variables to variables; holds arrays
 
-_STEP_KEYS = 2  # what `step_key` folds into the key; `split` makes 0 and 1
+_STEP_KEYS = 2  # folded into the key by `step_key`; `split` uses 0 and 1
 
 
 class TrainState(NamedTuple):
     """Everything that a training step carries, on the device and donated.
 
     Attributes:
-      params: the network's parameters.
-      opt_state: the optimizer's state.
-      key: data of the key for the order of the examples, and what is drawn in a step.
-      order: the examples of this epoch, in the order in which they are used.
+      params, opt_state: of the network and of the optimizer.
+      key: data of the key for the order of examples and for draws in a step.
+      order: the examples of this epoch, in the order of use.
       step: steps so far.
       radius_sum: the sum of ‖ε‖ over the steps so far.
-      batch_stats: running statistics of batch normalisation; empty where there is none.
+      batch_stats: running statistics of batch normalisation, or empty.
     """
 
     params: PyTree
@@ -48,12 +47,9 @@ def start(
 ) -> TrainState:
     """The state before the first step.
 
-    Args:
-      model: the network.
-      tx: the optimizer.
-      images: the training set, of which only shapes matter.
-      seed: of the weights, the order of the examples and all that is drawn.
-      begin: what the network's new variables are exchanged for; None to keep them.
+    Only the shapes of `images` matter. `seed` fixes the weights, the order of the
+    examples and all draws. `begin` maps the network's new variables to those to start
+    from.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     variables = _new_variables(model, init_key, images[:1], begin)
@@ -75,7 +71,7 @@ def start(
 def _new_variables(
     model: nn.Module, key: jax.Array, image: jax.Array, begin: Begin | None
 ) -> PyTree:
-    """Compiled, so that what only gives shapes, or is exchanged, is never computed."""
+    """Compiled, so that values which `begin` replaces are never computed."""
     variables = model.init(key, image)
     return variables if begin is None else begin(variables)
 
@@ -87,17 +83,14 @@ def shuffled(key: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def next_batch(state: TrainState, batch_size: int) -> jax.Array:
-    """The examples of the next step: indices of shape (batch_size,)."""
+    """Indices of the examples of the next step, shape (batch_size,)."""
     steps_per_epoch = len(state.order) // batch_size
     first = state.step % steps_per_epoch * batch_size
     return jax.lax.dynamic_slice_in_dim(state.order, first, batch_size)
 
 
 def step_key(state: TrainState) -> jax.Array:
-    """The key of what is drawn in the next step, none of those that `shuffled` has.
-
-    It depends on the state alone, so that a run that goes on draws the same.
-    """
+    """The key for draws in the next step: from the state alone, to resume alike."""
     epoch_key = jax.random.wrap_key_data(state.key)
     return jax.random.fold_in(jax.random.fold_in(epoch_key, _STEP_KEYS), state.step)
 
@@ -113,14 +106,13 @@ def take_step(
     acts: bool = True,
     curvature: Loss | None = None,
 ) -> TrainState:
-    """One step of `tx` on a batch; `refresh` fixes what a tracker does on it.
+    """One step of `tx` on a batch; `refresh` says whether its tracker refreshes.
 
-    Running statistics are those of the pass at the weights w; the ones of a pass at
-    w + ε are dropped. With several `parts` of the batch, `tx` takes means over the axis
-    `methods.PARTS`; their number divides the batch, and there are no statistics. Where
-    `tx` does not act, which is to say perturb, its last ‖ε‖ is not counted. The Hessian
-    of trackers that make products is that of `curvature` on the batch; of the training
-    loss, where there is none.
+    Running statistics come from the pass at w, not from the one at w + ε. With several
+    `parts`, which must divide the batch, `tx` takes means over the axis
+    `methods.PARTS`; there are no statistics then. ‖ε‖ is counted only if `tx` perturbs
+    on this step (`acts`). Trackers take the Hessian of `curvature` on the batch, or of
+    the training loss if it is None.
     """
 
     def update(images: jax.Array, labels: jax.Array) -> Any:

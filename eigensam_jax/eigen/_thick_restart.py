@@ -61,8 +61,8 @@ class Search(NamedTuple):
 
 
 def plan(k: int, dimension: int, by_magnitude: bool, thorough: bool) -> Plan:
-    """The sizes of a search: at least 20 vectors, as in ARPACK."""
-    size = min(dimension, max(20, 2 * k + 10))
+    """The sizes of a search. A larger basis hardly saves products, at k = 1 least."""
+    size = min(dimension, 2 * k + 8)
     keep = k + (size - k) // 2
     return Plan(k, size, keep, size == dimension, by_magnitude, thorough)
 

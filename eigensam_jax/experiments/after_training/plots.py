@@ -35,7 +35,9 @@ def after_training(runs: Sequence[Run], title: str, path: Path) -> None:
         places = range(len(SIZES[kind][1]))
         for name, of_method in tables.chosen(runs).items():
             first = of_method[0]
-            values = 100 * np.array([run[f"{kind}_accuracy"] for run in of_method])
+            values = 100 * np.array(
+                [run["after"][f"{kind}_accuracy"] for run in of_method]
+            )
             style = _STYLES[first["longer"], first["averaged"]]
             drawn = {"color": METHODS[first["optimizer"]].colour, "label": name}
             images.band(axes, places, values, style, **drawn)

@@ -47,7 +47,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         held_labels=split.test_labels,
     )
     loop.check_batch_size(BATCH_SIZE, chosen.dataset, len(dataset.train_labels))
-    after = _next(chosen, dataset)
+    following = _next(chosen, dataset)
     results.make_folder(chosen.out)
     path = chosen.out / results.FILE
     config = {
@@ -64,7 +64,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         "sizes": {kind: list(sizes) for kind, (_, sizes) in SIZES.items()},
     }
     document = resumption.of_runs(path, command, config)
-    missing = _records(chosen, dataset, after, document, console)
+    missing = _records(chosen, dataset, following, document, console)
     in_order = lambda runs: sorted(runs, key=lambda x: x["seed"])
     resumption.add_runs(path, document, missing, console, in_order)
     wing.plots(document, chosen.out)
@@ -120,7 +120,7 @@ def _next(chosen: argparse.Namespace, dataset: Dataset) -> Dataset | None:
 def _records(
     chosen: argparse.Namespace,
     dataset: Dataset,
-    after: Dataset | None,
+    following: Dataset | None,
     document: Record,
     console: Console,
 ) -> Iterator[list[Record]]:
@@ -147,10 +147,10 @@ def _records(
 
     @cache
     def goes_on() -> loop.Run[PyTree]:
-        assert after is not None
-        steps = loop.num_steps(after, BATCH_SIZE, NEXT_EPOCHS)
+        assert following is not None
+        steps = loop.num_steps(following, BATCH_SIZE, NEXT_EPOCHS)
         settings = loop.Settings(steps, BATCH_SIZE, NEXT_RATE, (steps,))
-        return loop.make_run(model, after, keep, settings)
+        return loop.make_run(model, following, keep, settings)
 
     def figures(params: PyTree, seed: int) -> Record:
         """All that is measured of a network."""
@@ -169,6 +169,7 @@ def _records(
             "held_accuracy": held_accuracy,
             **sharpness.measured(value_fn, params),
         }
+        after: dict[str, list[float]] = {}
         for kind, change in changes(value_fn, seed).items():
             scores = np.array(
                 [
@@ -176,21 +177,16 @@ def _records(
                     for size in SIZES[kind][1]
                 ]
             )
-            found[f"{kind}_loss"], found[f"{kind}_accuracy"] = scores.T.tolist()
-        if after is not None:
+            after[f"{kind}_loss"], after[f"{kind}_accuracy"] = scores.T.tolist()
+        if following is not None:
             begin = jax.tree_util.Partial(  # type: ignore[no-untyped-call]
                 lambda variables, params: {"params": params}, params=params
             )
             (point,) = goes_on()(Setup("sgd"), seed, begin=begin)
-            found["next_loss"], found["next_accuracy"] = (
-                [of_old, of_new]
-                for of_old, of_new in zip(
-                    means(point.measurement, *test),
-                    means(point.measurement, after.test_images, after.test_labels),
-                    strict=True,
-                )
-            )
-        return found
+            then = following.test_images, following.test_labels
+            scores = np.array([means(point.measurement, *x) for x in (test, then)])
+            after["next_loss"], after["next_accuracy"] = scores.T.tolist()
+        return {**found, "after": after}
 
     def train(job: Record, advance: progress.Advance) -> list[Record]:
         method, seed = METHODS[job["optimizer"]], job["seed"]

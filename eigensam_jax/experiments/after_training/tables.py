@@ -23,7 +23,7 @@ OUTCOMES: dict[
     "error": ("test error", lambda run: 1 - run["test_accuracy"]),
     "next": (
         "accuracy forgotten",
-        lambda run: run["test_accuracy"] - run["next_accuracy"][0],
+        lambda run: run["test_accuracy"] - run["after"]["next_accuracy"][0],
     ),
 }
 _GROUP = ("optimizer", "longer", "averaged")
@@ -38,7 +38,7 @@ def label(run: Record) -> str:
 
 def kinds(runs: Sequence[Record]) -> list[str]:
     """What was done to the weights in these runs."""
-    return [*SIZES, *(["next"] if "next_accuracy" in runs[0] else [])]
+    return [*SIZES, *(["next"] if "next_accuracy" in runs[0]["after"] else [])]
 
 
 def sizes(kind: str) -> list[str]:
@@ -97,7 +97,9 @@ def after(runs: Sequence[Record], kind: str) -> list[list[str]]:
             name,
             *(
                 tables.mean_and_interval(values, 1, 100, sign=False)
-                for values in zip(*(run[key] for run in of_method), strict=True)
+                for values in zip(
+                    *(run["after"][key] for run in of_method), strict=True
+                )
             ),
         ]
         for name, of_method in chosen(runs).items()
@@ -119,8 +121,10 @@ def differences(runs: Sequence[Record], kind: str) -> list[list[str]]:
             pairs.append((name, METHODS[sam].label))
     rows = []
     for one, other in pairs:
-        of_seed = {run["seed"]: np.array(run[key]) for run in found[other]}
-        less = [np.array(run[key]) - of_seed[run["seed"]] for run in found[one]]
+        of_seed = {run["seed"]: np.array(run["after"][key]) for run in found[other]}
+        less = [
+            np.array(run["after"][key]) - of_seed[run["seed"]] for run in found[one]
+        ]
         cells = [tables.mean_and_interval(x, 1, 100) for x in zip(*less, strict=True)]
         rows.append([f"{one} − {other}", *cells])
     return rows
@@ -166,7 +170,7 @@ def _outcome(run: Record, name: str) -> float:
         return float(OUTCOMES[name][1](run))
     kind, size = name.split(":")
     place = list(SIZES[kind][1]).index(float(size))
-    return float(run[f"{kind}_loss"][place] - run["test_loss"])
+    return float(run["after"][f"{kind}_loss"][place] - run["test_loss"])
 
 
 def _cell(runs: Sequence[Record], key: str, digits: int, factor: float) -> str:

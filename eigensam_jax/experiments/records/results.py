@@ -16,7 +16,12 @@ PACKAGES = ("eigensam_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scipy")
 FILE = "results.json"
 SCHEMA = 1  # described in notebooks/results/README.md
 DIGITS = 9  # of a number; float32 holds no more
-CURVES = ("curves", "nodes", "weights")  # with `CURVE_DIGITS`, enough for all tables
+CURVES = (
+    "curves",
+    "nodes",
+    "weights",
+    "after",
+)  # with `CURVE_DIGITS`, enough for all tables
 CURVE_DIGITS = 6
 
 

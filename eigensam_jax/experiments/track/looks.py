@@ -19,6 +19,7 @@ from eigensam_jax.experiments.training.steps import TrainState
 from eigensam_jax.tree_math import PyTree
 
 _UNSEEN = 0.15  # the share of steps before the first look
+_CURVES = ("lambda_max", "ratio", "cosine")  # that a results file keeps
 _MEASURED = ("train_loss", "test_accuracy", "lambda_max", "lambda_max_residual")
 
 Look = dict[str, Any]
@@ -119,8 +120,8 @@ def summarise(points: list[Point[Look]]) -> dict[str, Any]:
     *looks, end = ({"radius": x.radius, **x.measurement} for x in points)
     curves: dict[str, list[Any]] = {}
     if looks:
-        curves = {key: [look[key] for look in looks] for key in looks[0]}
-        del curves["lambda_max_residual"]
+        kept = [key for key in _CURVES if key in looks[0]]
+        curves = {key: [look[key] for look in looks] for key in kept}
         curves = {"step": [point.step for point in points[:-1]], **curves}
     ratios, cosines = curves.get("ratio", []), curves.get("cosine", [])
     return {

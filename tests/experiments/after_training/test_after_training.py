@@ -116,10 +116,12 @@ def test_every_network_is_measured_and_changed(finished):
     for run in runs:
         assert {*sharpness.MEASURES} <= set(run)
         for kind, (_, sizes) in changes.SIZES.items():
-            assert len(run[f"{kind}_accuracy"]) == len(sizes)
-            assert len(run[f"{kind}_loss"]) == len(sizes)
-        np.testing.assert_allclose(run["quantized_loss"][0], run["test_loss"], rtol=0.1)
-        assert run["worst_case_loss"][0] < run["worst_case_loss"][-1]
+            assert len(run["after"][f"{kind}_accuracy"]) == len(sizes)
+            assert len(run["after"][f"{kind}_loss"]) == len(sizes)
+        np.testing.assert_allclose(
+            run["after"]["quantized_loss"][0], run["test_loss"], rtol=0.1
+        )
+        assert run["after"]["worst_case_loss"][0] < run["after"]["worst_case_loss"][-1]
         if run["optimizer"] == "sam_matched":
             key = {x: run[x] for x in ("seed", "tuned")}
             (other,) = (
@@ -172,8 +174,9 @@ def made(optimizer, tuned, seed, held, **more):
     of_sizes = {
         f"{k}_accuracy": [held - 0.1 * i for i in range(4)] for k in changes.SIZES
     }
+    after = {"after": of_sizes}
     own = {"optimizer": optimizer, "tuned": tuned, "seed": seed, "held_accuracy": held}
-    return {**plain, **figures, **of_sizes, **own, **more}
+    return {**plain, **figures, **after, **own, **more}
 
 
 def test_each_method_is_shown_at_what_was_best_on_what_is_held_out():
@@ -208,7 +211,7 @@ def test_ranks_are_kendalls_tau_within_each_seed():
             for name in sharpness.MEASURES
             if name != "train_loss"
         }
-        | {"quantized_loss": [0, 0, 3 * x + 7 * seed, 0]}
+        | {"after": {"quantized_loss": [0, 0, 3 * x + 7 * seed, 0]}}
         for seed in (0, 1)
         for rate, x, y in ((0.1, 1, 1), (0.2, 2, 3), (0.3, 3, 2), (0.4, 4, 4))
     ]

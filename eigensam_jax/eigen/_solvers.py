@@ -153,7 +153,7 @@ def top_eigenpairs(
     is found.
 
     Cost: at least k + 2 products; from a `v0`, which may be near an unwanted
-    eigenvector, at least m = 2k + 8; with `thorough` at least m + k, about
+    eigenvector, at least max(20, m), m = 2k + 8; with `thorough` at least m + k, about
     twice that for k > 1. The basis holds m vectors, briefly twice.
 
     Args:

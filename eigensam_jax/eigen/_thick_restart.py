@@ -16,6 +16,9 @@ from eigensam_jax.eigen import _krylov
 from eigensam_jax.tree_math import PyTree
 
 
+_CAREFUL = 20  # products before a start that was given is trusted
+
+
 class Plan(NamedTuple):
     """The sizes of a search.
 
@@ -74,7 +77,8 @@ def start(plan: Plan, v0: PyTree, key: jax.Array) -> Search:
     is_anywhere = tree_math.norm(v0) == 0
     first = tree_math.where(is_anywhere, anywhere, v0)
     # A given start may be near an unwanted eigenvector.
-    judge_from = jnp.where(is_anywhere, min(plan.k + 2, plan.size), plan.size)
+    careful = plan.size if plan.complete else max(plan.size, _CAREFUL)
+    judge_from = jnp.where(is_anywhere, min(plan.k + 2, plan.size), careful)
     return Search(
         basis=_krylov.tridiagonal(first, plan.size).basis,
         projection=jnp.zeros((plan.size, plan.size), dtype),

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from eigensam_jax.experiments import options
+from eigensam_jax.experiments import options, registry
 from eigensam_jax.experiments.registry import METHODS, learning_rate
 
 Document = dict[str, Any]
@@ -76,6 +76,6 @@ def plots(results: Document, folder: Path) -> None:
 
 def title(results: Document) -> str:
     """What was trained, by what."""
-    return ", ".join(
-        results["config"][key] for key in ("dataset", "model", "optimizer")
-    )
+    config = results["config"]
+    trained = registry.title(config["dataset"], config["model"])
+    return f"{trained}, {METHODS[config['optimizer']].label}"

@@ -36,6 +36,7 @@ class Method(NamedTuple):
     Attributes:
       label: in words.
       colour: the same in all plots.
+      marker: the same, and tells it from the others where there are no colours.
       link: (ρ, α, tracker, **options of a link) -> what comes before the base
         optimizer; None for a method that does not perturb.
       direction: (gradient, parameters, v, α) -> that of the perturbation; None where it
@@ -53,6 +54,7 @@ class Method(NamedTuple):
 
     label: str
     colour: str
+    marker: str = "o"
     link: Link | None = None
     direction: Callable[[PyTree, PyTree, PyTree, ArrayLike], PyTree] | None = None
     gradients: int = 2
@@ -75,12 +77,16 @@ class Tracking(NamedTuple):
       num_matvecs: Hessian-vector products of a refresh; 0 where it only observes.
       is_ceiling: whether it is there to show what more products would buy, and nobody
         would train by it.
+      label, colour, marker: as those of a `Method`; a "" label is its name.
     """
 
     function: Callable[..., Tracker]
     arguments: dict[str, Any]
     num_matvecs: int = 0
     is_ceiling: bool = False
+    label: str = ""
+    colour: str = "black"
+    marker: str = "o"
 
     @property
     def update_interval(self) -> int:
@@ -113,12 +119,14 @@ class DataSource(NamedTuple):
       files: what that folder holds; "" where it needs none.
       augment: what is usually done to training images; None for nothing.
       is_series: whether `read` makes a `Dataset` of its own, windows to forecast from.
+      label: in words; "" for its name.
     """
 
     read: Callable[[Path | None], Any]
     files: str = ""
     augment: Augment | None = None
     is_series: bool = False
+    label: str = ""
 
 
 class Network(NamedTuple):
@@ -126,10 +134,12 @@ class Network(NamedTuple):
 
     Attributes:
       make: from a number of classes to a Flax module.
+      label: in words; "" for its name.
       track_rate: SGD's learning rate in `eigensam track`; None for too large for it.
       is_series: whether it forecasts, so many hours in place of classes.
     """
 
     make: Callable[[int], Any]
+    label: str = ""
     track_rate: float | None = None
     is_series: bool = False

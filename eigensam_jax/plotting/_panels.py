@@ -15,7 +15,7 @@ def new(axes: Axes | None, height: float = 4.2) -> Axes:
     return axes
 
 
-def plain(x: float, position: int | None = None) -> str:
+def plain(x: float, position: float | None = None) -> str:
     """A tick's number, with an exponent only where it is very large or small."""
     return f"{x:g}"
 

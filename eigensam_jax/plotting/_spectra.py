@@ -94,6 +94,7 @@ def spectral_density(
         xlim=(low, high),
         ylim=(bottom, 4 * curve.max()),
     )
+    axes.yaxis.set_major_formatter(panels.plain)
     if tops.size or num_params is not None:
         axes.legend()
     return axes

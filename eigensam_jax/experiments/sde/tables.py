@@ -7,6 +7,7 @@ import numpy as np
 from rich.table import Table
 
 from eigensam_jax.experiments.records import results, tables
+from eigensam_jax.experiments.registry import DATASETS
 
 NOTES = (
     "Off: (path − SAM's)/SAM's from the same start, mean over the looks after the "
@@ -26,7 +27,7 @@ LABELS = {
     "mean_order_3": "order 3, no noise",
     "eigen_sam": "Eigen-SAM",
 }
-QUANTITIES = {"train_loss": "train loss", "lambda_max": "λ_max"}
+QUANTITIES = {"train_loss": "training loss", "lambda_max": "λ_max"}
 PARTS = {
     "first": "gradient",
     "second": "second derivatives",
@@ -41,7 +42,8 @@ Record = Mapping[str, Any]
 def title(document: Record) -> str:
     """Data set, network and learning rate."""
     config = document["config"]
-    return f"{config['dataset']}, tanh network, η {config['learning_rate']:g}"
+    trained = f"{DATASETS[config['dataset']].label}, tanh network"
+    return f"{trained}, η {config['learning_rate']:g}"
 
 
 def all_tables(runs: Sequence[Record], title: str) -> list[Table]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 
 from eigensam_jax import eigen, plotting
 from eigensam_jax.experiments.records import images
@@ -15,12 +14,12 @@ def spectrum(document: Mapping[str, Any], title: str, path: Path) -> None:
     """Draws the spectral density of a results file, and its top eigenvalues."""
     (run,) = document["runs"]
     nodes, weights = (jnp.asarray(run[key]) for key in ("nodes", "weights"))
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = plotting.spectral_density(
+    figure, ((axes,),) = images.panels(1, 1, 4.5, title)
+    plotting.spectral_density(
         eigen.SpectralDensity(nodes, weights),
-        figure.subplots(),
+        axes,
         eigenvalues=run["eigenvalues"],
         num_params=run["parameters"],
     )
-    axes.set(title=title, xlabel="eigenvalue λ of the Hessian of the training loss")
+    axes.set(xlabel="eigenvalue λ of the Hessian of the training loss")
     images.save(figure, path)

@@ -1,15 +1,15 @@
-"""`eigensam spectrum`: its options, tables and plots."""
+"""`eigensam spectrum`: its options, and what it answers."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from eigensam_jax.experiments import options
+from eigensam_jax.experiments import options, registry
 from eigensam_jax.experiments.registry import METHODS, learning_rate
 
 Document = dict[str, Any]
 
-EXAMPLES = 2_000  # training images, by default
+EXAMPLES = 2_000  # training images, where not said
 _USUAL = {"epochs": 100, "k": 10, "num_matvecs": 64, "num_samples": 8}
 _SMOKE = {"epochs": 2, "k": 3, "num_matvecs": 8, "num_samples": 2}
 
@@ -61,7 +61,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
 
 def tables(results: list[Document]) -> dict[str, Any]:
-    """Functions from a page's argument to rows, by the table's name."""
+    """The tables of a results file, by name: from what a page asks for to rows."""
     from eigensam_jax.experiments.spectrum import tables as made
 
     return {"spectrum": lambda count: made.summary(results[0])[: int(count)]}
@@ -75,7 +75,7 @@ def plots(results: Document, folder: Path) -> None:
 
 
 def title(results: Document) -> str:
-    """Data set, network and optimizer."""
-    return ", ".join(
-        results["config"][key] for key in ("dataset", "model", "optimizer")
-    )
+    """What was trained, by what."""
+    config = results["config"]
+    trained = registry.title(config["dataset"], config["model"])
+    return f"{trained}, {METHODS[config['optimizer']].label}"

@@ -1,17 +1,15 @@
 """Plots of the results files of `eigensam compare`, `accuracy` and `ablate`."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.records.tables import half_interval
-from eigensam_jax.experiments.registry import METHODS
+from eigensam_jax.experiments.registry import look
 from eigensam_jax.experiments.study.tables import FRONTIER, by_row, quality, spent
 
 Record = dict[str, Any]
@@ -20,166 +18,131 @@ _LABELS = {
     "train_loss": "training loss",
     "test_accuracy": "test accuracy %",
     "test_loss": "test error",
-    "lambda_max": "λ_max of the training loss",
-    "alignment": "alignment |cos(ε, v_top)|",
+    "lambda_max": "sharpness λ_max",
+    "alignment": "alignment |cos(ε, v)|",
 }
+_ABLATED = {"rho": "ρ", "alpha": "α", "when": "steps", "norms": "norm layers"}
+_FEW = 5  # looks, of which no curve is drawn
 
 
 def compare(runs: Sequence[Record], title: str, path: Path) -> None:
-    """Draws all that was measured over training.
-
-    Bands are standard deviations over seeds.
-    """
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    figure.suptitle(title)
-    keys = "train_loss", quality(runs)[0], "lambda_max", "alignment"
-    for axes, key in zip(figure.subplots(2, 2).flat, keys, strict=True):
-        _over_training(axes, by_row(runs, "main"), key)
-        if key in ("train_loss", "lambda_max"):
-            axes.set_yscale("log")
-    figure.axes[0].legend()
+    """Draws all that was measured over training, or at its end if looks are few."""
+    found = by_row(runs, "main")
+    if any(len(of_row[0]["curves"]["step"]) < _FEW for of_row in found.values()):
+        ends(runs, title, path)
+        return
+    count = max(map(len, found.values()))
+    note = f"Lines are means over {count} seeds, bands ± their standard deviation."
+    figure, grid = images.panels(2, 2, 7, title, note)
+    for axes, key in zip(grid.flat, _keys(runs), strict=True):
+        for i, (name, of_row) in enumerate(found.items()):
+            curves = [run["curves"] for run in of_row]
+            values, steps = _values(curves, key), curves[0]["step"]
+            spread = values.std(0, ddof=1) if len(values) > 1 else 0
+            style = look(name) | {"markevery": (i, len(found))}
+            images.band(axes, steps, values.mean(0), spread, **style)
+        axes.set(xlabel="step", title=_LABELS[key])
+        images.by_decades(axes, "y")
+    images.legend(figure)
     images.save(figure, path)
 
 
-def accuracy(runs: Sequence[Record], title: str, path: Path) -> None:
-    """Draws λ_max and alignment over training, and what each method came to.
-
-    Bands are standard deviations over seeds, bars 95% intervals.
-    """
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(1, 3)
-    found, good = by_row(runs, "main"), quality(runs)[0]
-    plain = {name for name in METHODS if METHODS[name].link is None}
-    few = plain | {name for name in METHODS if METHODS[name].usual}
-    drawn = {
-        name: of_row
-        for name, of_row in found.items()
-        if name in few and not METHODS[name].radius_of
-    }
-    for axes, key in zip(panels, ("lambda_max", "alignment"), strict=False):
-        _over_training(axes, drawn, key)
-    panels[0].legend()
-    for name, of_row in found.items():
-        _point(
-            *(panels[2], of_row, "lambda_max"),
-            *(METHODS[name].colour, METHODS[name].label, good),
-        )
-    panels[2].set(xlabel=_LABELS["lambda_max"], title=_LABELS[good])
-    panels[2].set_xscale("log")
-    panels[2].grid(alpha=0.3)
-    panels[2].legend(fontsize="small")
+def ends(runs: Sequence[Record], title: str, path: Path) -> None:
+    """Draws what each method came to."""
+    found = by_row(runs, "main")
+    note = f"{_note(runs)} Alignment is the mean over training."
+    height = 1.6 + 0.3 * len(found)
+    figure, grid = images.panels(1, 4, height, title, note, sharey=True)
+    for axes, key in zip(grid.flat, _keys(runs), strict=True):
+        images.rows(axes, [(_values(x, key), look(name)) for name, x in found.items()])
+        axes.set(title=_LABELS[key])
+        if key != "alignment":
+            images.by_decades(axes, "x")
     images.save(figure, path)
 
 
 def ablate(runs: Sequence[Record], title: str, path: Path) -> None:
-    """Draws accuracy and λ_max of each row against radius, or against gradients spent.
-
-    A row of panels a table. Bars are 95% intervals over seeds.
-    """
-    names = list(dict.fromkeys(run["table"] for run in runs))
-    figure = Figure(figsize=(10, 4 * len(names)), layout="constrained")
-    figure.suptitle(title)
-    for name, panels in zip(
-        names, figure.subplots(len(names), 2, squeeze=False), strict=True
-    ):
-        by_radius = name not in ("tracker", "when")
-        x = "radius" if by_radius else "gradients"
-        label = "mean ‖ε‖" if by_radius else "gradient evaluations a step"
+    """Draws accuracy and λ_max of each row; a row of panels a table."""
+    tables = {x: by_row(runs, x) for x in dict.fromkeys(run["table"] for run in runs)}
+    counts = [len(found) for found in tables.values()]
+    note = f"{_note(runs)} The dotted line is at the first row."
+    size = len(tables), 2, 1 + 0.7 * len(tables) + 0.2 * sum(counts)
+    shared: dict[str, Any] = {"sharey": "row", "height_ratios": counts}
+    figure, grid = images.panels(*size, title, note, **shared)
+    for (table, found), panels in zip(tables.items(), grid, strict=True):
+        variants = list(dict.fromkeys(row.partition(",")[2] for row in found))
+        ordered = sorted(found, key=lambda row: variants.index(row.partition(",")[2]))
         for axes, key in zip(panels, (quality(runs)[0], "lambda_max"), strict=True):
-            colours: dict[str, str] = {}
-            for row, of_row in by_row(runs, name).items():
-                first = row.partition(",")[0]
-                label_once = None if first in colours else first
-                own = METHODS[first].colour if first in METHODS else f"C{len(colours)}"
-                colour = colours.setdefault(first, own)
-                _point(axes, of_row, x, colour, label_once, key)
-            axes.set(xlabel=label, title=f"{name}: {_LABELS[key]}")
-            axes.grid(alpha=0.3)
-        panels[0].legend(fontsize="small")
-        panels[1].set_yscale("log")
+            drawn = [(_values(found[row], key), _of_row(row)) for row in ordered]
+            images.rows(axes, drawn)
+            first, style = drawn[0]
+            axes.axvline(first.mean(), color=style["color"], linestyle=":")
+            axes.set(title=f"{_ABLATED.get(table, table)}: {_LABELS[key]}")
+            images.by_decades(axes, "x")
     images.save(figure, path)
 
 
 def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
     """Draws accuracy and λ_max of each method against the gradients that it spent.
 
-    Full at the same steps, hollow at SAM's number of gradients. Bars are 95% intervals.
+    Those that spent the same are side by side.
     """
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    text = f"{title}: full after the same steps, hollow after the same gradients"
-    figure.suptitle(f"{text}; bars are 95% intervals", x=0.01, ha="left")
-    panels = figure.subplots(1, 2)
-    for axes, key in zip(panels, (quality(runs)[0], "lambda_max"), strict=True):
-        for table in FRONTIER:
-            found = by_row(runs, table)
-            for i, (name, of_row) in enumerate(found.items()):
-                if table == "gradients" and "longer" not in of_row[0]:
-                    continue  # the same runs
-                method, aside = METHODS[name], 0.03 * (i - len(found) / 2)
-                drawn = [run | {"spent": spent(run) + aside} for run in of_row]
-                label = method.label if table == "steps" else None
-                hollow = {"markerfacecolor": "white"} if table == "gradients" else {}
-                _point(axes, drawn, "spent", method.colour, label, key, **hollow)
-        plain = METHODS[runs[0]["optimizer"]].label
+    full, hollow = (by_row(runs, table) for table in FRONTIER)
+    drawn: list[tuple[str, list[Record], dict[str, Any]]]
+    drawn = [(name, of_row, {}) for name, of_row in full.items()]
+    drawn += [  # others are the same runs
+        (name, of_row, {"markerfacecolor": "white"})
+        for name, of_row in hollow.items()
+        if "longer" in of_row[0]
+    ]
+    at = [round(spent(of_row[0]), 1) for _, of_row, _ in drawn]
+    note = "Full: after the same number of steps; hollow: after the same gradients."
+    figure, grid = images.panels(1, 2, 4.6, title, f"{note} {_note(runs)}")
+    for axes, key in zip(grid.flat, (quality(runs)[0], "lambda_max"), strict=True):
+        for i, (name, of_row, style) in enumerate(drawn):
+            aside = 0.035 * (at[:i].count(at[i]) - (at.count(at[i]) - 1) / 2)
+            values, own = _values(of_row, key), look(name)
+            axes.errorbar(
+                *(at[i] + aside, values.mean(), half_interval(values)),
+                fmt=own.pop("marker"),
+                capsize=3,
+                markersize=7,
+                **own,
+                **style,
+            )
+        plain = look(runs[0]["optimizer"])["label"]
         axes.set(xlabel=f"gradients for each step of {plain}", title=_LABELS[key])
-        axes.grid(alpha=0.3)
-    panels[1].set_yscale("log")
-    panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panels[1].yaxis.set_major_formatter("{x:g}")
-    panels[1].yaxis.set_minor_formatter("")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center")
+        axes.set_xticks(sorted(set(at)))
+        images.by_decades(axes, "y")
+    images.legend(figure, 3)
     images.save(figure, path)
 
 
 DRAW: dict[str, Callable[[Sequence[Record], str, Path], None]] = {
     "compare": compare,
-    "accuracy": accuracy,
+    "accuracy": ends,
     "ablate": ablate,
     "frontier": frontier,
 }
 
 
-def _over_training(axes: Axes, found: dict[str, list[Record]], key: str) -> None:
-    """A figure at each look: a colour a method, mean ± standard deviation."""
-    factor = 100 if key == "test_accuracy" else 1
-    for name, of_row in found.items():
-        values = factor * np.array([run["curves"][key] for run in of_row])
-        steps, mean = of_row[0]["curves"]["step"], values.mean(0)
-        spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
-        # On a logarithmic scale there is no place for what is below zero.
-        low = np.maximum(mean - spread, values.min(0))
-        colour = METHODS[name].colour
-        style = ".--" if METHODS[name].radius_of else ".-"
-        axes.plot(steps, mean, style, color=colour, label=METHODS[name].label)
-        axes.fill_between(steps, low, mean + spread, color=colour, alpha=0.2)
-    axes.set(xlabel="step", title=_LABELS[key])
-    axes.grid(alpha=0.3)
+def _keys(runs: Sequence[Record]) -> tuple[str, ...]:
+    return quality(runs)[0], "train_loss", "lambda_max", "alignment"
 
 
-def _point(
-    axes: Axes,
-    runs: Sequence[Record],
-    x: str,
-    colour: str,
-    label: str | None,
-    y: str,
-    **style: Any,
-) -> None:
-    """The mean over seeds with 95% intervals."""
-    factor = 100 if y == "test_accuracy" else 1
-    across = np.array([run[x] for run in runs])
-    up = factor * np.array([run[y] for run in runs])
-    several = len(runs) > 1  # of one there is no interval
-    axes.errorbar(
-        across.mean(),
-        up.mean(),
-        xerr=half_interval(across) if several else None,
-        yerr=half_interval(up) if several else None,
-        fmt="o",
-        color=colour,
-        label=label,
-        capsize=2,
-        **style,
-    )
+def _note(runs: Sequence[Record]) -> str:
+    """What the bars mean, if there are any."""
+    count = len({run["seed"] for run in runs if run["table"] != "tuning"})
+    return f"Bars are 95% intervals over {count} seeds." if count > 1 else "One seed."
+
+
+def _values(runs: Sequence[Record], key: str) -> np.ndarray:
+    return (100 if key == "test_accuracy" else 1) * np.array([x[key] for x in runs])
+
+
+def _of_row(row: str) -> dict[str, Any]:
+    """How a row is drawn, with what its name says after the method's."""
+    name, comma, rest = row.partition(",")
+    drawn = look(name)
+    singular = re.sub(r"\b1 (\w+)s\b", r"1 \1", rest)
+    return drawn | {"label": f"{drawn['label']}{comma}{singular}"}

@@ -69,7 +69,8 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
     checkpoint = config.out / CHECKPOINT
     resumption.add_runs(path, document, missing, console, checkpoint=checkpoint)
     checkpoint.unlink(missing_ok=True)
-    runs, title = document["runs"], f"{config.dataset}, {config.model}"
+    runs = document["runs"]
+    title = registry.title(config.dataset, config.model)
     for table in study_tables.all_tables(runs, title):
         console.print(table)
     plot = config.out / f"{kind}.png"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eigensam_jax.experiments import options
+from eigensam_jax.experiments import options, registry
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.registry import (
     BASE_OPTIMIZERS,
@@ -112,7 +112,7 @@ def plots(results: Document, folder: Path) -> None:
 
     kind = results["commands"][0].split()[1]
     config = results["config"]
-    title = f"{config['dataset']}, {config['model']}"
+    title = registry.title(config["dataset"], config["model"])
     drawn.DRAW[kind](results["runs"], title, folder / f"{kind}.png")
 
 

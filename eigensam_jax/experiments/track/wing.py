@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from eigensam_jax.experiments import options
+from eigensam_jax.experiments import options, registry
 from eigensam_jax.experiments.registry import MODELS, TRACKERS, learning_rate
 
 Document = dict[str, Any]
@@ -85,5 +85,5 @@ def plots(results: Document, folder: Path) -> None:
     from eigensam_jax.experiments.track import plots as drawn
 
     config = results["config"]
-    title = f"{config['dataset']}, {config['model']}"
+    title = registry.title(config["dataset"], config["model"])
     drawn.track(results["runs"], title, folder / "track.png")

@@ -33,6 +33,26 @@ def test_a_plot_is_as_wide_as_a_page_and_the_same_again(tmp_path):
     assert abs(colours - 255.0).sum(1).min() == 0
 
 
+def test_a_mark_keeps_its_colour_beside_many_others(tmp_path):
+    result, grid = images.panels(1, 1, 4, "title")
+    for i, line in enumerate(np.random.default_rng(0).random((9, 20))):
+        images.band(grid[0, 0], range(20), line, 0.3, color=f"C{i}")
+    grid[0, 0].plot(10, 2, "o", color="#393b79")
+    images.save(result, tmp_path / "it.png")
+    with Image.open(tmp_path / "it.png") as image:
+        assert (0x39, 0x3B, 0x79) in {x for _, x in image.convert("RGB").getcolors()}
+
+
+def test_only_what_spans_a_decade_is_on_a_logarithmic_axis():
+    _, grid = images.panels(1, 3, 2, "title")
+    scales = []
+    for axes, values in zip(grid.flat, ([1, 10], [1, 9], [-1, 10]), strict=True):
+        axes.plot(values)
+        images.by_decades(axes, "y")
+        scales.append(axes.get_yscale())
+    assert scales == ["log", "linear", "linear"]
+
+
 def test_the_committed_ones_are_small():
     plots = list(ROOT.glob("notebooks/results/*/*.png"))
     assert plots

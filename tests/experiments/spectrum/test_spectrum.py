@@ -63,7 +63,7 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     printed = capsys.readouterr().out.lstrip()
     lines = printed.splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0].strip() == "digits, mlp, sam"
+    assert lines[0].strip() == "digits, MLP, SAM"
     assert sorted(p.name for p in out.iterdir()) == ["results.json", "spectrum.png"]
     results = json.loads((out / "results.json").read_text())
     assert results["commands"] == [f"eigensam {OPTIONS} {out}"]

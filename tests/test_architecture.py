@@ -29,7 +29,7 @@ LAYERS = [  # the modules of `_update` have floors of their own
 EXPERIMENTS = [  # the floors of the rooms around it
     {"errors"},
     {"data", "records"},
-    {"models", "entries"},
+    {"models", "entries", "ceilings"},
     {"registry"},
     {"training"},
     {"options"},

@@ -15,7 +15,6 @@ from eigensam_jax import tree_math
 from eigensam_jax.eigen import _krylov
 from eigensam_jax.tree_math import PyTree
 
-
 _CAREFUL = 20  # products before a start that was given is trusted
 
 

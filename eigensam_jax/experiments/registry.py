@@ -6,13 +6,15 @@ is imported when it is used.
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import optax
 
-from eigensam_jax import asam, eigen_sam, perturbation, sam, tree_math
+from eigensam_jax import asam, eigen_sam, perturbation, sam
+from eigensam_jax.experiments.ceilings import every_product
 from eigensam_jax.experiments.data import load
 from eigensam_jax.experiments.data.augmentation import Augment, crop, crop_and_flip
 from eigensam_jax.experiments.data.load import Dataset
@@ -25,15 +27,7 @@ from eigensam_jax.experiments.entries import (
     Tracking,
 )
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.hessian import Matvec
-from eigensam_jax.trackers import (
-    EigenpairState,
-    Tracker,
-    lanczos,
-    power_iteration,
-    ritz,
-    secant,
-)
+from eigensam_jax.trackers import lanczos, power_iteration, ritz, secant
 from eigensam_jax.tree_math import PyTree
 
 
@@ -89,9 +83,10 @@ def matched(method: str) -> str | None:
     return next((x for x in METHODS if METHODS[x].radius_of == method), None)
 
 
-def title(dataset: str, model: str) -> str:
-    """What is trained on what, in words."""
-    return f"{DATASETS[dataset].label or dataset}, {MODELS[model].label or model}"
+def title(dataset: str, model: str, base: str = "sgd") -> str:
+    """What is trained on what, in words, and by what if that is not the usual."""
+    by = f", {METHODS[base].label}" if base != "sgd" else ""
+    return f"{DATASETS[dataset].label or dataset}, {MODELS[model].label or model}{by}"
 
 
 def look(name: str) -> dict[str, Any]:
@@ -99,32 +94,6 @@ def look(name: str) -> dict[str, Any]:
     drawn: Method | Tracking = METHODS.get(name) or TRACKERS[name]
     label = drawn.label or name
     return {"label": label, "color": drawn.colour, "marker": drawn.marker}
-
-
-def every_product(decay: float = 0.95) -> Tracker:
-    """The secant with exact products: v ← decay·v + (1 − decay)·Hv/‖Hv‖, normalised.
-
-    One Hessian-vector product with the batch of every step where the secant takes a
-    difference of gradients along ε; averaged over batches alike. The v that a step uses
-    has seen its batch; the first is the first product with a random one.
-
-    Args:
-      decay: the weight of the v before, at least 0 and less than 1.
-
-    Returns:
-      A `Tracker` whose state is an `EigenpairState` with λ and residual of the v
-      before the product.
-    """
-    power = power_iteration(num_matvecs=1, update_interval=1)
-
-    def refresh(state: EigenpairState, matvec: Matvec) -> EigenpairState:
-        new: EigenpairState = power.refresh(state, matvec)
-        old = tree_math.scale(decay, state.eigenvector)
-        v = tree_math.add_scaled(old, 1 - decay, new.eigenvector)
-        v = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v)), v)
-        return new._replace(eigenvector=v)
-
-    return power._replace(refresh=refresh)
 
 
 def _later(module: str, name: str, *more: Any) -> Callable[..., Any]:
@@ -138,15 +107,10 @@ def _later(module: str, name: str, *more: Any) -> Callable[..., Any]:
 
 def _sgd(momentum: float | None) -> Any:
     """(learning rate, weight decay) -> SGD."""
-
-    def make(
-        rate: optax.ScalarOrSchedule, decay: float
-    ) -> optax.GradientTransformation:
-        descent = optax.sgd(rate, momentum=momentum)
-        decayed = optax.add_decayed_weights(decay)
-        return optax.chain(decayed, descent) if decay else descent
-
-    return make
+    decayed, descent = optax.add_decayed_weights, partial(optax.sgd, momentum=momentum)
+    return lambda rate, decay: (
+        optax.chain(decayed(decay), descent(rate)) if decay else descent(rate)
+    )
 
 
 def _link(make: Any) -> Any:

@@ -69,7 +69,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     resumption.add_runs(path, document, missing, console, in_order)
     wing.plots(document, chosen.out)
     runs = document["runs"]
-    for table in own_tables.all_tables(runs, f"{chosen.dataset}, {chosen.model}"):
+    title = registry.title(chosen.dataset, chosen.model, chosen.base_optimizer)
+    for table in own_tables.all_tables(runs, title):
         console.print(table)
     console.print(
         f"{tables.of_seeds(runs)} Of each method the setting that was best on a held-"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from eigensam_jax.experiments import options
+from eigensam_jax.experiments import options, registry
 from eigensam_jax.experiments.registry import DATASETS, METHODS
 
 Document = dict[str, Any]
@@ -38,6 +38,7 @@ def add_command(subparsers: Any) -> None:
     """Adds `eigensam after-training`."""
     parser = subparsers.add_parser(
         "after-training",
+        usage="%(prog)s [options]",
         help="what do quantisation, pruning, noise and new data do to flat networks?",
         description="Train networks by each method, measure how sharp they are, then "
         "quantise, prune and perturb their weights and train them on other data. "
@@ -93,5 +94,6 @@ def plots(results: Document, folder: Path) -> None:
     from eigensam_jax.experiments.after_training import plots as drawn
 
     config = results["config"]
-    title = f"{config['dataset']}, {config['model']}"
+    what = (config[key] for key in ("dataset", "model", "base_optimizer"))
+    title = registry.title(*what)
     drawn.after_training(results["runs"], title, folder / "after_training.png")

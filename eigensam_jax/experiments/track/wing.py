@@ -85,5 +85,6 @@ def plots(results: Document, folder: Path) -> None:
     from eigensam_jax.experiments.track import plots as drawn
 
     config = results["config"]
-    title = registry.title(config["dataset"], config["model"])
+    what = (config[key] for key in ("dataset", "model", "base_optimizer"))
+    title = registry.title(*what)
     drawn.track(results["runs"], title, folder / "track.png")

@@ -45,12 +45,15 @@ def add_data(parser: argparse.ArgumentParser, series: bool = False) -> None:
 
 
 def add_method(
-    parser: argparse.ArgumentParser, alpha: float = 0.2, above: float | None = None
+    parser: argparse.ArgumentParser,
+    rho: float = 0.1,
+    alpha: float = 0.2,
+    above: float | None = None,
 ) -> None:
     """Adds --learning-rate, and --rho and --alpha, at least 0 or above `above`."""
     usual = (f"{x.learning_rates[0]:g} for {k}" for k, x in BASE_OPTIMIZERS.items())
     add_learning_rate(parser, ", ".join(usual))
-    add_number(parser, "rho", 0.1, "ρ", above)
+    add_number(parser, "rho", rho, "ρ", above)
     add_number(parser, "alpha", alpha, "α", above)
 
 
@@ -64,10 +67,16 @@ def add_learning_rate(parser: argparse.ArgumentParser, usual: str) -> None:
     )
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
-    """Adds --base-optimizer and --weight-decay."""
-    what, names = "what takes the steps, ", tuple(BASE_OPTIMIZERS)
-    add_choice(parser, "base-optimizer", names, "sgd", what)
+def add_base(parser: argparse.ArgumentParser, usual: str = "") -> None:
+    """Adds --base-optimizer, None if there is another `usual` one, and its decay."""
+    names = ", ".join(BASE_OPTIMIZERS)
+    parser.add_argument(
+        "--base-optimizer",
+        metavar="NAME",
+        choices=tuple(BASE_OPTIMIZERS),
+        default=None if usual else "sgd",
+        help=f"what takes the steps, {names} [{usual or 'sgd'}]",
+    )
     add_number(parser, "weight-decay", 0.0)
 
 
@@ -91,7 +100,7 @@ def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
     }
     add_counts(parser, counts, {"curvature-examples": 5_000, "batch-size": 128})
     add_number(parser, "label-noise", 0.0, "share of training labels drawn anew")
-    add_base(parser)
+    add_base(parser, usual.get("base_optimizer", ""))
     add_no_augment(parser)
 
 

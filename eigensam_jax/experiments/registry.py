@@ -166,7 +166,6 @@ METHODS = {
         *("Eigen-SAM, power iteration", "#ff7f0e", "v", eigen_sam, _eigen_direction),
         tracker="power_iteration",
         baseline="sam_matched_paper",
-        usual=True,
     ),
     "sam_matched_paper": Method(
         *("SAM at power iteration's ‖ε‖", "#bcbd22", "<", _link(sam)),

@@ -83,10 +83,14 @@ def matched(method: str) -> str | None:
     return next((x for x in METHODS if METHODS[x].radius_of == method), None)
 
 
-def title(dataset: str, model: str, base: str = "sgd") -> str:
-    """What is trained on what, in words, and by what if that is not the usual."""
-    by = f", {METHODS[base].label}" if base != "sgd" else ""
-    return f"{DATASETS[dataset].label or dataset}, {MODELS[model].label or model}{by}"
+def title(config: dict[str, Any]) -> str:
+    """Of a results file: data, network, and what is unusual: labels, base optimizer."""
+    dataset, model = config["dataset"], config["model"]
+    words = [DATASETS[dataset].label or dataset, MODELS[model].label or model]
+    if noise := config.get("label_noise"):
+        words.append(f"{100 * noise:g}% of the labels redrawn")
+    base = config.get("base_optimizer", "sgd")  # which early files do not say
+    return ", ".join(words + ([METHODS[base].label] if base != "sgd" else []))
 
 
 def look(name: str) -> dict[str, Any]:

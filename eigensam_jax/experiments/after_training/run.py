@@ -69,7 +69,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     resumption.add_runs(path, document, missing, console, in_order)
     wing.plots(document, chosen.out)
     runs = document["runs"]
-    title = registry.title(chosen.dataset, chosen.model, chosen.base_optimizer)
+    title = registry.title(config)
     for table in own_tables.all_tables(runs, title):
         console.print(table)
     console.print(

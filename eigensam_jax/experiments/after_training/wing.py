@@ -94,6 +94,5 @@ def plots(results: Document, folder: Path) -> None:
     from eigensam_jax.experiments.after_training import plots as drawn
 
     config = results["config"]
-    what = (config[key] for key in ("dataset", "model", "base_optimizer"))
-    title = registry.title(*what)
+    title = registry.title(config)
     drawn.after_training(results["runs"], title, folder / "after_training.png")

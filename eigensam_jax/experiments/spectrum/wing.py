@@ -77,5 +77,4 @@ def plots(results: Document, folder: Path) -> None:
 def title(results: Document) -> str:
     """What was trained, by what."""
     config = results["config"]
-    trained = registry.title(config["dataset"], config["model"])
-    return f"{trained}, {METHODS[config['optimizer']].label}"
+    return f"{registry.title(config)}, {METHODS[config['optimizer']].label}"

@@ -70,7 +70,7 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
     resumption.add_runs(path, document, missing, console, checkpoint=checkpoint)
     checkpoint.unlink(missing_ok=True)
     runs = document["runs"]
-    title = registry.title(config.dataset, config.model, config.base_optimizer)
+    title = registry.title(document["config"])
     for table in study_tables.all_tables(runs, title):
         console.print(table)
     plot = config.out / f"{kind}.png"

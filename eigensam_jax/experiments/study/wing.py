@@ -116,7 +116,7 @@ def plots(results: Document, folder: Path) -> None:
 
     kind = results["commands"][0].split()[1]
     config = results["config"]
-    title = registry.title(*(config[x] for x in ("dataset", "model", "base_optimizer")))
+    title = registry.title(config)
     drawn.DRAW[kind](results["runs"], title, folder / f"{kind}.png")
 
 

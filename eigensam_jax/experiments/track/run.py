@@ -52,7 +52,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     in_order = lambda runs: sorted(runs, key=lambda x: (x["seed"], x["alpha"] or 0.0))
     resumption.add_runs(path, document, missing, console, in_order)
     wing.plots(document, chosen.out)
-    title = registry.title(chosen.dataset, chosen.model, chosen.base_optimizer)
+    title = registry.title(config)
     runs = document["runs"]
     for alpha in track_tables.alphas(runs):
         console.print(track_tables.table(runs, alpha, title))

@@ -85,6 +85,5 @@ def plots(results: Document, folder: Path) -> None:
     from eigensam_jax.experiments.track import plots as drawn
 
     config = results["config"]
-    what = (config[key] for key in ("dataset", "model", "base_optimizer"))
-    title = registry.title(*what)
+    title = registry.title(config)
     drawn.track(results["runs"], title, folder / "track.png")

@@ -385,7 +385,7 @@ def test_gauss_newton_modes_agree(mode):
 
         def product(mode):
             matrix = hessian.gauss_newton_matvec
-            return matrix(predict, convex_loss, params, hvp_mode=mode)(params)
+            return jax.jit(matrix(predict, convex_loss, params, hvp_mode=mode))(params)
 
         rtol = 1e-8 if mode == "finite_difference" else 1e-12
         assert relative_error(product(mode), product(hessian.HVP_MODES[0])) < rtol

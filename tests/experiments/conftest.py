@@ -35,6 +35,12 @@ class Tiny(nn.Module):
         return nn.Dense(self.num_classes)(nn.relu(nn.Dense(4)(x)))
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    """A small network in place of the MLP."""
+    monkeypatch.setitem(registry.MODELS, "mlp", entries.Network(Tiny))
+
+
 @pytest.fixture(scope="module")
 def quick():
     """A small network in place of the MLP, whose programs are compiled once a module.

@@ -47,9 +47,9 @@ def _steps_are_compiled_once():
     make_run, made = training.make_run, {}
 
     def from_cache(model, dataset, measure, settings):
-        if settings not in made:
-            made[settings] = make_run(model, dataset, measure, settings)
-        return made[settings]
+        if (model, settings) not in made:
+            made[model, settings] = make_run(model, dataset, measure, settings)
+        return made[model, settings]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_run", from_cache)
@@ -170,6 +170,7 @@ def test_a_bad_option_ends_with_one_line(
     assert_refused("spectrum", options, wrong, right, capsys, monkeypatch, tmp_path)
 
 
+@pytest.mark.usefixtures("tiny")
 def test_killed_in_training_it_comes_to_the_same(tmp_path, monkeypatch, capsys):
     command = ["spectrum", "--smoke", "--optimizer", "eigen_sam"]
     command += ["--num-samples", "1", "--out"]

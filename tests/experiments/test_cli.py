@@ -19,10 +19,10 @@ def test_compare_shows_the_difference(tmp_path, capsys):
     command = ["compare", "--smoke", "--looks", "2", "--seeds", "2", "--out", str(out)]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
-    names = ("sgd", "sam", "eigen_sam_paper", "eigen_sam", "sam_matched")
+    names = ("adamw", "sam", "eigen_sam", "sam_matched")
     lines = printed.splitlines()
     rows = [line.split()[0] for line in lines if line.count(" ± ") == 4]
-    assert rows[:5] == list(names)  # none is broken
+    assert rows[:4] == list(names)  # none is broken
     assert "eigen_sam −" in printed
     assert max(map(len, lines)) <= 80
     assert sorted(p.name for p in out.iterdir()) == ["compare.png", "results.json"]
@@ -30,7 +30,8 @@ def test_compare_shows_the_difference(tmp_path, capsys):
     results = json.loads((out / "results.json").read_text())
     assert results["complete"] is True
     assert results["commands"] == [f"eigensam {' '.join(command)}"]
-    assert results["config"]["plan"]["alpha"] == 0.2
+    assert results["config"]["plan"]["alpha"] == 1.0
+    assert results["config"]["base_optimizer"] == "adamw"
     assert {"jax", "optax", "eigensam_jax"} < set(results["versions"])
     assert results["device"]["platform"] in ("cpu", "gpu", "tpu")
     runs = {(run["row"], run["seed"]): run for run in results["runs"]}
@@ -48,24 +49,30 @@ def test_compare_shows_the_difference(tmp_path, capsys):
         if name == "sam_matched":
             rho = run["rho"]
             assert rho == runs["eigen_sam", seed]["radius"]
-            assert 0.1 < rho < 0.1 * math.sqrt(1.04)
+            assert 0.2 < rho < 0.2 * math.sqrt(2)
             losses = [runs[n, seed]["train_loss"] for n in names]
             assert len(set(losses)) == len(names)
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_takes_the_steps_is_recorded(tmp_path, capsys):
-    base = ["--base-optimizer", "adamw", "--weight-decay", "0.1"]
-    assert cli.main(["compare", "--smoke", *base, "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize(
+    ("options", "base", "rate"),
+    [
+        ("--base-optimizer adamw --optimizers adamw sam", "adamw", 0.001),
+        ("--optimizers sgd sam", "sgd", 0.05),  # the one that is named
+    ],
+)
+def test_what_takes_the_steps_is_recorded(options, base, rate, tmp_path, capsys):
+    command = f"compare --smoke --weight-decay 0.1 {options} --out {tmp_path}"
+    assert cli.main(command.split()) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    names = ["adamw", "sam", "eigen_sam_paper", "eigen_sam", "sam_matched"]
-    assert [run["row"] for run in results["runs"]] == names
-    assert {run["learning_rate"] for run in results["runs"]} == {0.001}
+    assert [run["row"] for run in results["runs"]] == [base, "sam"]
+    assert {run["learning_rate"] for run in results["runs"]} == {rate}
     config = results["config"]
-    assert (config["base_optimizer"], config["weight_decay"]) == ("adamw", 0.1)
-    assert "momentum" not in config
+    assert (config["base_optimizer"], config["weight_decay"]) == (base, 0.1)
+    assert ("momentum" in config) == (base == "sgd")
     printed = capsys.readouterr().out
-    assert "sam − adamw" in printed
+    assert f"sam − {base}" in printed
     assert "95%" not in printed  # of one seed
 
 

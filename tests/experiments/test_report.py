@@ -35,7 +35,7 @@ def test_results_are_complete_and_in_a_table_with_their_command(folder):
 def test_rows_are_replaced_and_headers_are_not():
     page = f"Before.\n\n{MARK}| a | b |\n| --- | --- |\n| old | 0 |\n\nAfter.\n"
     new = report.rendered(page, FOUND, "page")
-    assert new.startswith(f"Before.\n\n{MARK}| a | b |\n| --- | --- |\n| sgd | ")
+    assert new.startswith(f"Before.\n\n{MARK}| a | b |\n| --- | --- |\n| adamw | ")
     assert new.endswith(" |\n\nAfter.\n")
     assert "| old | 0 |" not in new
     assert report.rendered(new, FOUND, "page") == new
@@ -46,7 +46,7 @@ def test_what_follows_a_blank_line_is_kept():
     page = report.rendered(text, FOUND, "page")
     mark, line, *rest = page.split("\n")
     assert mark == "<!-- report: compare_digits run -->"
-    assert line.startswith("3 seeds, ")
+    assert line.startswith("5 seeds, ")
     assert "\n".join(rest) == "\nA line.\n\nAnother.\n"
 
 

@@ -174,7 +174,7 @@ def untouched(out, arguments, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
-        ("--alpha 0.5", "(alpha 0.2, now 0.5)"),
+        ("--alpha 0.5", "(alpha 1.0, now 0.5)"),
         ("--batch-size 64", "(batch_size 128, now 64)"),
         ("--model cnn", "(model mlp, now cnn)"),
         ("--train-examples 1000", "(train_examples 1437, now 1000)"),

@@ -1,3 +1,5 @@
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -95,8 +97,9 @@ def test_measure_against_a_naive_computation(problem, name, monkeypatch):
         tx = eigen_sam(0.1, alpha, trackers.power_iteration(num_matvecs=3))
     opt_state = tx.init(params)
     if name == "eigen_sam":
-        grads = jax.grad(value_fn)(params)
-        _, opt_state = tx.update(grads, opt_state, params, value_fn=value_fn)
+        grads = jax.jit(jax.grad(value_fn))(params)
+        update = jax.jit(partial(tx.update, value_fn=value_fn))
+        _, opt_state = update(grads, opt_state, params)
     order = jax.random.permutation(jax.random.key(1), 60)
     measure = measures.make_measure(model, dataset, 16, 2_000)
     state = TrainState(params, opt_state, None, order, None, None, {})
@@ -114,7 +117,7 @@ def test_measure_against_a_naive_computation(problem, name, monkeypatch):
     cosines = []
     for i in range(3):  # 60 examples are three batches of 16, and a rest
         batch = order[16 * i : 16 * (i + 1)]
-        g = jax.grad(loss)(
+        g = jax.jit(jax.grad(loss))(
             params, dataset.train_images[batch], dataset.train_labels[batch]
         )
         g = np.asarray(ravel_pytree(g)[0])

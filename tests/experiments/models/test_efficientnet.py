@@ -184,7 +184,7 @@ def test_it_is_the_network_of_those_names(resolution):
     variables = efficientnet.from_state_dict(arrays, PATH)
     model = efficientnet.EfficientNetLite0(20, resolution=resolution)
     ours = jax.jit(model.apply)(variables, images)
-    theirs = jax.jit(lambda arrays, x: forward(arrays, SMALL, x))(arrays, images)
+    theirs = jax.jit(lambda images: forward(arrays, SMALL, images))(images)
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 

@@ -169,6 +169,14 @@ def test_m_sharpness_is_the_mean_over_parts(measure):
 
 
 @ALL
+def test_parameters_of_numpy_are_as_those_of_jax(measure):
+    params, loss = network()
+    numpy = jax.tree.map(np.asarray, params)
+    found = (first(measure(loss, p, 0.2)) for p in (numpy, params))
+    np.testing.assert_array_equal(*found)
+
+
+@ALL
 def test_a_batch_that_changes_is_not_stale(measure):
     data = {"x": jnp.array([1.0, 2.0])}
     value_fn = lambda w: jnp.sum(data["x"] * w**2)

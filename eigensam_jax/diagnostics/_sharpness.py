@@ -132,7 +132,7 @@ def block(
         return along
 
     like = tree_math.zeros_like(space.select(params))
-    if host_loop is not False and _on_one_device(like):
+    if host_loop is not False and on_one_device(like):
         ravel: Any = ravel_pytree
         flat, unpack = ravel(like)
         pack: Any = lambda leaves: ravel(leaves)[0]
@@ -148,11 +148,11 @@ def block(
     return Block(space, by_host, matvec, like, lambda x: x, lambda x: x)
 
 
-def _on_one_device(leaves: list[jax.Array]) -> bool:
+def on_one_device(leaves: list[jax.Array]) -> bool:
     """Whether they are known and not sharded, so that they may be joined."""
     if not leaves or programs.is_traced(leaves):
         return False
-    return all(len(x.devices()) == 1 for x in leaves)
+    return all(len(x.devices()) == 1 for x in leaves if isinstance(x, jax.Array))
 
 
 def sharpness_by_layer(

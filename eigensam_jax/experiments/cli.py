@@ -82,9 +82,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_report(commands: Any) -> None:
     report = commands.add_parser(
         "report",
-        help="bring the tables and plots of a clone up to date with its results",
-        description="Write the rows of every table in the pages of a clone from its "
-        "results files, and draw every plot anew.",
+        help="rewrite the tables and plots of a clone from its results",
+        description="Rewrite the rows of every table in the pages of a clone from its "
+        "results files, and redraw every plot.",
     )
     report.add_argument(
         "--root",
@@ -97,8 +97,8 @@ def _add_report(commands: Any) -> None:
         "--only",
         metavar="WING",
         choices=tuple(WINGS),
-        help=f"the results of one alone, of {', '.join(WINGS)}, where study is "
-        "compare, accuracy and ablate [all]",
+        help=f"one of {', '.join(WINGS)}; study holds compare, accuracy, frontier and "
+        "ablate [all]",
     )
     report.set_defaults(run=_report)
 

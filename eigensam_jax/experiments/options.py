@@ -75,7 +75,7 @@ def add_base(parser: argparse.ArgumentParser, usual: str = "") -> None:
         metavar="NAME",
         choices=tuple(BASE_OPTIMIZERS),
         default=None if usual else "sgd",
-        help=f"what takes the steps, {names} [{usual or 'sgd'}]",
+        help=f"{names} [{usual or 'sgd'}]",
     )
     add_number(parser, "weight-decay", 0.0)
 
@@ -87,19 +87,19 @@ def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
         "--pretrained",
         metavar="FILE",
         type=Path,
-        help="weights that efficientnet_lite0 begins from",
+        help="pretrained weights of efficientnet_lite0",
     )
     counts = {
-        "resolution": "that it resizes images to [its own]",
+        "resolution": "resize images to N×N [the network's own]",
         "train-examples": "train on the first N images only [all]",
         "curvature-examples": "training images for λ_max at the end [%(default)s]",
-        "seeds": f"how many [{usual['seeds']}]",
-        "epochs": f"how many [{usual['epochs']}]",
+        "seeds": f"number of seeds [{usual['seeds']}]",
+        "epochs": f"number of epochs [{usual['epochs']}]",
         "batch-size": "[%(default)s]",
         "looks": f"measurements on the way [{usual['looks']}]",
     }
     add_counts(parser, counts, {"curvature-examples": 5_000, "batch-size": 128})
-    add_number(parser, "label-noise", 0.0, "share of training labels drawn anew")
+    add_number(parser, "label-noise", 0.0, "share of the training labels redrawn")
     add_base(parser, usual.get("base_optimizer", ""))
     add_no_augment(parser)
 
@@ -127,7 +127,7 @@ def add_out(parser: argparse.ArgumentParser, smoke: str) -> None:
         metavar="DIR",
         type=Path,
         default=Path(parser.prog.replace(" ", "-")),
-        help="where results go [%(default)s]",
+        help="folder of the results [%(default)s]",
     )
     parser.add_argument("--smoke", action="store_true", help=smoke)
 

@@ -39,34 +39,36 @@ def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "after-training",
         usage="%(prog)s [options]",
-        help="what do quantisation, pruning, noise and new data do to flat networks?",
+        help="quantize, prune and perturb trained networks, and train them on new data",
         description="Train networks by each method, measure how sharp they are, then "
-        "quantise, prune and perturb their weights and train them on other data. "
-        "Prints tables and leaves results.json and after_training.png in --out; goes "
-        "on from there.",
+        "quantize, prune and perturb their weights and train them on new data. Prints "
+        "tables and leaves results.json and after_training.png in --out; run it again "
+        "to resume.",
     )
     options.add_problem(parser, MODELS)
     parser.add_argument(
         "--next-dataset",
         metavar="NAME",
         choices=[name for name, source in DATASETS.items() if not source.is_series],
-        help="another of these, which they learn next [none]",
+        help="new data, from the same list [none]",
     )
-    parser.add_argument("--next-dir", metavar="DIR", type=Path, help="its files")
+    parser.add_argument(
+        "--next-dir", metavar="DIR", type=Path, help="files of the new data"
+    )
     options.add_choices(
         parser, "optimizers", _PERTURBING, f" [{' '.join(_USUAL['optimizers'])}]"
     )
-    counts = {"seeds": f"how many [{_USUAL['seeds']}]"}
-    counts["epochs"] = f"how many [{_USUAL['epochs']}]"
+    counts = {"seeds": f"number of seeds [{_USUAL['seeds']}]"}
+    counts["epochs"] = f"number of epochs [{_USUAL['epochs']}]"
     options.add_counts(parser, counts)
-    what = "of the base optimizer alone; of the others the first,"
+    what = "tried for the base optimizer; the others use the first"
     options.add_grid(parser, "learning-rates", what, _USUAL["learning_rates"])
     options.add_grid(parser, "rhos", "ρ", _USUAL["rhos"])
     options.add_number(parser, "alpha", 1.0, "α")
-    what = "share of training labels drawn anew"
+    what = "share of the training labels redrawn"
     options.add_number(parser, "label-noise", 0.0, what)
     options.add_base(parser)
-    options.add_out(parser, "1 seed, 1 epoch, four networks: does it run at all?")
+    options.add_out(parser, "quick check: 1 seed, 1 epoch, four networks")
 
 
 def run(chosen: argparse.Namespace, command: str) -> None:

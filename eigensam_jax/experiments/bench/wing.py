@@ -30,34 +30,33 @@ def add_command(subparsers: Any) -> None:
     """Adds `eigensam bench`."""
     bench = subparsers.add_parser(
         "bench",
-        help="what does a training step cost?",
+        help="measure the cost of a training step",
         description="Compile and time one training step with SGD, SAM and Eigen-SAM, "
         "on random images from a fixed seed: operations, bytes, memory and collectives "
         "of the compiled programs, and times in turns. Prints tables and leaves "
-        "results.json and bench.png in --out. Figures of other networks that are there "
-        "already are kept.",
+        "results.json and bench.png in --out. Earlier results of other networks are "
+        "kept.",
     )
     options.add_choices(bench, "models", _MODELS)
     options.add_choices(
         *(bench, "optimizers", _OPTIMIZERS),
-        ", beside sgd and sam; what is a tracker's name is eigen_sam by it, and "
-        "torch_… is PyTorch [all that can be]",
+        "; sgd and sam always run. A tracker's name stands for eigen_sam with it, "
+        "torch_… for PyTorch [all available]",
     )
     options.add_counts(bench, {"batch-size": "[256; 32 for resnet18 and vit]"})
-    what = "of the computation; parameters are float32. "
+    what = "dtype of the computation; parameters are float32: "
     options.add_choice(bench, "dtype", ("float32", "bfloat16"), "float32", what)
     counts = {
-        "devices": "how many, each with a part of the batch; a CPU is divided [1]",
-        "steps": f"rounds timed [{_USUAL['steps']}]",
+        "devices": "number of devices that share the batch; a CPU is divided [1]",
+        "steps": f"timed rounds [{_USUAL['steps']}]",
     }
     options.add_counts(bench, counts)
     bench.add_argument(
         "--growth",
         action="store_true",
-        help="instead: cost against the number of parameters, to 10⁸, and of devices, "
-        "to 8, by compilation alone; leaves growth.png",
+        help="only compile, for up to 10⁸ parameters and 8 devices; leaves growth.png",
     )
-    options.add_out(bench, "one network, 2 rounds: does it run at all?")
+    options.add_out(bench, "quick check: one network, 2 rounds")
 
 
 def run(chosen: argparse.Namespace, command: str) -> None:

@@ -30,13 +30,12 @@ def add_command(subparsers: Any) -> None:
     """Adds `eigensam sde`."""
     sde = subparsers.add_parser(
         "sde",
-        help="SAM against its stochastic differential equations",
-        description="Train a small tanh network by SAM, and follow the equations of "
-        "SAM up to first, second and third derivatives from the same starts; measure "
-        "what changes λ_max on the way. All on the first 1,024 training images, in 16 "
-        "fixed batches. Prints tables and leaves results.json, paths.png, off.png and "
-        "rates.png in --out. Paths that are there already are kept: the same command "
-        "goes on where it was interrupted.",
+        help="compare SAM with its stochastic differential equations",
+        description="Train a small tanh network by SAM, simulate SAM's equations of "
+        "first, second and third order from the same starts, and measure what "
+        "changes λ_max. Uses the first 1,024 training images in 16 fixed batches. "
+        "Prints tables and leaves results.json, paths.png, off.png and rates.png in "
+        "--out. Run it again to resume.",
     )
     options.add_data(sde)
     sde.add_argument(
@@ -44,14 +43,14 @@ def add_command(subparsers: Any) -> None:
         metavar="X",
         nargs="+",
         type=options.number(float, above=0),
-        help="ρ, one or several; the plots are of the middle one [0.025 0.05 0.1 0.2]",
+        help="ρ, one or several; the plots show the middle one [0.025 0.05 0.1 0.2]",
     )
     options.add_number(sde, "alpha", 1.0, "α of Eigen-SAM", above=0)
-    options.add_number(sde, "learning-rate", 0.1, "η, of SGD without momentum", above=0)
+    options.add_number(sde, "learning-rate", 0.1, "η of SGD without momentum", above=0)
     seeds, steps = _USUAL["seeds"], _USUAL["steps"]
-    counts = {"seeds": f"paths of each kind [{seeds}]", "steps": f"a path [{steps}]"}
+    counts = {"seeds": f"paths of each kind [{seeds}]", "steps": f"of a path [{steps}]"}
     options.add_counts(sde, counts)
-    options.add_out(sde, "1 seed, 4 steps: does it run at all?")
+    options.add_out(sde, "quick check: 1 seed, 4 steps")
 
 
 def run(chosen: argparse.Namespace, command: str) -> None:

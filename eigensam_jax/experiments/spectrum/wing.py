@@ -19,12 +19,11 @@ def add_command(subparsers: Any) -> None:
     spectrum = subparsers.add_parser(
         "spectrum",
         usage="%(prog)s [options]",
-        help="the eigenvalues of the Hessian of a trained network",
-        description="Train a network, and find the largest eigenvalues of the Hessian "
-        "of its training loss, with residuals, and how all of them are spread. Prints "
-        "a table and leaves results.json and spectrum.png in --out, in place of those "
-        "of an earlier run; a training that was interrupted goes on by the same "
-        "command.",
+        help="eigenvalues of the Hessian of a trained network",
+        description="Train a network, then compute the largest eigenvalues of the "
+        "Hessian of its training loss, with residuals, and the spectral density. "
+        "Prints a table and leaves results.json and spectrum.png in --out, replacing "
+        "earlier ones. Run it again to resume an interrupted training.",
     )
     usual = _USUAL
     trained = tuple(name for name in METHODS if not METHODS[name].radius_of)
@@ -33,21 +32,23 @@ def add_command(subparsers: Any) -> None:
     spectrum.add_argument(
         "--seed", metavar="N", type=options.number(int), default=0, help="[%(default)s]"
     )
-    counts = {"epochs": f"how many [{usual['epochs']}]", "batch-size": "[%(default)s]"}
+    counts = {
+        "epochs": f"number of epochs [{usual['epochs']}]",
+        "batch-size": "[%(default)s]",
+    }
     options.add_counts(spectrum, counts, {"batch-size": 128})
     options.add_method(spectrum)
     options.add_base(spectrum)
     options.add_no_augment(spectrum)
     products, vectors = usual["num_matvecs"], usual["num_samples"]
     counts = {
-        "k": f"how many top eigenvalues [{usual['k']}]",
+        "k": f"number of top eigenvalues [{usual['k']}]",
         "num-matvecs": f"products per random vector, for the density [{products}]",
         "num-samples": f"random vectors, for the density [{vectors}]",
-        "examples": "training images that the Hessian is taken on, the first ones "
-        f"[{EXAMPLES}, or all if less]",
+        "examples": f"first training images, for the Hessian [{EXAMPLES}, or all]",
     }
     options.add_counts(spectrum, counts)
-    options.add_out(spectrum, "2 epochs, few products: does it run at all?")
+    options.add_out(spectrum, "quick check: 2 epochs, few products")
 
 
 def run(chosen: argparse.Namespace, command: str) -> None:

@@ -124,27 +124,27 @@ def _add_compare(subparsers: Any) -> None:
     compare = subparsers.add_parser(
         "compare",
         usage="%(prog)s [options]",
-        help="train a network with AdamW, SAM and Eigen-SAM, and show the difference",
+        help="train with AdamW, SAM and Eigen-SAM and show the difference",
         description="Train the same network from the same seeds with each optimizer, "
-        "at the same ρ and α. Leaves results.json and compare.png in --out; goes on "
-        "from there.",
+        "at the same ρ and α. Leaves results.json and compare.png in --out; run it "
+        "again to resume.",
     )
     usual = _USUAL["compare"]
     names = " ".join(options.usual_methods(usual["base_optimizer"]))
     options.add_choices(compare, "optimizers", tuple(METHODS), f" [{names}]")
     options.add_runs(compare, usual)
     options.add_method(compare, rho=0.2, alpha=1.0)
-    options.add_out(compare, "1 seed, 1 epoch: does it run at all?")
+    options.add_out(compare, "quick check: 1 seed, 1 epoch")
 
 
 def _add_accuracy(subparsers: Any) -> None:
     accuracy = subparsers.add_parser(
         "accuracy",
         usage="%(prog)s [options]",
-        help="tune each method on a validation split, then train it from several seeds",
+        help="tune each method on a validation split, then train with several seeds",
         description="Choose the learning rate, ρ and α on a tenth of the training set, "
-        "then train on all of it. Leaves results.json and accuracy.png in --out; "
-        "the same command goes on where it ended.",
+        "then train on all of it. Leaves results.json and accuracy.png in --out; run "
+        "it again to resume.",
     )
     options.add_runs(accuracy, _USUAL["accuracy"])
     rates = BASE_OPTIMIZERS["sgd"].learning_rates
@@ -152,16 +152,17 @@ def _add_accuracy(subparsers: Any) -> None:
     grids |= {name: (what, _USUAL["accuracy"][name]) for name, what in _GRIDS.items()}
     for name, (what, usual) in grids.items():
         options.add_grid(accuracy, name, what, usual)
-    options.add_out(accuracy, "1 seed, 1 epoch, one or two of each: does it run?")
+    options.add_out(accuracy, "quick check: 1 seed, 1 epoch, one or two of each")
 
 
 def _add_frontier(subparsers: Any) -> None:
     frontier = subparsers.add_parser(
         "frontier",
         usage="%(prog)s [options]",
-        help="what each method reaches at the same steps, and at the same cost",
-        description="Tune all methods alike, train for the same steps, and for SAM's "
-        "gradients. Leaves results.json and frontier.png in --out; goes on from there.",
+        help="accuracy and λ_max of each method against its cost",
+        description="Tune all methods alike, then train each for the same number of "
+        "steps and of gradients. Leaves results.json and frontier.png in --out; run it "
+        "again to resume.",
     )
     names = [x for x in METHODS if METHODS[x].link is not None]
     usual = f" [{' '.join(_ON_THE_FRONTIER)}]"
@@ -170,23 +171,25 @@ def _add_frontier(subparsers: Any) -> None:
     for name, what in (("rhos", "ρ"), ("learning_rates", "of the base optimizer")):
         options.add_grid(frontier, name, what, _USUAL["frontier"][name])
     options.add_number(frontier, "alpha", 1.0, "α", 0)
-    options.add_out(frontier, "1 seed, 1 epoch, one trial: does it run at all?")
+    options.add_out(frontier, "quick check: 1 seed, 1 epoch, one trial")
 
 
 def _add_ablate(subparsers: Any) -> None:
     ablate = subparsers.add_parser(
         "ablate",
         usage="%(prog)s [options]",
-        help="what α, ρ, the tracker, the steps and the parameters perturbed matter",
+        help="vary α, ρ, the tracker, when to perturb, and which parameters",
         description="Train a network over and over, each time with one thing changed. "
-        "Leaves results.json in --out; the same command goes on where it ended.",
+        "Leaves results.json and ablate.png in --out; run it again to resume.",
     )
     options.add_runs(ablate, _USUAL["ablate"])
     tables = tuple(ablations.ABLATIONS)
-    few = " [all but the last two, of which parts wants no batch normalisation, and "
-    options.add_choices(ablate, "tables", tables, f"{few}norms wants some]")
+    few = " [all but the last two; parts needs no batch "
+    options.add_choices(
+        ablate, "tables", tables, f"{few}normalisation, norms one with it]"
+    )
     options.add_method(ablate, alpha=1.0, above=0)
-    options.add_out(ablate, "1 seed, 1 epoch, one table: does it run at all?")
+    options.add_out(ablate, "quick check: 1 seed, 1 epoch, one table")
 
 
 def _comparison(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:

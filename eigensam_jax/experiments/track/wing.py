@@ -29,11 +29,10 @@ def add_command(subparsers: Any) -> None:
     """Adds `eigensam track`."""
     track = subparsers.add_parser(
         "track",
-        help="how well does each tracker follow the top eigenvector?",
+        help="measure how well each tracker follows the top eigenvector",
         description="Train a network with Eigen-SAM by each tracker, and SAM at the "
         "radius of each run. Prints tables and leaves results.json and track.png in "
-        "--out. Runs that are there already are kept: the same command goes on where "
-        "it was interrupted, and a tracker, an α or a seed can be added.",
+        "--out. Run it again to resume, or to add a tracker, an α or a seed.",
     )
     small = {name: x.track_rate for name, x in MODELS.items() if x.track_rate}
     options.add_problem(track, tuple(small))
@@ -46,12 +45,15 @@ def add_command(subparsers: Any) -> None:
         help="α, one or several [0.2 1]",
     )
     seeds, steps = _USUAL["seeds"], _USUAL["steps"]
-    counts = {"seeds": f"how many [{seeds}]", "steps": f"a run [{steps}]"}
+    counts = {
+        "seeds": f"number of seeds [{seeds}]",
+        "steps": f"steps of a run [{steps}]",
+    }
     options.add_counts(track, counts)
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in small.items())
     options.add_learning_rate(track, f"by sgd {rates}")
     options.add_base(track)
-    options.add_out(track, "1 seed, 20 steps, two trackers: does it run at all?")
+    options.add_out(track, "quick check: 1 seed, 20 steps, two trackers")
 
 
 def run(chosen: argparse.Namespace, command: str) -> None:

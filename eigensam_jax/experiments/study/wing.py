@@ -160,9 +160,9 @@ def _add_frontier(subparsers: Any) -> None:
         "frontier",
         usage="%(prog)s [options]",
         help="accuracy and λ_max of each method against its cost",
-        description="Tune all methods alike, then train each for the same number of "
-        "steps and of gradients. Leaves results.json and frontier.png in --out; run it "
-        "again to resume.",
+        description="Tune all methods alike, then train each for equal steps and equal "
+        "gradients. Leaves results.json and frontier.png in --out; run it again to "
+        "resume.",
     )
     names = [x for x in METHODS if METHODS[x].link is not None]
     usual = f" [{' '.join(_ON_THE_FRONTIER)}]"

@@ -275,6 +275,19 @@ def test_alignment_is_the_absolute_cosine(dtype):
         assert diagnostics.alignment(zeros, a) == 0
 
 
+def test_alignment_of_trees_in_other_containers():
+    """As a v in the state of an optimizer of nnx, and one like the model's."""
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.trace(0.9), wrt=nnx.Param)
+    params = nnx.state(model, nnx.Param)
+    optimizer.update(model, params)
+    trace = optax.tree.get(optimizer.opt_state, "trace")
+    assert jax.tree.structure(trace) != jax.tree.structure(params)
+    np.testing.assert_allclose(diagnostics.alignment(trace, params), 1, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"b must be a tree .* of the same parameters"):
+        diagnostics.alignment(params, {"kernel": jnp.ones(3)})
+
+
 # --- the gradient that is handed in ---------------------------------------------------
 
 

@@ -20,7 +20,11 @@ def alignment(a: PyTree, b: PyTree) -> jax.Array:
     """Alignment |⟨a, b⟩|/(‖a‖·‖b‖) of two trees, between 0 and 1; 0 if either is zero.
 
     Args:
-      a, b: trees of real arrays, of the same structure and shapes.
+      a, b: trees of real arrays with the same names and shapes. Their containers may
+        differ, such as those of a Flax nnx model and of its optimizer's state.
+
+    Raises:
+      ValueError: if names or shapes differ.
 
     Example:
       >>> import eigensam_jax, jax.numpy as jnp
@@ -28,7 +32,8 @@ def alignment(a: PyTree, b: PyTree) -> jax.Array:
       >>> print(f"{eigensam_jax.diagnostics.alignment(a, b):.3f}")
       0.600
     """
-    return jnp.abs(_cosine(a, b))
+    remedy = "Take the alignment of trees of the same parameters."
+    return jnp.abs(_cosine(a, arguments.like_params("b", b, a, remedy)))
 
 
 def _cosine(a: PyTree, b: PyTree) -> jax.Array:

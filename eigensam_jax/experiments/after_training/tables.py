@@ -89,6 +89,27 @@ def methods(runs: Sequence[Record]) -> list[list[str]]:
     return rows
 
 
+def settings(runs: Sequence[Record], outcomes: Sequence[str]) -> list[list[str]]:
+    """A row a method and setting: accuracies in percent, held out, of the test, after.
+
+    An outcome is "next", or a kind of change and its size, as in "quantized:3".
+    """
+    groups: dict[tuple[str, float], list[Record]] = {}
+    for run in runs:
+        groups.setdefault((label(run), run["tuned"]), []).append(run)
+    rows = []
+    for (name, tuned), of_group in groups.items():
+        values = [[run["held_accuracy"] for run in of_group]]
+        values.append([run["test_accuracy"] for run in of_group])
+        for outcome in outcomes:
+            kind, place = _place(outcome)
+            key = f"{kind}_accuracy"
+            values.append([run["after"][key][place] for run in of_group])
+        cells = [tables.mean_and_interval(x, 1, 100, sign=False) for x in values]
+        rows.append([name, f"{tuned:g}", _cell(of_group, "lambda_max", 1, 1), *cells])
+    return rows
+
+
 def after(runs: Sequence[Record], kind: str) -> list[list[str]]:
     """A row a method: the test accuracy in percent after each size of a change."""
     key = f"{kind}_accuracy"
@@ -168,9 +189,14 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
 def _outcome(run: Record, name: str) -> float:
     if name in OUTCOMES:
         return float(OUTCOMES[name][1](run))
-    kind, size = name.split(":")
-    place = list(SIZES[kind][1]).index(float(size))
+    kind, place = _place(name)
     return float(run["after"][f"{kind}_loss"][place] - run["test_loss"])
+
+
+def _place(outcome: str) -> tuple[str, int]:
+    """The kind of a change, and where its size is in lists: of "next" the old data."""
+    kind, _, size = outcome.partition(":")
+    return kind, list(SIZES[kind][1]).index(float(size)) if size else 0
 
 
 def _cell(runs: Sequence[Record], key: str, digits: int, factor: float) -> str:

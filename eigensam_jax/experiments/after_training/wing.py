@@ -87,6 +87,7 @@ def tables(results: list[Document]) -> dict[str, Any]:
         "methods": lambda _: made.methods(runs),
         "after": lambda kind: made.after(runs, kind),
         "after_differences": lambda kind: made.differences(runs, kind),
+        "settings": lambda outcomes: made.settings(runs, outcomes.split()),
         "ranks": lambda outcomes: made.ranks(runs, outcomes.split()),
     }
 

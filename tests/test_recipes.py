@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +125,61 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches(name):
     # The batch in the order of its parts, for either gradient; and no activations.
     assert many - few <= 2 * (many_examples - few_examples)
     assert measured(32, False)[0] > 4 * many
+
+
+def test_parts_with_masks_of_their_own_and_running_statistics():
+    """The recipe, in linen, against a loop in Python."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=False, momentum=0.9)(nn.Dense(8)(x))
+            return nn.Dense(4)(nn.Dropout(0.5, deterministic=False)(nn.tanh(x)))
+
+    batch, model = wide_network(64)[1], Network()
+    keys = jax.random.split(jax.random.key(5), 4)
+    start = model.init({"params": keys[0], "dropout": keys[0]}, batch[0])
+    params, old_stats = start["params"], start["batch_stats"]
+
+    def loss(params, stats, batch, key):
+        variables = {"params": params, "batch_stats": stats}
+        logits, new = model.apply(
+            variables, batch[0], rngs={"dropout": key}, mutable=["batch_stats"]
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+        return losses.mean(), new["batch_stats"]
+
+    def mean_of_parts(params, stats, parts, keys):
+        def add(carry, part):
+            total, stats = carry
+            grads, stats = jax.grad(loss, has_aux=True)(params, stats, *part)
+            return (optax.tree.add(total, grads), stats), None
+
+        start = optax.tree.zeros_like(params), stats
+        (total, stats), _ = jax.lax.scan(add, start, (parts, keys))
+        return optax.tree.scale(1 / len(keys), total), stats
+
+    @jax.jit
+    def step(params):
+        parts = jax.tree.map(lambda x: x.reshape(4, 16, *x.shape[1:]), batch)
+        grads, stats = mean_of_parts(params, old_stats, parts, keys)
+        tx = sam(0.1)
+        grad_fn = lambda p: mean_of_parts(p, old_stats, parts, keys)[0]
+        updates, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+        return updates, stats
+
+    @jax.jit
+    def by_hand(params):
+        part = lambda i: jax.tree.map(lambda x: x[16 * i :][:16], batch)
+        pairs = [(part(i), keys[i]) for i in range(4)]
+        stats = old_stats
+        for pair in pairs:
+            _, stats = loss(params, stats, *pair)
+        mean = lambda p: sum(loss(p, old_stats, *pair)[0] for pair in pairs) / 4
+        epsilon = perturbation.sam(jax.grad(mean)(params), 0.1).epsilon
+        return jax.grad(mean)(tree_math.add_scaled(params, 1, epsilon)), stats
+
+    chex.assert_trees_all_close(step(params), by_hand(params), rtol=1e-4, atol=1e-6)
 
 
 # --- low precision --------------------------------------------------------------------

@@ -26,7 +26,7 @@ def after_training(runs: Sequence[Run], title: str, path: Path) -> None:
     """Draws the test accuracy after each change: a panel a kind, a line a method."""
     count = len({run["seed"] for run in runs})
     note = f"Test accuracy in %, means over {count} seeds; bars are 95% intervals."
-    figure, grid = images.panels(2, 2, 8, title, note, sharey=True)
+    figure, grid = images.panels(2, 2, 8, title, note)
     for axes, (kind, (what, sizes)) in zip(grid.flat, SIZES.items(), strict=True):
         for i, (name, of_method) in enumerate(tables.chosen(runs).items()):
             first = of_method[0]

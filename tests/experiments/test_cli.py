@@ -21,7 +21,7 @@ def test_compare_shows_the_difference(tmp_path, capsys):
     printed = capsys.readouterr().out
     names = ("adamw", "sam", "eigen_sam", "sam_matched")
     lines = printed.splitlines()
-    rows = [line.split()[0] for line in lines if line.count(" ± ") == 4]
+    rows = [line.split()[0] for line in lines if line.count("±") == 4]
     assert rows[:4] == list(names)  # none is broken
     assert "eigen_sam −" in printed
     assert max(map(len, lines)) <= 80

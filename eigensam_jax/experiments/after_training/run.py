@@ -198,7 +198,9 @@ def _records(
             (found,) = results.select(document["runs"], **of_method)
             rho = found["radius"]
         setup = named(job["optimizer"], rho, chosen.alpha)
-        points = list(trained_by(rate, job["longer"])(setup, seed))
+        say = lambda doing: advance(0, doing)
+        points = list(trained_by(rate, job["longer"])(setup, seed, say=say))
+        advance(0, "measuring")
         weights = [point.measurement for point in points]
         params = weights[-1]
         if job["averaged"]:

@@ -24,7 +24,7 @@ SECONDS = 30.0  # from one line to the next
 _SPEED_PERIOD = 86_400.0
 
 Record = dict[str, Any]
-Advance = Callable[[float], None]
+Advance = Callable[..., None]  # how much more is done, and what is being done
 Piece = tuple[str, Callable[[Advance], list[Record]]]
 
 
@@ -41,7 +41,12 @@ def done(
         for name, do in work:
             bar.update(task, description=name)
             start = time.perf_counter()
-            found = do(lambda more: bar.advance(task, more))
+
+            def advance(more: float, doing: str = "", name: str = name) -> None:
+                text = f"{name}: {doing}" if doing else name
+                bar.update(task, advance=more, description=text)
+
+            found = do(advance)
             seconds = {"wall_time_s": time.perf_counter() - start}
             yield [results.rounded(record | seconds) for record in found]
 
@@ -87,7 +92,7 @@ def _line(bar: Progress) -> str:
     if not bar.tasks:
         return ""
     task = bar.tasks[-1]
-    done = f"{task.completed:g} of {task.total:g}" if task.total else task.completed
+    done = f"{int(task.completed)} of {task.total:g}" if task.total else task.completed
     took, left = (
         "?" if x is None else str(timedelta(seconds=round(x)))
         for x in (task.elapsed, task.time_remaining)

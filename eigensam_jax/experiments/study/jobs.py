@@ -25,7 +25,8 @@ TOLERANCE = 1e-2
 CHECKPOINT = "checkpoint.msgpack"
 
 Curves = dict[str, list[Any]]
-Do = Callable[[Job], Record]
+Say = Callable[[str, float], object]  # what a job does, and its share that is done
+Do = Callable[[Job, Say], Record]
 
 
 class Config(NamedTuple):
@@ -96,7 +97,7 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
 
         return loop.make_run(model, used, measure, settings), steps
 
-    def figures(job: Job) -> Record:
+    def figures(job: Job, say: Say) -> Record:
         curves: Curves = {"step": [], "radius": []}
         curves |= {key: [] for key in Measurement._fields}
         saved = None
@@ -104,7 +105,13 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
             curves, saved = unfinished["curves"], unfinished["progress"]
         run, steps = run_of(job.learning_rate, job.tuning, job.longer)
         begin = weights and weights.begin
-        for point in run(job.method, job.seed, saved, begin):
+        loss, share = "", 0.0
+        tell = lambda doing: say(doing + loss, share)
+        for point in run(job.method, job.seed, saved, begin, tell):
+            loss, share = (
+                f", loss {point.measurement.train_loss:.3g}",
+                point.step / steps,
+            )
             looked = {**point._asdict(), **point.measurement._asdict()}
             for key, curve in curves.items():
                 curve.append(looked[key])
@@ -127,9 +134,9 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
         del curves["lambda_max_residual"]
         return found | {"curves": {k: x for k, x in curves.items() if None not in x}}
 
-    def do(job: Job) -> Record:
+    def do(job: Job, say: Say) -> Record:
         try:
-            found: Record = results.rounded(figures(job))
+            found: Record = results.rounded(figures(job, say))
             return job.record | found
         except loop.DivergedError as error:
             if not job.tuning:

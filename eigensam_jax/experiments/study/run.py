@@ -144,18 +144,22 @@ def _records(
     total = sum(1 for _ in plan(_Anything()))
     with progress.shown(console) as bar:
         task = bar.add_task("", total=total)
-        for table, row, job in plan(done):
-            bar.update(task, description=f"{table}: {row}, seed {job.seed}")
+        for count, (table, row, job) in enumerate(plan(done)):
+            where = f"{table}: {row}, seed {job.seed}"
+            say = lambda doing, share, where=where, count=count: bar.update(
+                task, completed=count + share, description=f"{where}, {doing}"
+            )
+            bar.update(task, description=where)
             found = known.get(_place(table, row, job.fields))
             if found is None:
-                figures = done.get(job) or do(job)
+                figures = done.get(job) or do(job, say)
                 found = {"table": table, "row": row, **figures}
                 found |= {"table": table, "row": row}
                 if job in done or table != _OVER_TRAINING:
                     found.pop("curves", None)
                 yield found
             done[job] = found
-            bar.advance(task)
+            bar.update(task, completed=count + 1)
 
 
 def _place(table: str, row: str, run: Record) -> tuple[Any, ...]:

@@ -34,15 +34,18 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
     for name in dict.fromkeys(run["table"] for run in runs):
         heading = f"{name}: {title}"
         if name == "tuning":
-            result.append(tables.table(heading, ("", *TUNING_HEADERS), tuning(runs)))
+            tuned = f"validation {quality(runs)[1].removeprefix('test ')}"
+            above: tuple[str, ...] = ("", *TUNING_HEADERS[:-1], tuned)
+            result.append(tables.table(heading, above, tuning(runs)))
             continue
         headers: tuple[str, ...] = ("", quality(runs)[1], *PAIRED_HEADERS[1:])
         if name in FRONTIER:
             above = *FRONTIER_HEADERS, *headers[1:-1]
             result.append(tables.table(heading, above, frontier(runs, name)))
         else:
-            rows = [[row, *cells] for row, _, _, *cells in summary(runs, name)]
-            result.append(tables.table(heading, headers, rows))
+            above = "", "grad.", "‖ε‖", *headers[1:]
+            rows = [[x.replace(" ± ", "±") for x in row] for row in summary(runs, name)]
+            result.append(tables.table(heading, above, rows))
         if pairs := paired(runs, name) or against_first(runs, name):
             result.append(tables.table("differences", headers, pairs))
     return result

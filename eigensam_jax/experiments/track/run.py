@@ -116,7 +116,8 @@ def _records(
             (found,) = results.select(document["runs"], **of_tracker)
             setup = setup._replace(rho=found["radius"])
         points: list[loop.Point[looks.Look]] = []
-        for point in runner(at)(setup, job["seed"]):
+        say = lambda doing: advance(0, doing)
+        for point in runner(at)(setup, job["seed"], say=say):
             advance(point.step - (points[-1].step if points else 0))
             points.append(point)
         return [{**job, "rho": setup.rho, **looks.summarise(points)}]

@@ -83,6 +83,13 @@ class Point(NamedTuple, Generic[Measurement]):
     progress: Progress
 
 
+Say = Callable[[str], object]
+
+
+def _silent(text: str) -> None:
+    pass
+
+
 class Run(Protocol[Measurement]):
     """Trains by a method from a seed."""
 
@@ -92,10 +99,12 @@ class Run(Protocol[Measurement]):
         seed: int,
         saved: dict[str, Any] | None = None,
         begin: Begin | None = None,
+        say: Say = _silent,
     ) -> Iterator[Point[Measurement]]:
         """Yields the points of a run, or those after the `Progress` in `saved`.
 
         `begin` maps the network's new variables to those that training starts from.
+        `say` is told what the run does: it compiles, or trains in which epoch.
         """
 
 
@@ -211,12 +220,14 @@ def make_run(
         seed: int,
         saved: dict[str, Any] | None = None,
         begin: Begin | None = None,
+        say: Say = _silent,
     ) -> Iterator[Point[Measurement]]:
         kinds = [
             (acts, acts and setup.refreshes(i, steps))
             for i in range(steps)
             for acts in (setup.acts(i, steps),)
         ]
+        say("compiling")
         programs = {kind: program(setup.structure, *kind) for kind in set(kinds)}
         shuffle()  # compiled before anything is timed
         scalars, stops, done = setup.scalars, settings.looks, 0
@@ -228,6 +239,9 @@ def make_run(
             done = int(state.step)
             stops = tuple(stop for stop in stops if stop > done)
         for stop in stops:
+            say(
+                f"epoch {done // steps_per_epoch + 1} of {-(-steps // steps_per_epoch)}"
+            )
             began = time.perf_counter()
             with jax.transfer_guard("disallow"):
                 for i in range(done, stop):

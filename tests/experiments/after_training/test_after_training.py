@@ -158,10 +158,10 @@ def test_what_is_there_is_kept(finished, tmp_path, monkeypatch, capsys):
     def counted(*args):
         run = make_run(*args)
 
-        def call(setup, seed, *more, **begin):
-            if not begin:
+        def call(setup, seed, **options):
+            if "begin" not in options:
                 started.append(setup.optimizer)
-            return run(setup, seed, *more, **begin)
+            return run(setup, seed, **options)
 
         return call
 

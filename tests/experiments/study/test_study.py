@@ -125,7 +125,7 @@ def test_a_run_that_two_tables_share_is_done_once(tmp_path, monkeypatch):
 
     def counting(*args):
         do = make_runs(*args)
-        return lambda job: trained.append(job) or do(job)
+        return lambda job, say: trained.append(job) or do(job, say)
 
     monkeypatch.setattr(study, "make_runs", counting)
     only_sam = lambda rho, alpha: [("sam", methods.Setup("sam", rho))]

@@ -96,9 +96,9 @@ def test_what_is_there_is_kept_and_the_rest_is_run(
     def interrupted(*args):
         run = make_run(*args)
 
-        def until_third(*job):
+        def until_third(*job, **options):
             started.append(job)
-            for point in run(*job):
+            for point in run(*job, **options):
                 yield point
                 if len(started) == 3:
                     raise KeyboardInterrupt

@@ -17,12 +17,12 @@ Link = Callable[..., optax.GradientTransformationExtraArgs]
 
 
 class BaseOptimizer(NamedTuple):
-    """What takes a step by the gradient that a method hands on.
+    """The optimizer after a method's link.
 
     Attributes:
-      make: from a learning rate or its schedule, and the weight decay.
-      learning_rates: that `eigensam accuracy` tries; the first is the usual one.
-      constants: what a results file says of it.
+      make: (learning rate or schedule, weight decay) -> the optimizer.
+      learning_rates: those that `eigensam accuracy` tries; the first is the default.
+      constants: other hyperparameters, for the results file.
     """
 
     make: Callable[[optax.ScalarOrSchedule, float], optax.GradientTransformation]
@@ -31,25 +31,23 @@ class BaseOptimizer(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What the name of an optimizer stands for.
+    """A training method.
 
     Attributes:
-      label: in words.
-      colour: the same in all plots.
-      marker: the same, and tells it from the others where there are no colours.
-      link: (ρ, α, tracker, **options of a link) -> what comes before the base
-        optimizer; None for a method that does not perturb.
-      direction: (gradient, parameters, v, α) -> that of the perturbation; None where it
-        is the gradient's.
-      gradients: of a step that perturbs, the products of its tracker apart.
-      tracker: a key of `TRACKERS`, of a method that follows v.
-      base: the base optimizer that it always has; "" for that of `--base-optimizer`.
-      baseline: the method it is held against, seed by seed, or `PLAIN`.
-      radius_of: it is SAM at the mean ‖ε‖ that this method had from the same seed.
-      rho_factor: its usual ρ is so many times SAM's.
-      every: it perturbs on every so many steps.
-      reuse: of `periodic`, on the steps between.
-      usual: whether `eigensam compare` trains by it unless told otherwise.
+      label, colour, marker: how tables and plots show it.
+      link: (ρ, α, tracker, **options) -> the link before the base optimizer; None for a
+        method that does not perturb.
+      direction: (gradient, parameters, v, α) -> the direction of the perturbation; None
+        for that of the gradient.
+      gradients: evaluations of a step that perturbs, without the tracker's products.
+      tracker: a key of `TRACKERS`, for Eigen-SAM.
+      base: the base optimizer, if fixed; "" for that of `--base-optimizer`.
+      baseline: the method of the paired differences, or `PLAIN`.
+      radius_of: for SAM at the mean ‖ε‖ of this method with the same seed.
+      rho_factor: factor of SAM's default ρ.
+      every: it perturbs on every `every`-th step.
+      reuse: that of `periodic`.
+      usual: whether it is a default of `eigensam compare`.
     """
 
     label: str

@@ -15,26 +15,20 @@ from eigensam_jax.experiments.track import wing as track
 
 
 class Wing(Protocol):
-    """What there is to ask of a wing."""
+    """The four doors of a wing."""
 
     def add_command(self, subparsers: Any) -> None:
-        """Adds its command, or several, to those of a parser."""
+        """Adds its commands."""
 
     def run(self, chosen: argparse.Namespace, command: str) -> None:
-        """Does what was chosen of its options; leaves a results file and plots.
+        """Runs the command and leaves a results file and plots in `--out`.
 
-        Args:
-          chosen: the options.
-          command: the command line, for the results file.
-
-        Raises:
-          UserError: for what can't be run, before any work is done; or when a run
-            diverges.
-          KeyboardInterrupt: passed on, with what is finished on disk.
+        Raises UserError for options that cannot be run, before any work is done, and
+        when a run diverges. On KeyboardInterrupt, finished work is on disk.
         """
 
     def tables(self, results: list[dict[str, Any]]) -> dict[str, Any]:
-        """The tables of its results files: from what a page asks for to rows."""
+        """Functions from a page's argument to rows, by the table's name."""
 
     def plots(self, results: dict[str, Any], folder: Path) -> None:
         """Draws the plots of a results file."""

@@ -1,4 +1,4 @@
-"""`eigensam after-training`: its options, and what it answers."""
+"""`eigensam after-training`: its options, tables and plots."""
 
 import argparse
 from pathlib import Path
@@ -79,7 +79,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
 
 def tables(results: list[Document]) -> dict[str, Any]:
-    """The tables of results files, by name: from what a page asks for to rows."""
+    """Functions from a page's argument to rows, by the table's name."""
     from eigensam_jax.experiments.after_training import tables as made
 
     runs = results[0]["runs"]

@@ -1,4 +1,4 @@
-"""`eigensam spectrum`: its options, and what it answers."""
+"""`eigensam spectrum`: its options, tables and plots."""
 
 import argparse
 from pathlib import Path
@@ -62,7 +62,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
 
 def tables(results: list[Document]) -> dict[str, Any]:
-    """The tables of a results file, by name: from what a page asks for to rows."""
+    """Functions from a page's argument to rows, by the table's name."""
     from eigensam_jax.experiments.spectrum import tables as made
 
     return {"spectrum": lambda count: made.summary(results[0])[: int(count)]}

@@ -1,7 +1,7 @@
-"""What an experiment trains, in which order: jobs, some of which need others first.
+"""Plans: generators of jobs.
 
-A plan is a generator of jobs. Before it is asked for the next job, `done` holds the
-record of the last one, so that a plan can choose by what it found.
+Before a plan is asked for the next job, `done` holds the record of the last one, so
+that it can choose by the results so far.
 """
 
 import math
@@ -22,12 +22,11 @@ class Job(NamedTuple):
     """A training run.
 
     Attributes:
-      method: how it is trained.
-      learning_rate: of SGD, at its start.
+      method: the method and its settings.
+      learning_rate: initial rate of the base optimizer.
       seed: of the initialisation and of the order of the examples.
-      tuning: on nine tenths of the training set, measured on the last tenth and not on
-        the test set.
-      longer: how many times the epochs of the other runs.
+      tuning: trains on nine tenths of the training set and measures on the last tenth.
+      longer: factor of the number of epochs.
     """
 
     method: Setup
@@ -38,25 +37,19 @@ class Job(NamedTuple):
 
     @property
     def fields(self) -> Record:
-        """All that tells this run from others."""
+        """All that identifies this run."""
         chosen = self._asdict()
         return {**chosen.pop("method")._asdict(), **chosen}
 
     @property
     def record(self) -> Record:
-        """What its record says of it: `_ALWAYS`, and what is not as usual."""
+        """The fields in `_ALWAYS`, and those that differ from the default."""
         usual = Job(Setup(""), 0.0, 0).fields
         return {k: x for k, x in self.fields.items() if k in _ALWAYS or x != usual[k]}
 
 
 class Entry(NamedTuple):
-    """A job, and where its record goes: several may be of the same job.
-
-    Attributes:
-      table: the name of the table.
-      row: the name of the row.
-      job: what is run.
-    """
+    """A job, and the table and row of its record; several entries may share a job."""
 
     table: str
     row: str
@@ -70,12 +63,8 @@ Plan = Callable[[Done], Iterator[Entry]]
 class Grids(NamedTuple):
     """What is tried on the validation split.
 
-    Attributes:
-      learning_rates: for SGD; the best is that of every method.
-      rhos: ρ for SAM; the best is that of both Eigen-SAMs too.
-      asam_rhos: ρ for ASAM.
-      paper_alphas: α for Eigen-SAM with the paper's tracker.
-      alphas: α for Eigen-SAM with the secant.
+    All methods use the best of the `learning_rates` of SGD, and both Eigen-SAMs the
+    best of SAM's `rhos`.
     """
 
     learning_rates: Sequence[float]
@@ -92,10 +81,7 @@ def comparison(
     learning_rates: Mapping[str, float],
     seeds: int,
 ) -> Plan:
-    """The plan of the named methods at the same ρ and α, seed by seed.
-
-    SAM at the mean radius that a method had from the same seed comes after it.
-    """
+    """The named methods at the same ρ and α, seed by seed."""
 
     def plan(done: Done) -> Iterator[Entry]:
         for seed in range(seeds):
@@ -112,11 +98,9 @@ def comparison(
 
 
 def accuracy(grids: Grids, seeds: int, plain: str = "sgd") -> Plan:
-    """The plan that tunes each method on a validation split, then trains it anew.
+    """Tunes each method on a validation split, then trains it on all data.
 
-    What a grid has several of is chosen by accuracy on the validation split, of one
-    seed; on a tie the first. `sam_matched` is SAM at the mean radius that `eigen_sam`
-    had from the same seed, `sam_matched_paper` at that of `eigen_sam_paper`. `plain` is
+    One seed chooses by validation accuracy; on a tie the first value wins. `plain` is
     the method that does not perturb.
     """
 
@@ -151,11 +135,9 @@ def frontier(
     seeds: int,
     plain: str = "sgd",
 ) -> Plan:
-    """The plan of what each method reaches for what it costs.
+    """Tunes each method by as many trials, then trains at equal steps and gradients.
 
-    As `accuracy`, but each method is tuned by as many trials: `plain` over learning
-    rates, of which the best is that of all, the others over ρ. Then each is trained for
-    the same steps, and for as many steps as SAM's gradients pay for.
+    The best of `plain`'s learning rates is that of all; the others are tuned over ρ.
     """
 
     def plan(done: Done) -> Iterator[Entry]:
@@ -190,7 +172,7 @@ def best(
     grid: Sequence[float],
     make: Callable[[float], tuple[Setup, float]],
 ) -> Iterator[Entry]:
-    """The trials of a grid on the validation split; the best goes into `chosen`."""
+    """The trials of a grid; puts the best into `chosen`."""
     jobs = {value: Job(*make(value), TUNING_SEED, True) for value in grid}
     chosen[row] = grid[0]
     if len(grid) > 1:
@@ -200,7 +182,7 @@ def best(
 
 
 def score(record: Record) -> float:
-    """What a trial is chosen by: accuracy, or less loss where there is none."""
+    """Validation accuracy of a trial, or minus its loss for forecasts."""
     if "diverged" in record:
         return -math.inf
     if record["test_accuracy"] is not None:
@@ -209,7 +191,7 @@ def score(record: Record) -> float:
 
 
 def with_matched(table: str, row: str, job: Job, done: Done) -> Iterator[Entry]:
-    """A job; after one of Eigen-SAM, SAM at the mean radius that it had."""
+    """A job, then for Eigen-SAM the job of SAM at its mean ‖ε‖."""
     yield Entry(table, row, job)
     name, setup = job.method.optimizer, job.method.matched
     if setup is not None:

@@ -96,7 +96,7 @@ def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
         if "longer" in of_row[0]
     ]
     at = [round(spent(of_row[0]), 1) for _, of_row, _ in drawn]
-    note = "Full: after the same number of steps; hollow: after the same gradients."
+    note = "Filled: after the same number of steps; hollow: after the same gradients."
     figure, grid = images.panels(1, 2, 4.6, title, f"{note} {_note(runs)}")
     for axes, key in zip(grid.flat, (quality(runs)[0], "lambda_max"), strict=True):
         for i, (name, of_row, style) in enumerate(drawn):

@@ -1,4 +1,4 @@
-"""`eigensam compare`, `accuracy` and `ablate`: their options, and what they answer."""
+"""`eigensam compare`, `accuracy` and `ablate`: their options, tables and plots."""
 
 import argparse
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
 
 def tables(results: list[Document]) -> dict[str, Any]:
-    """The tables of a results file, by name: from what a page asks for to rows."""
+    """Functions from a page's argument to rows, by the table's name."""
     from eigensam_jax.experiments.study import tables as made
 
     runs = results[0]["runs"]

@@ -17,10 +17,10 @@ ASCENT_STEPS = 20
 
 # Of each kind of change what is said of a size, and the sizes, the mildest first.
 SIZES: dict[str, tuple[str, Sequence[float]]] = {
-    "quantized": ("bits", (8, 4, 3, 2)),
-    "pruned": ("share", (0.5, 0.7, 0.8, 0.9)),
-    "noise": ("length", (2.0, 4.0, 8.0, 16.0)),
-    "worst_case": ("radius", (0.1, 0.2, 0.4, 0.8)),
+    "quantized": ("bits of a weight", (8, 4, 3, 2)),
+    "pruned": ("share of the weights", (0.5, 0.7, 0.8, 0.9)),
+    "noise": ("length of the noise", (2.0, 4.0, 8.0, 16.0)),
+    "worst_case": ("radius of the ball", (0.1, 0.2, 0.4, 0.8)),
 }
 
 Change = Callable[[PyTree, float], Sequence[PyTree]]

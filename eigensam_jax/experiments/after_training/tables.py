@@ -46,7 +46,7 @@ def sizes(kind: str) -> list[str]:
     if kind == "next":
         return ["the old data", "the new data"]
     what, values = SIZES[kind]
-    return [f"{what} {x:g}" for x in values]
+    return [f"{what.split()[0]} {x:g}" for x in values]
 
 
 def chosen(runs: Sequence[Record]) -> Chosen:

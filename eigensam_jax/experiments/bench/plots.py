@@ -33,7 +33,10 @@ def bench(runs: Sequence[Record], path: Path) -> None:
     """Draws a column a network: time and operations, and below them memory."""
     networks = tables.networks(runs)
     names = [row[0] for row in tables.across(runs)]
-    note = "Full: time in SGD's, with quartiles. Hollow: operations in gradients."
+    note = (
+        "Filled: time of a step over that of SGD, with quartiles.\nHollow: its operations "
+        "over those of a gradient, where known."
+    )
     size = 2, len(networks), 2 + 0.45 * len(names)
     figure, grid = images.panels(*size, note, sharey="row")
     for (above, below), (name, found) in zip(grid.T, networks.items(), strict=True):
@@ -51,7 +54,7 @@ def bench(runs: Sequence[Record], path: Path) -> None:
         title = _LABELS.get(name) or MODELS[name].label
         above.margins(x=0.15)
         above.set(title=f"{title}\nbatch {found[0]['batch_size']}", xlim=(0, None))
-        above.set_xlabel("steps of SGD, gradients")
+        above.set_xlabel("relative cost")
         below.set_xlabel("temporary memory, MiB")
     known = [x for x in names if "torch" not in x]  # the last, of unknown memory
     for axes, rows in zip(grid[:, 0], (names, known), strict=True):

@@ -53,7 +53,10 @@ def draw(document: Mapping[str, Any], out: Path) -> None:
 def paths(runs: Sequence[Run], rho: float, title: str, path: Path) -> None:
     """Draws what is looked at along the paths at a ρ: means over the seeds."""
     seeds = len(sde_tables.paths(runs, "sam", rho))
-    note = f"Means over {seeds} seeds; the band is SAM's standard deviation."
+    note = (
+        f"Means over {seeds} seeds; the band is SAM's standard deviation. The order is "
+        "that of the equation."
+    )
     figure, grid = images.panels(2, 3, 6, title, note)
     for axes, (key, label) in zip(grid.flat, _PANELS.items(), strict=True):
         axes.set(xlabel="steps, t/η", title=label)
@@ -77,7 +80,10 @@ def off(runs: Sequence[Run], title: str, path: Path) -> None:
     Those without noise are off the mean of SAM's gradient without noise.
     """
     rhos = sde_tables.rhos(runs)
-    note = "Means of how far off SAM, in % of SAM's; bands are their 95% intervals."
+    note = (
+        "How far each equation is off SAM, in %: mean and 95% interval.\nSAM, other "
+        "batches: what chance alone makes."
+    )
     figure, grid = images.panels(2, len(rhos), 5.5, title, note, sharex=True)
     for rho, column in zip(rhos, grid.T, strict=True):
         column[0].set_title(f"ρ = {rho:g}")
@@ -98,7 +104,10 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
     And, of each look, how much of the aligned pull the third derivatives have, against
     the alignment of the perturbation.
     """
-    note = "Medians over the seeds and quartiles; on the right all looks of all seeds."
+    note = (
+        "Left, middle: medians and quartiles over the seeds. Right: a point each "
+        "measurement,\nthe third derivatives' part over what it would be with ε along v."
+    )
     figure, grid = images.panels(1, 3, 4.6, title, note)
     left, middle, right = grid.flat
     for axes, method in ((left, "sam"), (middle, "eigen_sam")):
@@ -119,7 +128,7 @@ def rates(runs: Sequence[Run], title: str, path: Path) -> None:
         )
         right.plot(x, y, **_look(method) | {"linestyle": "", "markersize": 4})
     right.axhline(0, color="black", linewidth=0.6)
-    right.set(xlabel="alignment |cos(ε, v)|", title="third ÷ third, if ε were along v")
+    right.set(xlabel="alignment |cos(ε, v)|", title="third derivatives' part, relative")
     images.legend(figure)
     images.save(figure, path)
 

@@ -17,7 +17,7 @@ Record = dict[str, Any]
 _LABELS = {
     "train_loss": "training loss",
     "test_accuracy": "test accuracy %",
-    "test_loss": "test error",
+    "test_loss": "test error (mean squared)",
     "lambda_max": "sharpness λ_max",
     "alignment": "alignment |cos(ε, v)|",
 }
@@ -39,7 +39,7 @@ def compare(runs: Sequence[Record], title: str, path: Path) -> None:
             curves = [run["curves"] for run in of_row]
             values, steps = _values(curves, key), curves[0]["step"]
             spread = values.std(0, ddof=1) if len(values) > 1 else 0
-            style = look(name) | {"markevery": (i, len(found))}
+            style = look(name) | {"markevery": (i % 2, 2)}
             images.band(axes, steps, values.mean(0), spread, **style)
         axes.set(xlabel="step", title=_LABELS[key])
         images.by_decades(axes, "y")
@@ -96,8 +96,11 @@ def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
         if "longer" in of_row[0]
     ]
     at = [round(spent(of_row[0]), 1) for _, of_row, _ in drawn]
-    note = "Filled: after the same number of steps; hollow: after the same gradients."
-    figure, grid = images.panels(1, 2, 4.6, title, f"{note} {_note(runs)}")
+    note = (
+        "Filled: after the same number of steps; hollow: of gradients. Points side by "
+        f"side spent the same.\n{_note(runs)}"
+    )
+    figure, grid = images.panels(1, 2, 4.6, title, note)
     for axes, key in zip(grid.flat, (quality(runs)[0], "lambda_max"), strict=True):
         for i, (name, of_row, style) in enumerate(drawn):
             aside = 0.035 * (at[:i].count(at[i]) - (at.count(at[i]) - 1) / 2)

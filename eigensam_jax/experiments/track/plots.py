@@ -22,13 +22,13 @@ def track(runs: Sequence[Run], title: str, path: Path) -> None:
     """
     alphas, count = tables.alphas(runs), len({run["seed"] for run in runs})
     note = (
-        f"Means over {count} seeds. Below: Eigen-SAM less SAM at its radius, paired by "
-        "seed; bars are 95% intervals."
+        f"Means over {count} seeds. vᵀHv/λ_max is 1 if the tracked v is the top "
+        "eigenvector.\nBelow: Eigen-SAM less SAM at the same radius; 95% intervals."
     )
     figure, grid = images.panels(3, len(alphas), 9, title, note, sharey="row")
     for alpha, column in zip(alphas, grid.T, strict=True):
         _ratios(column[0], results.select(runs, alpha=alpha))
-        column[0].set(title=f"α = {alpha:g}", xlabel="step", ylim=(0, 1.03))
+        column[0].set(title=f"α = {alpha:g}", xlabel="step", ylim=(None, 1.03))
         found = {name: tables.matched(runs, name, alpha) for name in tables.names(runs)}
         for axes, (key, label) in zip(column[1:], _OUTCOMES.items(), strict=True):
             rows = [

@@ -33,10 +33,7 @@ def bench(runs: Sequence[Record], path: Path) -> None:
     """Draws a column a network: time and operations, and below them memory."""
     networks = tables.networks(runs)
     names = [row[0] for row in tables.across(runs)]
-    note = (
-        "Filled: time of a step over that of SGD, with quartiles.\nHollow: its operations "
-        "over those of a gradient, where known."
-    )
+    note = "Filled: time over SGD's, quartiles.\nHollow: operations over a gradient's."
     size = 2, len(networks), 2 + 0.45 * len(names)
     figure, grid = images.panels(*size, note, sharey="row")
     for (above, below), (name, found) in zip(grid.T, networks.items(), strict=True):

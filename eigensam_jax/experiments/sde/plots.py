@@ -53,10 +53,7 @@ def draw(document: Mapping[str, Any], out: Path) -> None:
 def paths(runs: Sequence[Run], rho: float, title: str, path: Path) -> None:
     """Draws what is looked at along the paths at a ρ: means over the seeds."""
     seeds = len(sde_tables.paths(runs, "sam", rho))
-    note = (
-        f"Means over {seeds} seeds; the band is SAM's standard deviation. The order is "
-        "that of the equation."
-    )
+    note = f"Means over {seeds} seeds. Band: SAM's deviation. Order: of the equation."
     figure, grid = images.panels(2, 3, 6, title, note)
     for axes, (key, label) in zip(grid.flat, _PANELS.items(), strict=True):
         axes.set(xlabel="steps, t/η", title=label)
@@ -80,10 +77,7 @@ def off(runs: Sequence[Run], title: str, path: Path) -> None:
     Those without noise are off the mean of SAM's gradient without noise.
     """
     rhos = sde_tables.rhos(runs)
-    note = (
-        "How far each equation is off SAM, in %: mean and 95% interval.\nSAM, other "
-        "batches: what chance alone makes."
-    )
+    note = "Mean and 95% interval. SAM, other batches: what chance alone makes."
     figure, grid = images.panels(2, len(rhos), 5.5, title, note, sharex=True)
     for rho, column in zip(rhos, grid.T, strict=True):
         column[0].set_title(f"ρ = {rho:g}")
@@ -99,14 +93,10 @@ def off(runs: Sequence[Run], title: str, path: Path) -> None:
 
 
 def rates(runs: Sequence[Run], title: str, path: Path) -> None:
-    """Draws the parts of the rate of λ_max along SAM's and Eigen-SAM's training.
-
-    And, of each look, how much of the aligned pull the third derivatives have, against
-    the alignment of the perturbation.
-    """
+    """Draws the parts of the rate of λ_max, and the third one against alignment."""
     note = (
-        "Left, middle: medians and quartiles over the seeds. Right: a point each "
-        "measurement,\nthe third derivatives' part over what it would be with ε along v."
+        "Left, middle: medians and quartiles over the seeds. Right: all measurements,\n"
+        "the third derivatives' part over what it would be with ε along v."
     )
     figure, grid = images.panels(1, 3, 4.6, title, note)
     left, middle, right = grid.flat

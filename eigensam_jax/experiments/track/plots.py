@@ -16,10 +16,7 @@ _OUTCOMES = {"lambda_max": "λ_max", "train_loss": "training loss"}
 
 
 def track(runs: Sequence[Run], title: str, path: Path) -> None:
-    """Draws `runs`, a column an α: vᵀHv/λ_max over training, and how the runs end.
-
-    Below are Eigen-SAM less SAM at its radius, paired by seed.
-    """
+    """Draws, in a column an α, vᵀHv/λ_max over training and how the runs end."""
     alphas, count = tables.alphas(runs), len({run["seed"] for run in runs})
     note = (
         f"Means over {count} seeds. vᵀHv/λ_max is 1 if the tracked v is the top "
@@ -28,7 +25,7 @@ def track(runs: Sequence[Run], title: str, path: Path) -> None:
     figure, grid = images.panels(3, len(alphas), 9, title, note, sharey="row")
     for alpha, column in zip(alphas, grid.T, strict=True):
         _ratios(column[0], results.select(runs, alpha=alpha))
-        column[0].set(title=f"α = {alpha:g}", xlabel="step", ylim=(None, 1.03))
+        column[0].set(title=f"α = {alpha:g}", xlabel="step")
         found = {name: tables.matched(runs, name, alpha) for name in tables.names(runs)}
         for axes, (key, label) in zip(column[1:], _OUTCOMES.items(), strict=True):
             rows = [
@@ -40,7 +37,7 @@ def track(runs: Sequence[Run], title: str, path: Path) -> None:
             axes.axvline(0, color="black", linewidth=0.8)
             axes.set_xlabel(f"{label} − SAM's")
             axes.locator_params(axis="x", nbins=4)
-    grid[0, 0].set_ylabel("vᵀHv / λ_max")
+    grid[0, 0].set(ylabel="vᵀHv / λ_max", ylim=(None, 1.03))
     images.legend(figure)
     images.save(figure, path)
 

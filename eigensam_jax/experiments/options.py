@@ -104,6 +104,17 @@ def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
     add_no_augment(parser)
 
 
+def check_radii(names: Sequence[str]) -> None:
+    """Raises UserError where SAM lacks the method whose radius it takes."""
+    for name in names:
+        if METHODS[name].radius_of not in ("", *names):
+            raise UserError(
+                f"--optimizers: {name} takes its radius from the run of "
+                f"{METHODS[name].radius_of}; name {METHODS[name].radius_of} too, or "
+                f"leave {name} out"
+            )
+
+
 def add_no_augment(parser: argparse.ArgumentParser) -> None:
     """Adds --no-augment."""
     names = [name for name in DATASETS if DATASETS[name].augment is not None]

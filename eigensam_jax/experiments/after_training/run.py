@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from eigensam_jax.experiments import registry
+from eigensam_jax.experiments import options, registry
 from eigensam_jax.experiments.after_training import sharpness, wing
 from eigensam_jax.experiments.after_training import tables as own_tables
 from eigensam_jax.experiments.after_training.changes import SIZES, changes
@@ -38,6 +38,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
       KeyboardInterrupt: passed on, with the finished runs on disk.
     """
     console = Console()
+    chosen.optimizers = list(dict.fromkeys(chosen.optimizers))
+    options.check_radii(chosen.optimizers)
     whole = registry.dataset(chosen.dataset, chosen.data_dir)
     split = load.for_tuning(load.with_label_noise(whole, chosen.label_noise))
     dataset = split._replace(

@@ -25,17 +25,13 @@ _SPEED_PERIOD = 86_400.0
 
 Record = dict[str, Any]
 Advance = Callable[..., None]  # how much more is done, and what is being done
-Piece = tuple[str, Callable[[Advance], list[Record]]]
+Piece = tuple[str, Callable[[Advance], list[Record]]]  # its name, and what does it
 
 
 def done(
     work: Iterable[Piece], total: float, console: Console
 ) -> Iterator[list[Record]]:
-    """Does work piece by piece; yields each piece's records, rounded and timed.
-
-    A piece has a name and a function. The function reports its progress to a callback,
-    in the units of `total`.
-    """
+    """Does work piece by piece; yields each piece's records, rounded and timed."""
     with shown(console) as bar:
         task = bar.add_task("", total=total)
         for name, do in work:

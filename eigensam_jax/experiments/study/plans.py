@@ -49,7 +49,11 @@ class Job(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A job, and the table and row of its record; several entries may share a job."""
+    """A job, and where its record goes; several entries may share a job.
+
+    Attributes:
+      table, row, job: the place of the record, and what is run.
+    """
 
     table: str
     row: str
@@ -63,8 +67,10 @@ Plan = Callable[[Done], Iterator[Entry]]
 class Grids(NamedTuple):
     """What is tried on the validation split.
 
-    All methods use the best of the `learning_rates` of SGD, and both Eigen-SAMs the
-    best of SAM's `rhos`.
+    Attributes:
+      learning_rates: of SGD; every method uses the best.
+      rhos, asam_rhos: of SAM, whose best both Eigen-SAMs use too, and of ASAM.
+      paper_alphas, alphas: α with the paper's tracker, and with the secant.
     """
 
     learning_rates: Sequence[float]
@@ -100,8 +106,7 @@ def comparison(
 def accuracy(grids: Grids, seeds: int, plain: str = "sgd") -> Plan:
     """Tunes each method on a validation split, then trains it on all data.
 
-    One seed chooses by validation accuracy; on a tie the first value wins. `plain` is
-    the method that does not perturb.
+    One seed chooses by validation accuracy; on a tie the first value wins.
     """
 
     def plan(done: Done) -> Iterator[Entry]:

@@ -1,7 +1,6 @@
 """`eigensam compare`, `accuracy` and `ablate`: their options, tables and plots."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +194,7 @@ def _add_ablate(subparsers: Any) -> None:
 def _comparison(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
     base = chosen.base_optimizer
     names = list(dict.fromkeys(chosen.optimizers or options.usual_methods(base)))
-    _check_radii(names)
+    options.check_radii(names)
     rates = {name: learning_rate(name, base, chosen.learning_rate) for name in names}
     named = {"rho": chosen.rho, "alpha": chosen.alpha}
     described = {"learning_rate": learning_rate(base, base, chosen.learning_rate)}
@@ -221,22 +220,12 @@ def _frontier(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
             f"--rhos: {len(chosen.rhos)} trials and {len(chosen.learning_rates)} of "
             "--learning-rates; give as many of each"
         )
-    _check_radii(names)
+    options.check_radii(names)
     named = {"alpha": chosen.alpha, **trials}
     plan = plans.frontier(
         names, **named, seeds=chosen.seeds, plain=chosen.base_optimizer
     )
     return plan, {"optimizers": names, **named}
-
-
-def _check_radii(names: Sequence[str]) -> None:
-    for name in names:
-        if METHODS[name].radius_of not in ("", *names):
-            raise UserError(
-                f"--optimizers: {name} takes its radius from the run of "
-                f"{METHODS[name].radius_of}; name {METHODS[name].radius_of} too, or "
-                f"leave {name} out"
-            )
 
 
 def _ablations(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:

@@ -243,6 +243,7 @@ def test_ranks_are_kendalls_tau_within_each_seed():
         ("--next-dataset mnist", "--next-dataset mnist", "--next-dir"),
         ("--dataset digits --next-dataset fashion_mnist", "--next-dataset", "digits"),
         ("--out pyproject.toml", "pyproject.toml", "another folder"),
+        ("--optimizers sam sam_matched", "sam_matched", "name eigen_sam too"),
     ],
 )
 def test_what_cannot_be_run_is_refused(

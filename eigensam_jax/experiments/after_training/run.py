@@ -21,6 +21,7 @@ from eigensam_jax.experiments.records import progress, results, resumption, tabl
 from eigensam_jax.experiments.registry import METHODS
 from eigensam_jax.experiments.training import loop, losses, measures
 from eigensam_jax.experiments.training.methods import Setup, named
+from eigensam_jax.experiments.training.steps import Begin
 from eigensam_jax.tree_math import PyTree
 
 BATCH_SIZE = 128
@@ -38,7 +39,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
       KeyboardInterrupt: passed on, with the finished runs on disk.
     """
     console = Console()
-    chosen.optimizers = list(dict.fromkeys(chosen.optimizers))
+    for name in ("optimizers", "rhos", "learning_rates"):
+        setattr(chosen, name, list(dict.fromkeys(getattr(chosen, name))))
     options.check_radii(chosen.optimizers)
     whole = registry.dataset(chosen.dataset, chosen.data_dir)
     split = load.for_tuning(load.with_label_noise(whole, chosen.label_noise))
@@ -60,6 +62,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         "model": chosen.model,
         "epochs": chosen.epochs,
         "batch_size": BATCH_SIZE,
+        "learning_rate": chosen.learning_rates[0],
         "alpha": chosen.alpha,
         **loop.protocol(dataset, chosen.base_optimizer, chosen.weight_decay),
         "curvature_examples": chosen.curvature_examples,
@@ -118,6 +121,11 @@ def _next(chosen: argparse.Namespace, dataset: Dataset) -> Dataset | None:
             f"and {chosen.dataset} has {shapes[0]}; use one of the same"
         )
     return found
+
+
+def _with_params(variables: PyTree, params: PyTree) -> PyTree:
+    """One function for all networks, so that what begins from it is compiled once."""
+    return {**variables, "params": params}
 
 
 def _records(
@@ -182,9 +190,7 @@ def _records(
             )
             after[f"{kind}_loss"], after[f"{kind}_accuracy"] = scores.T.tolist()
         if following is not None:
-            begin = jax.tree_util.Partial(  # type: ignore[no-untyped-call]
-                lambda variables, params: {"params": params}, params=params
-            )
+            begin: Any = Begin(_with_params, params=params)  # type: ignore[no-untyped-call]
             (point,) = goes_on()(Setup("sgd"), seed, begin=begin)
             then = following.test_images, following.test_labels
             scores = np.array([means(point.measurement, *x) for x in (test, then)])

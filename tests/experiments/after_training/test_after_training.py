@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import assert_refused
+from command_line import assert_refused, error_of
 
 from eigensam_jax import tree_math
 from eigensam_jax.experiments import cli
@@ -182,6 +182,13 @@ def test_what_is_there_is_kept(finished, tmp_path, monkeypatch, capsys):
     printed = [" ".join(line.split()) for line in lines]
     for row in tables.methods(again) + tables.after(again, "quantized"):
         assert " ".join(row) in printed
+
+
+def test_networks_at_another_rate_are_not_mixed_in(finished, capsys):
+    out, asked, _ = finished
+    rates = ["--learning-rates", "0.1", "0.05", "0.05"]
+    error = error_of([*SMALL, *asked, *rates, "--out", str(out)], capsys)
+    assert "(learning_rate 0.05, now 0.1); name another folder" in error
 
 
 def made(optimizer, tuned, seed, held, **more):

@@ -138,8 +138,8 @@ def worst_case_sharpness(
     """
     arguments.check_positive_int("num_steps", num_steps, "steps of an ascent")
     arguments.check_positive_int("num_starts", num_starts, "ascents")
-    checked = _in_ball(value_fn, params, rho, eta, scale_biases, mask)
-    value_at, zero, displacement = checked
+    ball = value_fn, params, rho, eta, scale_biases, mask
+    value_at, zero, displacement = _in_ball(*ball)
     dtype = tree_math.accumulation_dtype(zero)
     rho = jnp.asarray(rho, dtype)
 
@@ -293,13 +293,13 @@ def _in_ball(
         return checked(space.merge(tree_math.cast_like(moved, block), params))
 
     zero = tree_math.zeros_like(space.select(params))
-    if not on_one_device(space.select(params)):
-        return value_at, zero, lambda x: space.embed(scaled(params, x), params)
-    # As one array: what is around the loss compiles in a fraction of the time.
-    ravel: Any = ravel_pytree
-    zero, unpack = ravel(zero)
-    packed: Any = lambda params, x: value_at(params, unpack(x))
-    return packed, zero, lambda x: space.embed(scaled(params, unpack(x)), params)
+    unpack: Any = lambda x: x
+    if on_one_device(space.select(params)):
+        # As one array: what is around the loss compiles in a fraction of the time.
+        ravel: Any = ravel_pytree
+        zero, unpack = ravel(zero)
+    displacement = lambda x: space.embed(scaled(params, unpack(x)), params)
+    return lambda params, x: value_at(params, unpack(x)), zero, displacement
 
 
 def _unit(tree: PyTree) -> PyTree:

@@ -94,14 +94,7 @@ def save(figure: Figure, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=WIDTH / figure.get_figwidth(), format="png")
     with Image.open(drawn) as image:
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    codes, which, counts = np.unique(
-        pixels @ np.array([65536, 256, 1]), return_inverse=True, return_counts=True
-    )
-    colours = codes[:, None] >> np.array([16, 8, 0]) & 255
-    weights = counts * (16 + np.ptp(colours, 1))  # that no mark turns grey
-    common = colours[np.argsort(-weights, kind="stable")[:_COLOURS]]
-    nearest = ((colours[:, None] - common) ** 2).sum(-1).argmin(1).astype(np.uint8)
-    few = Image.frombytes("P", pixels.shape[1::-1], nearest[which].tobytes())
-    few.putpalette(common.astype(np.uint8).tobytes())
+        few = image.convert("RGB").quantize(
+            _COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+        )
     few.save(path, format="png", optimize=True)

@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 HEADERS = ("gradients", "‖ε‖", "test acc. %", "train loss", "λ_max", "alignment")
 FRONTIER = ("steps", "gradients")  # tables, by what is equal for all methods
-FRONTIER_HEADERS = ("", "gradients", "ρ")
+FRONTIER_HEADERS = ("", "gradients", "time", "ρ")
 PAIRED_HEADERS = ("test acc. %", "train loss", "λ_max", "alignment")
 TUNING_HEADERS = ("learning rate", "ρ", "α", "validation acc. %")
 _FIGURES: dict[str, tuple[float, int]] = {  # factor, digits
@@ -87,16 +87,21 @@ def paired(runs: Sequence[Record], table: str) -> list[list[str]]:
 
 
 def frontier(runs: Sequence[Record], table: str) -> list[list[str]]:
-    """A row per method: gradients per step of the usual length, ρ, and the figures."""
+    """A row per method: gradients per step of the usual length, time, ρ, the figures.
+
+    The time is that of the fastest seed, over the first method's at equal steps.
+    """
+    fastest = lambda of_row: min(run["training_time_s"] for run in of_row)
+    plain = fastest(next(iter(by_row(runs, FRONTIER[0]).values())))
     rows = []
     for row, of_row in by_row(runs, table).items():
-        gradients = spent(of_row[0])
+        cost = f"{spent(of_row[0]):.2f}", f"{fastest(of_row) / plain:.2f}"
         rho = sum(run["rho"] for run in of_row) / len(of_row)
         cells = [
             tables.mean_and_interval(values, digits, factor, sign=False)
             for values, factor, digits in _values(of_row)[:3]
         ]
-        rows.append([METHODS[row].label, f"{gradients:.2f}", f"{rho:g}", *cells])
+        rows.append([METHODS[row].label, *cost, f"{rho:g}", *cells])
     return rows
 
 

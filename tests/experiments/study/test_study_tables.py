@@ -115,14 +115,21 @@ def test_the_frontier_says_what_was_spent_and_what_it_came_to(tmp_path):
     kinds = {"steps": (1.0, 0.75), "gradients": (1.25, 0.5)}
     names = {"sgd": 1.0, "sam_periodic": 1.2}
     runs = [
-        run(table, name, seed, accuracy, gradients=gradients, longer=longer)
+        run(
+            *(table, name, seed, accuracy),
+            gradients=gradients,
+            longer=longer,
+            training_time_s=(2 + seed) * longer * gradients,
+        )
         for table, (longer, accuracy) in kinds.items()
         for name, gradients in names.items()
         for seed in range(2)
     ]
     _, periodic = study_tables.frontier(runs, "gradients")
-    assert periodic[:4] == ["SAM on every 5th step, reused", "1.50", "0.1", periodic[3]]
-    assert periodic[3] == "50.00 ± 0.00"
+    named, *found = periodic[:5]
+    assert named == "SAM on every 5th step, reused"
+    # 1.2 gradients for 1.25 of the steps; as much time, of each one's fastest seed.
+    assert found == ["1.50", "1.50", "0.1", "50.00 ± 0.00"]
     titles = [table.title for table in study_tables.all_tables(runs, "it")]
     assert titles == ["steps: it", "differences", "gradients: it", "differences"]
     study_plots.DRAW["frontier"](runs, "it", tmp_path / "frontier.png")
@@ -131,11 +138,11 @@ def test_the_frontier_says_what_was_spent_and_what_it_came_to(tmp_path):
 
 def test_of_forecasts_the_error_is_shown():
     runs = [
-        run("steps", "sgd", seed, None, test_loss=error, longer=1.0)
+        run("steps", "sgd", seed, None, test_loss=error, training_time_s=1.0)
         for seed, error in enumerate((0.25, 0.5))
     ]
     assert study_tables.quality(runs) == ("test_loss", "test error")
     (row,) = study_tables.frontier(runs, "steps")
-    assert row[3].startswith("0.3750 ± ")
+    assert row[4].startswith("0.3750 ± ")
     trials = [x | {"table": "tuning", "row": "sgd"} for x in runs]
     assert [row[-1] for row in study_tables.tuning(trials)] == ["0.2500 ←", "0.5000"]

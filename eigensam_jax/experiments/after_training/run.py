@@ -94,8 +94,8 @@ def jobs(chosen: argparse.Namespace) -> list[Record]:
     plain, kinds = chosen.base_optimizer, list[Record]()
     for rate in chosen.learning_rates:
         own = {"optimizer": plain, "tuned": rate}
-        kinds += [{**own, "longer": x, "averaged": False} for x in chosen.longer]
         kinds.append({**own, "longer": 1, "averaged": True})
+        kinds += [{**own, "longer": x, "averaged": False} for x in chosen.longer]
     for rho in chosen.rhos:
         for name in chosen.optimizers:
             tuned = rho * METHODS[METHODS[name].radius_of or name].rho_factor
@@ -146,6 +146,7 @@ def _records(
         "weight_decay": chosen.weight_decay,
     }
     keep = lambda setup, state, top: (jax.tree.map(jnp.copy, state.params), None)
+    latest: dict[Any, list[loop.Point[PyTree]]] = {}
 
     @cache
     def trained_by(rate: float, longer: int) -> loop.Run[PyTree]:
@@ -207,7 +208,12 @@ def _records(
             rho = found["radius"]
         setup = named(job["optimizer"], rho, chosen.alpha)
         say = lambda doing: advance(0, doing)
-        points = list(trained_by(rate, job["longer"])(setup, seed, say=say))
+        training = setup, rate, job["longer"], seed
+        if training not in latest:  # its weights and their average are two networks
+            latest.clear()
+            train_it = trained_by(rate, job["longer"])
+            latest[training] = list(train_it(setup, seed, say=say))
+        points = latest[training]
         advance(0, "measuring")
         weights = [point.measurement for point in points]
         params = weights[-1]

@@ -91,11 +91,12 @@ def frontier(runs: Sequence[Record], table: str) -> list[list[str]]:
 
     The time is that of the fastest seed, over the first method's at equal steps.
     """
-    fastest = lambda of_row: min(run["training_time_s"] for run in of_row)
-    plain = fastest(next(iter(by_row(runs, FRONTIER[0]).values())))
+    first = next(iter(by_row(runs, FRONTIER[0]).values()))
+    plain = min(run["training_time_s"] for run in first)
     rows = []
     for row, of_row in by_row(runs, table).items():
-        cost = f"{spent(of_row[0]):.2f}", f"{fastest(of_row) / plain:.2f}"
+        time = min(run["training_time_s"] for run in of_row) / plain
+        cost = f"{spent(of_row[0]):.2f}", f"{time:.2f}"
         rho = sum(run["rho"] for run in of_row) / len(of_row)
         cells = [
             tables.mean_and_interval(values, digits, factor, sign=False)

@@ -1,4 +1,4 @@
-"""Any of the links on every few steps only, with its gradient reused in between."""
+"""Any of the links on every few steps only, its gradient reused in between or not."""
 
 from typing import Any, NamedTuple
 
@@ -36,30 +36,32 @@ class PeriodicState(NamedTuple):
 def periodic(
     link: optax.GradientTransformationExtraArgs,
     interval: int = 5,
-    reuse: ArrayLike = 0.3,
+    reuse: ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """A link on every `interval`-th step only: 1 + 1/interval gradients a step.
 
-    Step 0 and every `interval`-th step after it are those of `link`. They also store
-    the direction q of the part of the perturbed gradient g′ orthogonal to the plain
-    gradient g:
+    Step 0 and every `interval`-th step after it are those of `link`; the others compute
+    no second gradient. Put it first in the chain, in place of `link`.
+
+    By default the other steps take the plain gradient g. With `reuse` they take
+    g + reuse·‖g‖·q instead (LookSAM). q is the direction of the part of the last
+    perturbed gradient g′ orthogonal to the plain gradient of that step,
 
         q = (g′ − ⟨g′,u⟩u)/‖g′ − ⟨g′,u⟩u‖,   u = g/‖g‖.
 
-    The other steps compute no second gradient. They take g + reuse·‖g‖·q, as q changes
-    slowly (LookSAM). Norms and inner products run over all parameters, also if `link`
-    has a mask. q is 0 if that part of g′ is rounding error; a non-finite step leaves q
-    unchanged. Put it first in the chain, in place of `link`. Memory: q, and g during a
-    perturbed step. Under `jax.vmap` over a state both kinds of steps are computed each
-    time.
+    Norms and inner products run over all parameters, also if `link` has a mask. q is 0
+    if that part of g′ is rounding error; a non-finite step leaves q unchanged. Memory:
+    q, and g during a perturbed step. Under `jax.vmap` over a state both kinds of steps
+    are computed each time.
 
     Args:
       link: what `sam`, `asam` or `eigen_sam` returns. Its schedules and its tracker's
         intervals count perturbed steps alone: with interval 5, a schedule of all steps
         is `lambda n: schedule(5 * n)`.
       interval: steps between perturbed steps, at least 1, which is `link` bit for bit.
-      reuse: the weight of q, at least 0. With 0 the other steps use g, as by
-        `optax.conditionally_transform`, and the state has no q.
+      reuse: the weight of q, at least 0. With 0 the other steps are as by
+        `optax.conditionally_transform`, and the state has no q. The weight does not
+        shrink with ρ, so the others are perturbed even if `link` hardly is.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `PeriodicState`; `info` reports

@@ -20,6 +20,7 @@ from eigensam_jax._periodic import PeriodicState
 
 slow = pytest.mark.slow
 SGD = functools.partial(optax.sgd, 0.05, momentum=0.9)
+reusing = functools.partial(periodic, reuse=0.3)
 
 
 def trained(link, steps=7, of=None, dtype=jnp.float32, static=False, after=None):
@@ -49,7 +50,7 @@ def trained(link, steps=7, of=None, dtype=jnp.float32, static=False, after=None)
 
 @pytest.mark.parametrize("name", ["sam", "secant", pytest.param("ritz", marks=slow)])
 def test_an_interval_of_one_is_the_link_bit_for_bit(name):
-    params, (own, *rest) = trained(periodic(LINKS[name](), 1))
+    params, (own, *rest) = trained(reusing(LINKS[name](), 1))
     expected, (link, *others) = trained(LINKS[name]())
     chex.assert_trees_all_equal(params, expected)
     chex.assert_trees_all_equal((own.link, rest), (link, others))
@@ -61,7 +62,7 @@ def test_an_interval_of_one_is_the_link_bit_for_bit(name):
 )
 def test_without_reuse_it_is_a_conditional_transformation(name):
     due = lambda step: step % 3 == 0
-    params, (own, *_) = trained(periodic(LINKS[name](), 3, reuse=0.0))
+    params, (own, *_) = trained(periodic(LINKS[name](), 3))
     expected, (other, *_) = trained(optax.conditionally_transform(LINKS[name](), due))
     chex.assert_trees_all_equal(params, expected)
     chex.assert_trees_all_equal(own.link, other.inner_state)
@@ -192,10 +193,10 @@ def test_a_mask_is_that_of_the_perturbation_alone():
 
 def test_narrow_parameters_keep_a_narrow_vector():
     params, value = network()
-    _, (wide, *_) = trained(periodic(sam(0.5), 3), 1, of=(params, value))
+    _, (wide, *_) = trained(reusing(sam(0.5), 3), 1, of=(params, value))
     for dtype in (jnp.bfloat16, jnp.float16):
         narrow = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
-        _, (own, *_) = trained(periodic(sam(0.5), 3), 1, of=(narrow, value))
+        _, (own, *_) = trained(reusing(sam(0.5), 3), 1, of=(narrow, value))
         q, expected = ravel_pytree(own.orthogonal)[0], ravel_pytree(wide.orthogonal)[0]
         assert q.dtype == dtype
         assert float(q.astype(jnp.float32) @ expected) > 0.9
@@ -246,7 +247,7 @@ def test_the_vector_is_sharded_as_the_parameters_are():
     sharding = jax.sharding.NamedSharding(meshes.mesh(), spec)
     params = jax.device_put(params, sharding)
     with jax.set_mesh(meshes.mesh()):
-        state = jax.jit(periodic(sam(0.1)).init)(params)
+        state = jax.jit(reusing(sam(0.1)).init)(params)
     for x, w in zip(
         jax.tree.leaves(state.orthogonal), jax.tree.leaves(params), strict=True
     ):
@@ -255,7 +256,7 @@ def test_the_vector_is_sharded_as_the_parameters_are():
 
 def test_a_run_goes_on_from_a_checkpoint():
     params, value = network()
-    tx = optax.chain(periodic(LINKS["secant"](), 3), SGD())
+    tx = optax.chain(reusing(LINKS["secant"](), 3), SGD())
 
     @jax.jit
     def step(params, state, index):
@@ -277,7 +278,7 @@ def test_a_run_goes_on_from_a_checkpoint():
 
 def test_a_batch_of_runs_is_each_of_them():
     params, value = network()
-    tx = periodic(LINKS["sam"](), 2)
+    tx = reusing(LINKS["sam"](), 2)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, 0.9 * x]), params)
 
     def step(carry, index):
@@ -302,7 +303,7 @@ def test_a_batch_of_runs_is_each_of_them():
 
 @pytest.mark.parametrize("name", [pytest.param("sam", marks=slow), "secant"])
 def test_the_branch_fixed_at_trace_time_is_the_same(name):
-    link = periodic(LINKS[name](), 3)
+    link = reusing(LINKS[name](), 3)
     chex.assert_trees_all_close(trained(link, static=True), trained(link))
 
 
@@ -321,7 +322,7 @@ def test_derivatives_are_those_of_finite_differences(name):
         params, value = network(dtype=jnp.float64)
 
         def after_training(params, rho):
-            tx = optax.chain(periodic(LINKS[name].func(rho), 2), SGD())
+            tx = optax.chain(reusing(LINKS[name].func(rho), 2), SGD())
 
             def step(carry, index):
                 params, state = carry
@@ -371,7 +372,7 @@ def test_flax_train_states_hand_on_the_branch():
 
 def test_steps_between_cost_one_gradient():
     gradient = operations(jax.jit(jax.grad(loss)).lower(*WIDE).compile())
-    link = periodic(sam(0.1), 5)
+    link = reusing(sam(0.1), 5)
     due, between = (compiled(WIDE, link, perturb=x) for x in (True, False))
     assert 1.99 * gradient <= operations(due) <= 2.03 * gradient
     assert 0.99 * gradient <= operations(between) <= 1.02 * gradient
@@ -383,12 +384,12 @@ def test_steps_between_cost_one_gradient():
 
 
 def test_neither_branch_pays_for_the_other():
-    text = compiled(WIDE, periodic(sam(0.1), 5)).as_text()
+    text = compiled(WIDE, reusing(sam(0.1), 5)).as_text()
     always, decided = meshes.by_branch(text)
     assert decided.count(" dot(") == 8  # a gradient of three layers, inside the branch
     assert always.count(" dot(") == 8
     for perturb in (True, False):
-        fixed = compiled(WIDE, periodic(sam(0.1), 5), perturb=perturb).as_text()
+        fixed = compiled(WIDE, reusing(sam(0.1), 5), perturb=perturb).as_text()
         assert " conditional(" not in fixed
 
 
@@ -400,9 +401,9 @@ def test_memory_beyond_that_of_the_link_is_one_vector():
         state = jax.eval_shape(link.init, WIDE[0])
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
-    link = periodic(sam(0.1), 5)
+    link = reusing(sam(0.1), 5)
     assert state_bytes(link) - state_bytes(sam(0.1)) == size + 4
-    assert state_bytes(periodic(sam(0.1), 5, 0.0)) - state_bytes(sam(0.1)) == 4
+    assert state_bytes(periodic(sam(0.1))) - state_bytes(sam(0.1)) == 4
     plain, of_sam = compiled(WIDE, optax.identity()), compiled(WIDE, sam(0.1))
     due, between = (compiled(WIDE, link, perturb=x) for x in (True, False))
     assert memory(due) - memory(of_sam) <= 1.2 * size
@@ -411,7 +412,7 @@ def test_memory_beyond_that_of_the_link_is_one_vector():
 
 def test_a_donated_state_is_used_up():
     params, value = network()
-    tx = optax.chain(periodic(LINKS["secant"](), 2), SGD())
+    tx = optax.chain(reusing(LINKS["secant"](), 2), SGD())
     step = jax.jit(
         lambda g, s, p: tx.update(g, s, p, value_fn=value), donate_argnums=(0, 1)
     )
@@ -451,13 +452,13 @@ def test_what_can_not_be_is_refused(make, message):
 
 def test_calls_that_can_not_be_are_refused():
     w, value_fn = jnp.ones(2), lambda p: jnp.sum(p**2)
-    tx = periodic(sam())
+    tx = reusing(sam())
     state = tx.init(w)
     with pytest.raises(ValueError, match="perturb must be True, False or None"):
         tx.update(w, state, w, value_fn=value_fn, perturb=jnp.array(True))
     with pytest.raises(ValueError, match="update needs value_fn or grad_fn"):
         tx.update(w, state, w, perturb=False)
-    for other in (sam().init(w), periodic(sam(), 5, 0.0).init(w)):
+    for other in (sam().init(w), periodic(sam()).init(w)):
         with pytest.raises(
             ValueError, match="opt_state must be the state of this periodic"
         ):

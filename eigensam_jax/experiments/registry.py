@@ -268,6 +268,9 @@ MODELS = {
     "cnn6": Network(_later("models.small", "CNN6"), "CNN of six layers"),
     "resnet18": Network(_later("models.resnet", "ResNet18"), "ResNet-18"),
     "vit": Network(_later("models.vit", "ViT"), "vision transformer"),
+    "vit_small": Network(
+        _later("models.vit", "ViT", None, 64, 2, 4), "vision transformer of two blocks"
+    ),
     "forecaster": Network(
         _later("models.forecaster", "Forecaster"), "transformer", is_series=True
     ),

@@ -9,7 +9,8 @@ from eigensam_jax.experiments.registry import DATASETS, METHODS
 
 Document = dict[str, Any]
 
-MODELS = ("mlp", "cnn", "strided_cnn", "cnn6", "vit")  # without batch normalisation
+# Without batch normalisation.
+MODELS = ("mlp", "cnn", "strided_cnn", "cnn6", "vit", "vit_small")
 _PERTURBING = tuple(x for x in METHODS if METHODS[x].link)
 _USUAL: dict[str, Any] = {
     "seeds": 5,

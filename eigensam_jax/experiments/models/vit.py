@@ -9,7 +9,8 @@ class ViT(nn.Module):
     """A vision transformer: patches as tokens, pre-norm blocks, the mean over tokens.
 
     It has LayerNorm and no dropout, so its parameters are its only state. The images'
-    sides must be multiples of `patch`, and `width` a multiple of `heads`.
+    sides must be multiples of `patch`, in pixels (None: a quarter of the height), and
+    `width` a multiple of `heads`.
 
     References:
       Dosovitskiy et al., "An Image is Worth 16×16 Words: Transformers for Image
@@ -18,7 +19,7 @@ class ViT(nn.Module):
     """
 
     num_classes: int
-    patch: int = 4
+    patch: int | None = 4
     width: int = 192
     depth: int = 6
     heads: int = 3
@@ -26,7 +27,7 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits (batch, num_classes) of images (batch, height, width, channels)."""
-        side = (self.patch, self.patch)
+        side = (self.patch or images.shape[1] // 4,) * 2
         x = nn.Conv(self.width, side, strides=side, padding="VALID")(images)
         x = x.reshape(len(x), -1, self.width)
         position = self.param(

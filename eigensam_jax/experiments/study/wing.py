@@ -77,14 +77,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         bases = (METHODS[name].base for name in chosen.optimizers or ())
         chosen.base_optimizer = next(filter(None, bases), None)
     chosen = options.filled(chosen, _USUAL[kind], _SMOKE[kind])
-    if kind == "compare":
-        plan, described = _comparison(chosen)
-    elif kind == "accuracy":
-        plan, described = _tuned(chosen)
-    elif kind == "frontier":
-        plan, described = _frontier(chosen)
-    else:
-        plan, described = _ablations(chosen)
+    planned = {"compare": _comparison, "accuracy": _tuned, "frontier": _frontier}
+    plan, described = planned.get(kind, _ablations)(chosen)
 
     from eigensam_jax.experiments.study import run as study
     from eigensam_jax.experiments.study.jobs import Config
@@ -164,8 +158,8 @@ def _add_frontier(subparsers: Any) -> None:
         "resume.",
     )
     names = [x for x in METHODS if METHODS[x].link is not None]
-    usual = f" [{' '.join(_ON_THE_FRONTIER)}]"
-    options.add_choices(frontier, "optimizers", names, usual)
+    usual = " ".join(_ON_THE_FRONTIER)
+    options.add_choices(frontier, "optimizers", names, f" [{usual}]")
     options.add_runs(frontier, _USUAL["frontier"])
     for name, what in (("rhos", "ρ"), ("learning_rates", "of the base optimizer")):
         options.add_grid(frontier, name, what, _USUAL["frontier"][name])

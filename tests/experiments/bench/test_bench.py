@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
 from eigensam_jax import trackers
-from eigensam_jax.experiments import cli
+from eigensam_jax.experiments import cli, registry
 from eigensam_jax.experiments.bench import (
     contenders,
     growth,
@@ -444,6 +444,10 @@ def test_the_vision_transformer_has_its_shapes():
     assert parameters == 2_693_194
     logits = jax.eval_shape(lambda v: model.apply(v, images), variables)
     assert logits.shape == (2, 10)
+    for side in (28, 32):  # whose quarters are the patches of the small one
+        small, images = registry.model("vit_small", 10), jnp.zeros((2, side, side, 1))
+        variables = jax.eval_shape(small.init, jax.random.key(0), images)
+        assert variables["params"]["position"].shape == (1, 16, 64)
 
 
 def test_tokens_see_each_other_and_where_they_are():

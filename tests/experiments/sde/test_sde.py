@@ -18,8 +18,9 @@ SMALL = "sde --smoke --rho 0.02 0.05"
 METHODS = ("sam", "sam_again", "order_2", "order_3", *sde_paths.WITHOUT_NOISE)
 
 
-LOOK = ("train_loss", "test_loss", "test_accuracy", "parameter_norm", "gradient_norm")
-LOOK += ("lambda_max", "lambda_max_residual")
+KEPT = ("train_loss", "test_loss", "test_accuracy", "parameter_norm", "gradient_norm")
+KEPT += ("lambda_max",)
+LOOK = (*KEPT, "lambda_max_residual")
 RATES = {f"rate_{x}" for x in sde.SharpnessRates._fields}
 RATES -= {"rate_eigenvalue", "rate_residual"}
 JOB = ("optimizer", "rho", "alpha", "seed")
@@ -89,16 +90,12 @@ def test_the_smoke_run(tmp_path):
         assert curves["step"] == [0, 2, 4]
         for values in curves.values():
             assert all(map(math.isfinite, values))
-        residuals = np.divide(curves["lambda_max_residual"], curves["lambda_max"])
-        assert max(residuals) <= 1.5e-4
         first = runs["order_1", 0.0, 0.0, 0]["curves"]
-        for key in (
-            set(curves) - {"lambda_max_residual"} - RATES
-        ):  # all from the same start
+        for key in set(curves) - RATES:  # all from the same start
             np.testing.assert_allclose(curves[key][0], first[key][0], rtol=1e-4)
         measured = optimizer in ("sam", "eigen_sam") and rho == 0.02
         assert (set(curves) >= RATES) == measured
-    ends = [tuple(run["curves"][x][-1] for x in LOOK) for run in runs.values()]
+    ends = [tuple(run["curves"][x][-1] for x in KEPT) for run in runs.values()]
     assert len(set(ends)) == len(ends)
 
 
@@ -134,7 +131,7 @@ def test_every_path_is_there_and_the_command_says_what_came_out(
     for run in paths:
         measured = run["optimizer"] in ("sam", "eigen_sam") and run["rho"] == 0.02
         expected = RATES if measured else set()
-        assert set(run["curves"]) == {"step", *LOOK, *expected}
+        assert set(run["curves"]) == {"step", *KEPT, *expected}
     assert max(map(len, lines)) <= 80
     printed = [" ".join(line.split()) for line in lines]
     runs = results["runs"]

@@ -68,7 +68,9 @@ def compile_fast() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = options.Parser(prog="eigensam", description="Experiments with Eigen-SAM.")
+    parser = options.Parser(
+        prog="eigensam", usage=None, description="Experiments with Eigen-SAM."
+    )
     parser.add_argument(
         "--version", action="version", version=f"eigensam_jax {version('eigensam_jax')}"
     )

@@ -255,7 +255,8 @@ class Parser(argparse.ArgumentParser):
     """A parser without abbreviations, whose errors are one line without the usage."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(**{**kwargs, "allow_abbrev": False})
+        usual: Any = {"usage": "%(prog)s [options]", "allow_abbrev": False}
+        super().__init__(**(usual | kwargs))
 
     def error(self, message: str) -> NoReturn:
         """Ends the command with one line."""

@@ -38,12 +38,8 @@ def dataset(name: str, data_dir: Path | None = None) -> Dataset:
       UserError: if the folder or a file is missing, cut off or not in its format.
     """
     source = DATASETS[name]
-    found: Dataset
-    if source.is_series:
-        found = source.read(data_dir)
-    else:
-        found = load.load(source.read, data_dir)
-    return found
+    whole: Callable[..., Dataset] = partial(load.load, source.read)
+    return (source.read if source.is_series else whole)(data_dir)
 
 
 def model(name: str, num_classes: int, resolution: int | None = None) -> Any:
@@ -84,11 +80,12 @@ def matched(method: str) -> str | None:
 
 
 def title(config: dict[str, Any]) -> str:
-    """Of a results file: data, network, and what is unusual: labels, base optimizer."""
+    """Of a results file: data, network, unusual labels, images or base optimizer."""
     dataset, model = config["dataset"], config["model"]
     words = [DATASETS[dataset].label or dataset, MODELS[model].label or model]
     if noise := config.get("label_noise"):
         words.append(f"{100 * noise:g}% of the labels redrawn")
+    words += ["augmented"] * bool(config.get("augment"))
     base = config.get("base_optimizer", "sgd")  # which early files do not say
     return ", ".join(words + ([METHODS[base].label] if base != "sgd" else []))
 
@@ -263,7 +260,7 @@ DATASETS = {
 MODELS = {
     "mlp": Network(_later("models.small", "MLP"), "MLP", 0.05),
     "cnn": Network(_later("models.small", "CNN"), "CNN", 0.1),
-    "strided_cnn": Network(_later("models.small", "StridedCNN"), "strided CNN", 0.1),
+    "strided_cnn": Network(_later("models.small", "CNN", True), "strided CNN", 0.1),
     "norm_cnn": Network(_later("models.small", "NormCNN"), "CNN with batch norm"),
     "cnn6": Network(_later("models.small", "CNN6"), "CNN of six layers"),
     "resnet18": Network(_later("models.resnet", "ResNet18"), "ResNet-18"),

@@ -39,7 +39,6 @@ def add_command(subparsers: Any) -> None:
     """Adds `eigensam after-training`."""
     parser = subparsers.add_parser(
         "after-training",
-        usage="%(prog)s [options]",
         help="quantize, prune and perturb trained networks, and train them on new data",
         description="Train networks by each method, measure how sharp they are, then "
         "quantize, prune and perturb their weights and train them on new data. Prints "

@@ -23,32 +23,22 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """Two 3×3 convolutions (16 and 32 channels) with max-pooling, then 64 units."""
+    """Two 3×3 convolutions (16 and 32 channels), then 64 units.
+
+    Max-pooling halves height and width after each convolution, or else its stride does.
+    """
 
     num_classes: int
+    strided: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits of shape (batch, num_classes)."""
-        x = images
+        x, strides = images, (2, 2)
         for channels in (16, 32):
-            x = nn.relu(nn.Conv(channels, (3, 3))(x))
-            x = nn.max_pool(x, (2, 2), (2, 2))  # type: ignore[no-untyped-call]
-        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
-        return nn.Dense(self.num_classes)(x)
-
-
-class StridedCNN(nn.Module):
-    """Two 3×3 convolutions of stride 2 (16 and 32 channels), then 64 units."""
-
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits of shape (batch, num_classes)."""
-        x = images
-        for channels in (16, 32):
-            x = nn.relu(nn.Conv(channels, (3, 3), strides=(2, 2))(x))
+            x = nn.relu(nn.Conv(channels, (3, 3), strides if self.strided else 1)(x))
+            if not self.strided:
+                x = nn.max_pool(x, strides, strides)  # type: ignore[no-untyped-call]
         x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
         return nn.Dense(self.num_classes)(x)
 

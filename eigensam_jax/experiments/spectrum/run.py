@@ -28,7 +28,6 @@ from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
 TOLERANCE = 1e-4  # of the residuals, relative to λ_max
-
 CHECKPOINT = "training.msgpack"
 CHECKPOINTS = 10  # of a training, beside the one at its end
 _TRAINING = (
@@ -94,7 +93,6 @@ def run(chosen: argparse.Namespace, command: str) -> None:
                 host_loop=True,
             )
             seconds, products = time.perf_counter() - began, bar.tasks[task].completed
-
             count = chosen.num_matvecs * chosen.num_samples
             density = eigen.spectral_density(
                 counted(bar.add_task("spectral density", total=count)),

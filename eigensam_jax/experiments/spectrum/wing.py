@@ -18,7 +18,6 @@ def add_command(subparsers: Any) -> None:
     """Adds `eigensam spectrum`."""
     spectrum = subparsers.add_parser(
         "spectrum",
-        usage="%(prog)s [options]",
         help="eigenvalues of the Hessian of a trained network",
         description="Train a network, then compute the largest eigenvalues of the "
         "Hessian of its training loss, with residuals, and the spectral density. "

@@ -13,12 +13,7 @@ from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.models import pretrained
 from eigensam_jax.experiments.models.pretrained import Pretrained
-from eigensam_jax.experiments.records import (
-    progress,
-    results,
-    resumption,
-    tables,
-)
+from eigensam_jax.experiments.records import progress, results, resumption, tables
 from eigensam_jax.experiments.study import tables as study_tables
 from eigensam_jax.experiments.study.ablations import PARTS
 from eigensam_jax.experiments.study.jobs import (

@@ -1,10 +1,12 @@
 """The tables of `compare`, `accuracy` and `ablate`, from their results files."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from eigensam_jax.experiments import registry
 from eigensam_jax.experiments.entries import PLAIN
 from eigensam_jax.experiments.records import tables
 from eigensam_jax.experiments.registry import METHODS
@@ -118,6 +120,30 @@ def against_first(runs: Sequence[Record], table: str) -> list[list[str]]:
     return [
         [f"{row} − {first}", *difference(found[row], found[first])] for row in others
     ]
+
+
+def gains(studies: Sequence[Record], what: str) -> list[list[str]]:
+    """A row per study: a figure of its differences, bold where they are significant.
+
+    `what` is "test", "train loss", "λ_max" or "alignment", then, after commas, methods
+    to hold against the first of a study, and pairs as in `paired`.
+    """
+    figure, *columns = what.split(", ")
+    at, rows = 1 + ("test", *PAIRED_HEADERS[1:]).index(figure), []
+    for study in studies:
+        config, runs = study["config"], study["runs"]
+        table = "main" if by_row(runs, "main") else FRONTIER[0]
+        found = {x[0].split(" − ")[0]: x[at] for x in against_first(runs, table)}
+        found |= {x[0]: x[at] for x in paired(runs, table)}
+        epochs = f"{registry.title(config)}, {config['epochs']} epochs"
+        row = [f"[{epochs}]({Path(config['out']).name}/README.md)"]
+        for cell in (found.get(column, "–") for column in columns):
+            mean, _, half = cell.partition(" ± ")
+            row.append(
+                f"**{cell}**" if half and abs(float(mean)) > float(half) else cell
+            )
+        rows.append(row)
+    return rows
 
 
 def difference(one: Sequence[Record], other: Sequence[Record]) -> list[str]:

@@ -99,6 +99,7 @@ def tables(results: list[Document]) -> dict[str, Any]:
         "paired": lambda table: made.paired(runs, table),
         "against_first": lambda table: made.against_first(runs, table),
         "frontier": lambda table: made.frontier(runs, table),
+        "gains": lambda what: made.gains(results, what),
         "over_training": lambda figure: made.over_training(runs, figure),
     }
 
@@ -116,7 +117,6 @@ def plots(results: Document, folder: Path) -> None:
 def _add_compare(subparsers: Any) -> None:
     compare = subparsers.add_parser(
         "compare",
-        usage="%(prog)s [options]",
         help="train with AdamW, SAM and Eigen-SAM and show the difference",
         description="Train the same network from the same seeds with each optimizer, "
         "at the same ρ and α. Leaves results.json and compare.png in --out; run it "
@@ -133,7 +133,6 @@ def _add_compare(subparsers: Any) -> None:
 def _add_accuracy(subparsers: Any) -> None:
     accuracy = subparsers.add_parser(
         "accuracy",
-        usage="%(prog)s [options]",
         help="tune each method on a validation split, then train with several seeds",
         description="Choose the learning rate, ρ and α on a tenth of the training set, "
         "then train on all of it. Leaves results.json and accuracy.png in --out; run "
@@ -151,7 +150,6 @@ def _add_accuracy(subparsers: Any) -> None:
 def _add_frontier(subparsers: Any) -> None:
     frontier = subparsers.add_parser(
         "frontier",
-        usage="%(prog)s [options]",
         help="accuracy and λ_max of each method against its cost",
         description="Tune all methods alike, then train each for equal steps and equal "
         "gradients. Leaves results.json and frontier.png in --out; run it again to "
@@ -170,7 +168,6 @@ def _add_frontier(subparsers: Any) -> None:
 def _add_ablate(subparsers: Any) -> None:
     ablate = subparsers.add_parser(
         "ablate",
-        usage="%(prog)s [options]",
         help="vary α, ρ, the tracker, when to perturb, and which parameters",
         description="Train a network over and over, each time with one thing changed. "
         "Leaves results.json and ablate.png in --out; run it again to resume.",

@@ -57,7 +57,7 @@ class Progress(NamedTuple):
     Attributes:
       state: after the steps so far.
       top: the second result of the last `measure`.
-      seconds: wall time of the steps so far.
+      seconds: wall time of the steps so far, with refreshes but without compilation.
     """
 
     state: TrainState
@@ -71,23 +71,18 @@ class Point(NamedTuple, Generic[Measurement]):
     Attributes:
       step: steps so far.
       radius: mean ‖ε‖ of the steps that perturb.
-      step_time_ms: mean wall time of a step, with refreshes but without compilation.
       measurement: the first result of `measure`.
       progress: where the run continues; donated on the way to the next point.
     """
 
     step: int
     radius: float
-    step_time_ms: float
     measurement: Measurement
     progress: Progress
 
 
 Say = Callable[[str], object]
-
-
-def _silent(text: str) -> None:
-    pass
+_silent: Say = lambda text: None
 
 
 class Run(Protocol[Measurement]):
@@ -262,8 +257,6 @@ def make_run(
             perturbed = sum(acts for acts, _ in kinds[:done])
             radius = float(state.radius_sum) / max(perturbed, 1)
             progress = Progress(state, top, seconds)
-            yield Point(
-                done, radius, 1e3 * seconds / max(done, 1), measurement, progress
-            )
+            yield Point(done, radius, measurement, progress)
 
     return run

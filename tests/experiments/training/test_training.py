@@ -74,7 +74,7 @@ def test_a_run_learns_and_starts_where_the_others_do(train):
         assert last.train_loss < 0.75 * first.train_loss
         assert last.test_accuracy > 0.6
         assert last.lambda_max_residual < 5e-3 * last.lambda_max
-        assert points[-1].step_time_ms > 0
+        assert points[-1].progress.seconds > 0
     assert runs["sgd"][-1].radius == 0
     np.testing.assert_allclose(runs["sam"][-1].radius, 0.1, rtol=1e-5)
     for name in names[2:]:

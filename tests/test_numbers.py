@@ -41,6 +41,8 @@ MEASURED = re.compile(r"(\d+\.?\d*)%? ± (\d+\.?\d*)")
 def test_what_is_found_stands_in_the_tables_of_the_pages_that_are_linked():
     seen = 0
     for paragraph in FINDINGS.split("\n\n"):
+        if paragraph.startswith("<!-- report: "):  # in test_report
+            continue
         linked = re.findall(r"\]\((\w+/README\.md)", paragraph)
         pages = "".join((RESULTS / link).read_text() for link in linked)
         table = "\n".join(x for x in pages.splitlines() if x.startswith("| "))

@@ -136,6 +136,30 @@ def test_the_frontier_says_what_was_spent_and_what_it_came_to(tmp_path):
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
 
+def test_gains_are_bold_where_their_interval_does_not_hold_zero():
+    pairs = {"sgd": (0.5, 0.6), "sam": (0.6, 0.7), "sam_every": (0.5, 0.7)}
+    config = {"dataset": "digits", "model": "mlp", "epochs": 3, "out": "a/of_digits"}
+    main, steps = (
+        {
+            "config": {**config, "augment": table == "steps"},
+            "runs": [
+                run(table, name, seed, x, gradients=1.0)
+                for name, values in pairs.items()
+                for seed, x in enumerate(values)
+            ],
+        }
+        for table in ("main", "steps")
+    )
+    what = "test, sam, sam_every, asam, sam_every − sam"
+    first, second = study_tables.gains([main, steps], what)
+    assert first[0] == "[digits, MLP, 3 epochs](of_digits/README.md)"
+    assert second[0] == "[digits, MLP, augmented, 3 epochs](of_digits/README.md)"
+    assert first[1:4] == ["**+10.00 ± 0.00**", "+5.00 ± 63.53", "–"]
+    assert first[4] == second[4] == "-5.00 ± 63.53"
+    ((_, cell),) = study_tables.gains([main], "λ_max, sam")
+    assert cell == "+0.000 ± 0.000"
+
+
 def test_of_forecasts_the_error_is_shown():
     runs = [
         run("steps", "sgd", seed, None, test_loss=error, training_time_s=1.0)

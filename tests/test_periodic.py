@@ -254,9 +254,10 @@ def test_the_vector_is_sharded_as_the_parameters_are():
         assert x.sharding.is_equivalent_to(w.sharding, w.ndim)
 
 
-def test_a_run_goes_on_from_a_checkpoint():
+@pytest.mark.parametrize("make", [periodic, reusing])
+def test_a_run_goes_on_from_a_checkpoint(make):
     params, value = network()
-    tx = optax.chain(reusing(LINKS["secant"](), 3), SGD())
+    tx = optax.chain(make(LINKS["secant"](), 3), SGD())
 
     @jax.jit
     def step(params, state, index):
@@ -276,9 +277,10 @@ def test_a_run_goes_on_from_a_checkpoint():
     chex.assert_trees_all_equal(restored, carry)
 
 
-def test_a_batch_of_runs_is_each_of_them():
+@pytest.mark.parametrize("make", [periodic, reusing])
+def test_a_batch_of_runs_is_each_of_them(make):
     params, value = network()
-    tx = reusing(LINKS["sam"](), 2)
+    tx = make(LINKS["sam"](), 2)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, 0.9 * x]), params)
 
     def step(carry, index):
@@ -381,15 +383,18 @@ def test_steps_between_cost_one_gradient():
     plain = compiled(WIDE, optax.identity())
     size = sum(4 * x.size for x in jax.tree.leaves(WIDE[0]))
     assert traffic(between) - traffic(plain) <= 4.1 * size
+    bare = compiled(WIDE, periodic(sam(0.1)), perturb=False)
+    assert traffic(bare) - traffic(plain) <= 0.1 * size
 
 
-def test_neither_branch_pays_for_the_other():
-    text = compiled(WIDE, reusing(sam(0.1), 5)).as_text()
+@pytest.mark.parametrize("make", [periodic, reusing])
+def test_neither_branch_pays_for_the_other(make):
+    text = compiled(WIDE, make(sam(0.1), 5)).as_text()
     always, decided = meshes.by_branch(text)
     assert decided.count(" dot(") == 8  # a gradient of three layers, inside the branch
     assert always.count(" dot(") == 8
     for perturb in (True, False):
-        fixed = compiled(WIDE, reusing(sam(0.1), 5), perturb=perturb).as_text()
+        fixed = compiled(WIDE, make(sam(0.1), 5), perturb=perturb).as_text()
         assert " conditional(" not in fixed
 
 

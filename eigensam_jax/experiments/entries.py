@@ -135,9 +135,11 @@ class Network(NamedTuple):
       label: in words; "" for its name.
       track_rate: SGD's learning rate in `eigensam track`; None for too large for it.
       is_series: whether it forecasts, so many hours in place of classes.
+      batch_norm: whether it has batch normalisation.
     """
 
     make: Callable[[int], Any]
     label: str = ""
     track_rate: float | None = None
     is_series: bool = False
+    batch_norm: bool = False

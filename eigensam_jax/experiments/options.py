@@ -252,7 +252,7 @@ def number(kind: type[Any], above: float | None = None) -> Callable[[str], Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser without abbreviations, whose errors are one line without the usage."""
+    """A parser without abbreviations, whose usage and errors are one line."""
 
     def __init__(self, **kwargs: Any):
         usual: Any = {"usage": "%(prog)s [options]", "allow_abbrev": False}

@@ -37,9 +37,9 @@ def dataset(name: str, data_dir: Path | None = None) -> Dataset:
     Raises:
       UserError: if the folder or a file is missing, cut off or not in its format.
     """
-    source = DATASETS[name]
-    whole: Callable[..., Dataset] = partial(load.load, source.read)
-    return (source.read if source.is_series else whole)(data_dir)
+    read, is_series = DATASETS[name].read, DATASETS[name].is_series
+    found: Dataset = read(data_dir) if is_series else load.load(read, data_dir)
+    return found
 
 
 def model(name: str, num_classes: int, resolution: int | None = None) -> Any:
@@ -80,12 +80,13 @@ def matched(method: str) -> str | None:
 
 
 def title(config: dict[str, Any]) -> str:
-    """Of a results file: data, network, unusual labels, images or base optimizer."""
+    """Of a results file: data, network; if unusual: labels, images, base optimizer."""
     dataset, model = config["dataset"], config["model"]
     words = [DATASETS[dataset].label or dataset, MODELS[model].label or model]
     if noise := config.get("label_noise"):
         words.append(f"{100 * noise:g}% of the labels redrawn")
-    words += ["augmented"] * bool(config.get("augment"))
+    if config.get("augment"):
+        words.append("augmented")
     base = config.get("base_optimizer", "sgd")  # which early files do not say
     return ", ".join(words + ([METHODS[base].label] if base != "sgd" else []))
 
@@ -97,11 +98,12 @@ def look(name: str) -> dict[str, Any]:
     return {"label": label, "color": drawn.colour, "marker": drawn.marker}
 
 
-def _later(module: str, name: str, *more: Any) -> Callable[..., Any]:
+def _later(module: str, name: str, *more: Any, **options: Any) -> Callable[..., Any]:
     """The function of a module of the experiments, imported when it is called."""
 
     def call(*args: Any) -> Any:
-        return getattr(import_module(f"{__package__}.{module}"), name)(*args, *more)
+        function = getattr(import_module(f"{__package__}.{module}"), name)
+        return function(*args, *more, **options)
 
     return call
 
@@ -260,18 +262,27 @@ DATASETS = {
 MODELS = {
     "mlp": Network(_later("models.small", "MLP"), "MLP", 0.05),
     "cnn": Network(_later("models.small", "CNN"), "CNN", 0.1),
-    "strided_cnn": Network(_later("models.small", "CNN", True), "strided CNN", 0.1),
-    "norm_cnn": Network(_later("models.small", "NormCNN"), "CNN with batch norm"),
+    "strided_cnn": Network(
+        _later("models.small", "CNN", strided=True), "strided CNN", 0.1
+    ),
+    "norm_cnn": Network(
+        _later("models.small", "NormCNN"), "CNN with batch norm", batch_norm=True
+    ),
     "cnn6": Network(_later("models.small", "CNN6"), "CNN of six layers"),
-    "resnet18": Network(_later("models.resnet", "ResNet18"), "ResNet-18"),
+    "resnet18": Network(
+        _later("models.resnet", "ResNet18"), "ResNet-18", batch_norm=True
+    ),
     "vit": Network(_later("models.vit", "ViT"), "vision transformer"),
     "vit_small": Network(
-        _later("models.vit", "ViT", None, 64, 2, 4), "vision transformer of two blocks"
+        _later("models.vit", "ViT", patch=None, width=64, depth=2, heads=4),
+        "vision transformer of two blocks",
     ),
     "forecaster": Network(
         _later("models.forecaster", "Forecaster"), "transformer", is_series=True
     ),
     "efficientnet_lite0": Network(
-        _later("models.efficientnet", "EfficientNetLite0"), "EfficientNet-Lite0"
+        _later("models.efficientnet", "EfficientNetLite0"),
+        "EfficientNet-Lite0",
+        batch_norm=True,
     ),
 }

@@ -94,8 +94,10 @@ def jobs(chosen: argparse.Namespace) -> list[Record]:
     plain, kinds = chosen.base_optimizer, list[Record]()
     for rate in chosen.learning_rates:
         own = {"optimizer": plain, "tuned": rate}
-        kinds.append({**own, "longer": 1, "averaged": True})
-        kinds += [{**own, "longer": x, "averaged": False} for x in chosen.longer]
+        for longer in chosen.longer:
+            kinds.append({**own, "longer": longer, "averaged": False})
+            if longer == 1:  # right after it, as both share a training
+                kinds.append({**own, "longer": 1, "averaged": True})
     for rho in chosen.rhos:
         for name in chosen.optimizers:
             tuned = rho * METHODS[METHODS[name].radius_of or name].rho_factor
@@ -146,7 +148,7 @@ def _records(
         "weight_decay": chosen.weight_decay,
     }
     keep = lambda setup, state, top: (jax.tree.map(jnp.copy, state.params), None)
-    latest: dict[Any, list[loop.Point[PyTree]]] = {}
+    latest: tuple[Any, list[loop.Point[PyTree]]] = (None, [])
 
     @cache
     def trained_by(rate: float, longer: int) -> loop.Run[PyTree]:
@@ -199,6 +201,7 @@ def _records(
         return {**found, "after": after}
 
     def train(job: Record, advance: progress.Advance) -> list[Record]:
+        nonlocal latest
         method, seed = METHODS[job["optimizer"]], job["seed"]
         rate = job["tuned"] if method.link is None else chosen.learning_rates[0]
         rho = 0.0 if method.link is None else job["tuned"]
@@ -209,11 +212,10 @@ def _records(
         setup = named(job["optimizer"], rho, chosen.alpha)
         say = lambda doing: advance(0, doing)
         training = setup, rate, job["longer"], seed
-        if training not in latest:  # its weights and their average are two networks
-            latest.clear()
+        if latest[0] != training:
             train_it = trained_by(rate, job["longer"])
-            latest[training] = list(train_it(setup, seed, say=say))
-        points = latest[training]
+            latest = training, list(train_it(setup, seed, say=say))
+        points = latest[1]
         advance(0, "measuring")
         weights = [point.measurement for point in points]
         params = weights[-1]

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from eigensam_jax.experiments import options, registry
-from eigensam_jax.experiments.registry import DATASETS, METHODS
+from eigensam_jax.experiments.registry import DATASETS, METHODS, MODELS
 
 Document = dict[str, Any]
 
-# Without batch normalisation.
-MODELS = ("mlp", "cnn", "strided_cnn", "cnn6", "vit", "vit_small")
+_MODELS = [x for x, made in MODELS.items() if not (made.batch_norm or made.is_series)]
 _PERTURBING = tuple(x for x in METHODS if METHODS[x].link)
 _USUAL: dict[str, Any] = {
     "seeds": 5,
@@ -45,7 +44,7 @@ def add_command(subparsers: Any) -> None:
         "tables and leaves results.json and after_training.png in --out; run it again "
         "to resume.",
     )
-    options.add_problem(parser, MODELS)
+    options.add_problem(parser, _MODELS)
     parser.add_argument(
         "--next-dataset",
         metavar="NAME",

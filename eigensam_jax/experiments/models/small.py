@@ -25,7 +25,8 @@ class MLP(nn.Module):
 class CNN(nn.Module):
     """Two 3×3 convolutions (16 and 32 channels), then 64 units.
 
-    Max-pooling halves height and width after each convolution, or else its stride does.
+    Height and width are halved after each convolution by max-pooling or, if `strided`,
+    by its stride.
     """
 
     num_classes: int
@@ -34,11 +35,11 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits of shape (batch, num_classes)."""
-        x, strides = images, (2, 2)
+        x, half = images, (2, 2)
         for channels in (16, 32):
-            x = nn.relu(nn.Conv(channels, (3, 3), strides if self.strided else 1)(x))
+            x = nn.relu(nn.Conv(channels, (3, 3), half if self.strided else 1)(x))
             if not self.strided:
-                x = nn.max_pool(x, strides, strides)  # type: ignore[no-untyped-call]
+                x = nn.max_pool(x, half, half)  # type: ignore[no-untyped-call]
         x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
         return nn.Dense(self.num_classes)(x)
 

@@ -1,4 +1,4 @@
-"""A small vision transformer for images of 32×32 pixels, in Flax."""
+"""Vision transformers for small images, in Flax."""
 
 import flax.linen as nn
 import jax
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 class ViT(nn.Module):
     """A vision transformer: patches as tokens, pre-norm blocks, the mean over tokens.
 
-    It has LayerNorm and no dropout, so its parameters are its only state. The images'
-    sides must be multiples of `patch`, in pixels (None: a quarter of the height), and
-    `width` a multiple of `heads`.
+    It has LayerNorm and no dropout, so its parameters are its only state. `patch` is in
+    pixels, or None for a quarter of the height; the images' sides must be multiples of
+    it, and `width` of `heads`.
 
     References:
       Dosovitskiy et al., "An Image is Worth 16×16 Words: Transformers for Image
@@ -27,7 +27,7 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits (batch, num_classes) of images (batch, height, width, channels)."""
-        side = (self.patch or images.shape[1] // 4,) * 2
+        side = (images.shape[1] // 4 if self.patch is None else self.patch,) * 2
         x = nn.Conv(self.width, side, strides=side, padding="VALID")(images)
         x = x.reshape(len(x), -1, self.width)
         position = self.param(

@@ -97,8 +97,8 @@ def _records(
                 f"{chosen.learning_rate:g})"
             ) from error
         curves = {key: [look[key] for look in looks] for key in looks[0]}
-        del curves["lambda_max_residual"]
-        return [job | {"curves": curves}]
+        worst = max(curves.pop("lambda_max_residual"))
+        return [job | {"lambda_max_residual": worst, "curves": curves}]
 
     rho, eta = chosen.rhos[0], chosen.learning_rate
     checks: dict[str, Callable[[], list[Record]]] = {

@@ -1,8 +1,7 @@
-"""`eigensam compare`, `accuracy` and `ablate`: many runs of one network, by a plan."""
+"""`eigensam compare`, `accuracy`, `frontier`, `ablate`: many runs, by a plan."""
 
 from collections import defaultdict
 from collections.abc import Iterator
-from inspect import signature
 from typing import Any
 
 from rich.console import Console
@@ -80,9 +79,10 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
 
 def _check(config: Config) -> None:
     """Raises UserError if the network or the batch does not fit an option."""
-    model = registry.model(config.model, 10, config.resolution)
+    registry.model(config.model, 10, config.resolution)
     is_series = registry.DATASETS[config.dataset].is_series
-    if registry.MODELS[config.model].is_series != is_series:
+    found = registry.MODELS[config.model]
+    if found.is_series != is_series:
         raise UserError(
             f"--model {config.model} does not learn {config.dataset}: forecaster is "
             "the one for series"
@@ -94,8 +94,7 @@ def _check(config: Config) -> None:
             f"--label-noise {config.label_noise:g} is a share of the labels; use at "
             "most 1"
         )
-    names = config.plan.get("tables", ())
-    has_norms = "train" in signature(type(model).__call__).parameters
+    names, has_norms = config.plan.get("tables", ()), found.batch_norm
     if "norms" in names and not has_norms:
         raise UserError(
             f"--tables norms: {config.model} has no batch normalisation; use norm_cnn, "

@@ -1,4 +1,4 @@
-"""The tables of `compare`, `accuracy` and `ablate`, from their results files."""
+"""The tables of `compare`, `accuracy`, `frontier` and `ablate`, from results files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ from rich.table import Table
 
 from eigensam_jax.experiments import registry
 from eigensam_jax.experiments.entries import PLAIN
+from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.records import tables
 from eigensam_jax.experiments.registry import METHODS
 from eigensam_jax.experiments.study.plans import score
@@ -42,8 +43,11 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
             continue
         headers: tuple[str, ...] = ("", quality(runs)[1], *PAIRED_HEADERS[1:])
         if name in FRONTIER:
-            above = *FRONTIER_HEADERS, *headers[1:-1]
-            result.append(tables.table(heading, above, frontier(runs, name)))
+            above = "", "grad.", *FRONTIER_HEADERS[2:], *headers[1:-1]
+            rows = [
+                [x.replace(" ± ", "±") for x in row] for row in frontier(runs, name)
+            ]
+            result.append(tables.table(heading, above, rows))
         else:
             above = "", "grad.", "‖ε‖", *headers[1:]
             rows = [[x.replace(" ± ", "±") for x in row] for row in summary(runs, name)]
@@ -104,7 +108,7 @@ def frontier(runs: Sequence[Record], table: str) -> list[list[str]]:
             tables.mean_and_interval(values, digits, factor, sign=False)
             for values, factor, digits in _values(of_row)[:3]
         ]
-        rows.append([METHODS[row].label, *cost, f"{rho:g}", *cells])
+        rows.append([METHODS[row].label, *cost, f"{rho:.3g}", *cells])
     return rows
 
 
@@ -125,20 +129,29 @@ def against_first(runs: Sequence[Record], table: str) -> list[list[str]]:
 def gains(studies: Sequence[Record], what: str) -> list[list[str]]:
     """A row per study: a figure of its differences, bold where they are significant.
 
-    `what` is "test", "train loss", "λ_max" or "alignment", then, after commas, methods
-    to hold against the first of a study, and pairs as in `paired`.
+    `what` names the figure, test or one of `PAIRED_HEADERS`, then, after commas, the
+    columns: methods, held against the first of a study, and pairs as in `paired`.
+    Where a study lacks them stands –.
     """
     figure, *columns = what.split(", ")
-    at, rows = 1 + ("test", *PAIRED_HEADERS[1:]).index(figure), []
+    figures = ("test", *PAIRED_HEADERS[1:])
+    unknown = {x for column in columns for x in column.split(" − ")} - {*METHODS}
+    if figure not in figures or unknown:
+        raise UserError(
+            f"gains {what}: name one of {', '.join(figures)}, then methods of "
+            f"{', '.join(METHODS)}"
+        )
+    rows = []
     for study in studies:
         config, runs = study["config"], study["runs"]
         table = "main" if by_row(runs, "main") else FRONTIER[0]
+        at = 1 + figures.index(figure)
         found = {x[0].split(" − ")[0]: x[at] for x in against_first(runs, table)}
         found |= {x[0]: x[at] for x in paired(runs, table)}
-        epochs = f"{registry.title(config)}, {config['epochs']} epochs"
-        row = [f"[{epochs}]({Path(config['out']).name}/README.md)"]
+        heading = f"{registry.title(config)}, {config['epochs']} epochs"
+        row = [f"[{heading}]({Path(config['out']).name}/README.md)"]
         for cell in (found.get(column, "–") for column in columns):
-            mean, _, half = cell.partition(" ± ")
+            mean, _, half = cell.partition(" ± ")  # as shown, for a reader to check
             row.append(
                 f"**{cell}**" if half and abs(float(mean)) > float(half) else cell
             )

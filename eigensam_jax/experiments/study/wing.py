@@ -1,4 +1,4 @@
-"""`eigensam compare`, `accuracy` and `ablate`: their options, tables and plots."""
+"""`eigensam compare`, `accuracy`, `frontier`, `ablate`: options, tables and plots."""
 
 import argparse
 from pathlib import Path
@@ -77,8 +77,9 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         bases = (METHODS[name].base for name in chosen.optimizers or ())
         chosen.base_optimizer = next(filter(None, bases), None)
     chosen = options.filled(chosen, _USUAL[kind], _SMOKE[kind])
-    planned = {"compare": _comparison, "accuracy": _tuned, "frontier": _frontier}
-    plan, described = planned.get(kind, _ablations)(chosen)
+    plan_of = {"compare": _comparison, "accuracy": _tuned}
+    plan_of |= {"frontier": _frontier, "ablate": _ablations}
+    plan, described = plan_of[kind](chosen)
 
     from eigensam_jax.experiments.study import run as study
     from eigensam_jax.experiments.study.jobs import Config

@@ -90,6 +90,7 @@ def test_the_smoke_run(tmp_path):
         assert curves["step"] == [0, 2, 4]
         for values in curves.values():
             assert all(map(math.isfinite, values))
+        assert run["lambda_max_residual"] <= 1.5e-4 * max(curves["lambda_max"])
         first = runs["order_1", 0.0, 0.0, 0]["curves"]
         for key in set(curves) - RATES:  # all from the same start
             np.testing.assert_allclose(curves[key][0], first[key][0], rtol=1e-4)

@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.study import plots as study_plots
 from eigensam_jax.experiments.study import tables as study_tables
 
@@ -114,12 +115,13 @@ def test_everything_is_shown_and_drawn(runs, tmp_path):
 def test_the_frontier_says_what_was_spent_and_what_it_came_to(tmp_path):
     kinds = {"steps": (1.0, 0.75), "gradients": (1.25, 0.5)}
     names = {"sgd": 1.0, "sam_periodic": 1.2}
+    times = {"sgd": (2.0, 3.0), "sam_periodic": (2.8, 9.0)}
     runs = [
         run(
             *(table, name, seed, accuracy),
             gradients=gradients,
             longer=longer,
-            training_time_s=(2 + seed) * longer * gradients,
+            training_time_s=longer * times[name][seed],
         )
         for table, (longer, accuracy) in kinds.items()
         for name, gradients in names.items()
@@ -128,8 +130,8 @@ def test_the_frontier_says_what_was_spent_and_what_it_came_to(tmp_path):
     _, periodic = study_tables.frontier(runs, "gradients")
     named, *found = periodic[:5]
     assert named == "SAM on every 5th step, reused"
-    # 1.2 gradients for 1.25 of the steps; as much time, of each one's fastest seed.
-    assert found == ["1.50", "1.50", "0.1", "50.00 ± 0.00"]
+    # 1.2 gradients for 1.25 of the steps; 1.25 · 2.8 / 2 of the time, by the fastest.
+    assert found == ["1.50", "1.75", "0.1", "50.00 ± 0.00"]
     titles = [table.title for table in study_tables.all_tables(runs, "it")]
     assert titles == ["steps: it", "differences", "gradients: it", "differences"]
     study_plots.DRAW["frontier"](runs, "it", tmp_path / "frontier.png")
@@ -143,7 +145,7 @@ def test_gains_are_bold_where_their_interval_does_not_hold_zero():
         {
             "config": {**config, "augment": table == "steps"},
             "runs": [
-                run(table, name, seed, x, gradients=1.0)
+                run(table, name, seed, x, lambda_max=seed + 2.0 - (name == "sam"))
                 for name, values in pairs.items()
                 for seed, x in enumerate(values)
             ],
@@ -157,7 +159,10 @@ def test_gains_are_bold_where_their_interval_does_not_hold_zero():
     assert first[1:4] == ["**+10.00 ± 0.00**", "+5.00 ± 63.53", "–"]
     assert first[4] == second[4] == "-5.00 ± 63.53"
     ((_, cell),) = study_tables.gains([main], "λ_max, sam")
-    assert cell == "+0.000 ± 0.000"
+    assert cell == "**-1.000 ± 0.000**"
+    for wrong in ("accuracy, sam", "λ_max, samm", "λ_max, sam − samm"):
+        with pytest.raises(UserError, match="name one of test"):
+            study_tables.gains([main], wrong)
 
 
 def test_of_forecasts_the_error_is_shown():

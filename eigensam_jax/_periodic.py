@@ -58,7 +58,8 @@ def periodic(
       link: what `sam`, `asam` or `eigen_sam` returns. Its schedules and its tracker's
         intervals count perturbed steps alone: with interval 5, a schedule of all steps
         is `lambda n: schedule(5 * n)`.
-      interval: steps between perturbed steps, at least 1, which is `link` bit for bit.
+      interval: one step in so many is perturbed, at least 1, which is `link` bit for
+        bit.
       reuse: the weight of q, at least 0; 0.3 in our experiments. With the number 0 the
         other steps are as by `optax.conditionally_transform`, and the state has no q.
         q has length 1 at any ρ: with 0.3 the other steps turn by up to 17° even where

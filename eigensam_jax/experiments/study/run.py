@@ -79,7 +79,7 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
 
 def _check(config: Config) -> None:
     """Raises UserError if the network or the batch does not fit an option."""
-    registry.model(config.model, 10, config.resolution)
+    registry.model(config.model, 10, config.resolution)  # refuses a resolution
     is_series = registry.DATASETS[config.dataset].is_series
     found = registry.MODELS[config.model]
     if found.is_series != is_series:

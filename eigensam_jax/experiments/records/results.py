@@ -15,14 +15,7 @@ from eigensam_jax.experiments.errors import UserError
 PACKAGES = ("eigensam_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scipy")
 FILE = "results.json"
 SCHEMA = 1  # described in notebooks/results/README.md
-DIGITS = 9  # of a number; float32 holds no more
-CURVES = (
-    "curves",
-    "nodes",
-    "weights",
-    "after",
-)  # with `CURVE_DIGITS`, enough for all tables
-CURVE_DIGITS = 6
+DIGITS = 6  # of a number, enough for all tables
 
 
 def environment() -> dict[str, Any]:
@@ -81,18 +74,17 @@ def write(path: Path, document: dict[str, Any]) -> None:
     replace(path, (_text({"schema": SCHEMA, **document}) + "\n").encode())
 
 
-def rounded(figures: Any, digits: int = DIGITS) -> Any:
+def rounded(figures: Any) -> Any:
     """Figures with the digits that results files keep.
 
     Round before a later run uses them: then a resumed study gives the same figures.
     """
     if isinstance(figures, dict):
-        few = {key: CURVE_DIGITS if key in CURVES else digits for key in figures}
-        return {key: rounded(x, few[key]) for key, x in figures.items()}
+        return {key: rounded(x) for key, x in figures.items()}
     if isinstance(figures, list | tuple):
-        return [rounded(x, digits) for x in figures]
+        return [rounded(x) for x in figures]
     if isinstance(figures, float) and not figures.is_integer():
-        return float(f"{figures:.{digits}g}")
+        return float(f"{figures:.{DIGITS}g}")
     return figures
 
 

@@ -68,16 +68,16 @@ def test_another_schema_is_refused(schema, tmp_path):
         assert part in str(raised.value)
 
 
-def test_what_float32_holds_is_kept_and_curves_have_fewer_digits():
+def test_figures_keep_six_digits_and_whole_numbers_all():
     third = 1 / 3
     figures = {"loss": third, "step": 7, "operations": 2451595521.0, "last": None}
     figures |= {"time_s": [third], "curves": {"loss": [third, None, 12345678]}}
     assert results.rounded(figures) == {
-        "loss": 0.333333333,
+        "loss": 0.333333,
         "step": 7,
         "operations": 2451595521.0,
         "last": None,
-        "time_s": [0.333333333],
+        "time_s": [0.333333],
         "curves": {"loss": [0.333333, None, 12345678]},
     }
     assert results.rounded(results.rounded(figures)) == results.rounded(figures)

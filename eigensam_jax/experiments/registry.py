@@ -248,6 +248,11 @@ DATASETS = {
     ),
     # A digit that is turned is none.
     "svhn": DataSource(_later("data.svhn", "svhn"), ".mat", crop, label="SVHN"),
+    "linear_series": DataSource(
+        _later("data.series", "linear", 96),
+        is_series=True,
+        label="a linear truth, 96 hours ahead",
+    ),
     **{
         f"series_{hours}": DataSource(
             _later("data.series", "forecasting", hours),

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from eigensam_jax.experiments.data.integrity import Arrays
-from eigensam_jax.experiments.errors import UserError
 
 Reader = Callable[[Path | None], Arrays]
 
@@ -67,16 +66,11 @@ def load(read: Reader, data_dir: Path | None = None) -> Dataset:
     return Dataset(train, jnp.asarray(labels), test, jnp.asarray(test_labels))
 
 
-def first(dataset: Dataset, examples: int, name: str) -> Dataset:
-    """Keeps the first `examples` training images; UserError if there are fewer."""
-    images, labels = dataset.train_images, dataset.train_labels
-    if examples > len(labels):
-        raise UserError(
-            f"--train-examples {examples} is more than the {len(labels)} training "
-            f"images of {name}; use at most {len(labels)}"
-        )
+def first(dataset: Dataset, examples: int | None) -> Dataset:
+    """Keeps the first `examples` training images; all if None or if there are fewer."""
     return dataset._replace(
-        train_images=images[:examples], train_labels=labels[:examples]
+        train_images=dataset.train_images[:examples],
+        train_labels=dataset.train_labels[:examples],
     )
 
 

@@ -1,8 +1,9 @@
-"""Windows of multivariate time series, from a CSV file in the layout of ETT.
+"""Windows of multivariate time series: of a linear truth, or from a CSV file.
 
-The first line names the columns, the first column is the date, the others are hourly
-series. As in the literature, months have 30 days: the first 12 are for training and
-standardisation, the next 4 for validation, the last 4 for the test.
+The file has the layout of ETT: the first line names the columns, the first column is
+the date, the others are hourly series. As in the literature, months have 30 days: the
+first 12 are for training and standardisation, the next 4 for validation, the last 4 for
+the test.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
 
 LENGTH = 512  # of a window, in hours
+NOISE = 0.1  # its standard deviation, of the linear truth
 _MONTH = 30 * 24
 _MONTHS = (12, 16, 20)  # where the parts end
 
@@ -41,6 +43,41 @@ def forecasting(folder: Path | None, horizon: int) -> Dataset:
         for first, last in zip(starts, ends, strict=True)
     ]
     (images, labels), (held, held_labels), (test, test_labels) = parts
+    return Dataset(images, labels, test, test_labels, held, held_labels)
+
+
+def linear(folder: Path | None, horizon: int) -> Dataset:
+    """A linear truth, Y = XW + noise, whose least mean squared error is `NOISE`².
+
+    X, of `LENGTH` hours and 7 series, and the noise are normal, of deviations 1 and
+    `NOISE`. So is W, of deviation 1/√`LENGTH`; its columns are then moved to sums of 1:
+    a constant series goes on, as it does in a network that normalises windows.
+
+    Returns:
+      10,000 windows for training, 2,500 for validation and 2,500 for the test, in the
+      shapes of `forecasting`.
+
+    Raises:
+      UserError: if there is a folder.
+
+    References:
+      Ilbert et al., "SAMformer", ICML 2024: section 2.
+    """
+    if folder is not None:
+        raise UserError(
+            f"--data-dir {folder}: linear_series is drawn at random and reads no "
+            "files; leave --data-dir out"
+        )
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((LENGTH, horizon), np.float32) / LENGTH**0.5
+    weights += (1 - weights.sum(0)) / LENGTH
+    parts = []
+    for examples in (10_000, 2_500, 2_500):
+        windows = rng.standard_normal((examples, LENGTH, 7), np.float32)
+        following = np.einsum("ntc,th->nhc", windows, weights, optimize=True)
+        following += NOISE * rng.standard_normal(following.shape, np.float32)
+        parts += [jnp.asarray(windows), jnp.asarray(following)]
+    images, labels, held, held_labels, test, test_labels = parts
     return Dataset(images, labels, test, test_labels, held, held_labels)
 
 

@@ -64,6 +64,7 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
     ) -> tuple[loop.Run[Measurement], int]:
         """The training and its steps, shared by jobs of the same rate and data."""
         used = load.for_tuning(dataset) if tuning else dataset
+        used = load.first(used, config.train_examples)
         steps = loop.num_steps(used, config.batch_size, config.epochs)
         steps = round(longer * steps)
         is_short = tuning and dataset.held_images is None  # else the best look counts

@@ -49,15 +49,19 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
     if config.pretrained is not None:
         weights = pretrained.load(config.pretrained, config.model)
     dataset = registry.dataset(config.dataset, config.data_dir)
-    if config.train_examples is not None:
-        dataset = load.first(dataset, config.train_examples, config.dataset)
-    examples = len(dataset.train_labels)
-    if kind == "accuracy":
-        examples = load.num_for_tuning(dataset)
+    used = load.first(dataset, config.train_examples)
+    examples = len(used.train_labels)
+    if examples < (config.train_examples or 0):
+        raise UserError(
+            f"--train-examples {config.train_examples} is more than the {examples} "
+            f"training images of {config.dataset}; use at most {examples}"
+        )
+    if kind in ("accuracy", "frontier"):
+        examples = min(examples, load.num_for_tuning(dataset))
     loop.check_batch_size(config.batch_size, config.dataset, examples)
     results.make_folder(config.out)
     path = config.out / results.FILE
-    document = resumption.of_runs(path, command, _protocol(config, dataset, weights))
+    document = resumption.of_runs(path, command, _protocol(config, used, weights))
     noisy = load.with_label_noise(dataset, config.label_noise)
     do = make_runs(config, noisy, weights)
     missing = _records(do, plan, document["runs"], console)

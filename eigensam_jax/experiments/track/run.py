@@ -28,9 +28,9 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     """Runs the benchmark; leaves `results.json` and `track.png` in `--out`."""
     console = Console()
     dataset = registry.dataset(chosen.dataset, chosen.data_dir)
-    available = min(TRAIN_EXAMPLES, len(dataset.train_labels))
+    dataset = load.first(dataset, TRAIN_EXAMPLES)
+    available = len(dataset.train_labels)
     loop.check_batch_size(BATCH_SIZE, chosen.dataset, available)
-    dataset = load.first(dataset, available, chosen.dataset)
     results.make_folder(chosen.out)
     path = chosen.out / results.FILE
     calls = {name: TRACKERS[name].call for name in chosen.trackers}

@@ -80,3 +80,32 @@ def test_a_folder_without_one_file_is_refused(tmp_path):
         registry.dataset("series_96", tmp_path)
     with pytest.raises(UserError, match="--data-dir is needed"):
         registry.dataset("series_96")
+
+
+def test_the_linear_truth_is_found_by_least_squares_to_its_noise():
+    """By networks that take the mean from a window and add it again, too."""
+    found = registry.dataset("linear_series")
+    assert found.train_images.shape == (10_000, LENGTH, 7)
+    assert found.num_classes == HORIZON
+    split = {}
+    for part in ("train", "held", "test"):
+        images, labels = (getattr(found, f"{part}_{x}") for x in ("images", "labels"))
+        assert images.dtype == labels.dtype == np.float32
+        assert labels.shape == (len(images), HORIZON, 7)
+        windows, following = (np.asarray(x)[..., 0] for x in (images, labels))
+        mean = windows.mean(1, keepdims=True)
+        split[part] = windows - mean, following - mean
+    truth, *_ = np.linalg.lstsq(*split["train"])
+    for part in ("held", "test"):
+        windows, following = split[part]
+        error = np.mean((windows @ truth - following) ** 2)
+        # 512 weights of 10,000 examples cost a twentieth more than the noise.
+        np.testing.assert_allclose(
+            error, 0.1**2 * (1 + 512 / (10_000 - 512)), rtol=0.02
+        )
+        assert np.mean(following**2) > 0.9
+
+
+def test_the_linear_truth_reads_no_files(tmp_path):
+    with pytest.raises(UserError, match="leave --data-dir out"):
+        registry.dataset("linear_series", tmp_path)

@@ -98,6 +98,30 @@ def test_no_test_image_is_seen_in_tuning():
     assert kept | held == rows(digits.train_images)
 
 
+def test_trials_on_few_training_images_are_judged_by_the_whole_held_out_tenth(
+    tmp_path, monkeypatch
+):
+    used = []
+    make_run = training.make_run
+
+    def noting(model, dataset, *more):
+        used.append(dataset)
+        return make_run(model, dataset, *more)
+
+    monkeypatch.setattr(training, "make_run", noting)
+    command = "frontier --smoke --train-examples 256 --learning-rates 0.05 0.1 --out"
+    assert cli.main([*command.split(), str(tmp_path), "--rhos", "0.1", "0.2"]) == 0
+    digits = registry.dataset("digits")
+    split = data.for_tuning(digits)
+    for tuning in used[:2]:  # one a learning rate
+        np.testing.assert_array_equal(tuning.train_images, split.train_images[:256])
+        np.testing.assert_array_equal(tuning.test_images, split.test_images)
+    for final in used[2:]:
+        np.testing.assert_array_equal(final.train_images, digits.train_images[:256])
+        np.testing.assert_array_equal(final.test_images, digits.test_images)
+    assert len(used) > 2
+
+
 def test_label_noise_changes_its_share_of_the_training_labels_alone():
     digits = registry.dataset("digits")
     noisy = data.with_label_noise(digits, 0.4)

@@ -153,7 +153,7 @@ def _norm(tree: PyTree) -> jax.Array:
     def attempt(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         divisor, *_ = carry
         # A quotient: XLA would turn a product with a constant k into (c·c)·(k·k).
-        scaled = jax.tree.map(lambda x: x / divisor.astype(x.dtype), tree)
+        scaled = jax.tree.map(lambda x: x.astype(dtype) / divisor, tree)
         squared = vdot(scaled, scaled)
         rescaled = jnp.where(squared < low, one / step, one)
         rescaled = jnp.where(squared > high, step * one, rescaled)
@@ -194,7 +194,14 @@ def safe_divide(x: ArrayLike, y: jax.Array) -> jax.Array:
 
 def scale(factor: ArrayLike, tree: PyTree) -> PyTree:
     """Scaled tree factor · x, each leaf in float32 or wider."""
-    return jax.tree.map(lambda x: jnp.asarray(factor, x.dtype) * x, widen(tree))
+
+    def scaled(x: jax.Array) -> jax.Array:
+        # A factor may be out of the range of a leaf that is narrower.
+        both = (x, factor) if isinstance(factor, jax.Array) else x
+        dtype = accumulation_dtype(both)
+        return (jnp.asarray(factor, dtype) * x.astype(dtype)).astype(x.dtype)
+
+    return jax.tree.map(scaled, widen(tree))
 
 
 def add_scaled(a: PyTree, factor: ArrayLike, b: PyTree) -> PyTree:

@@ -191,6 +191,29 @@ def test_v_in_a_dtype_that_cannot_hold_it_is_refused(dtype):
 # --- shapes alone ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-200, 1e-60, 1.0])
+@pytest.mark.parametrize("narrow", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", LINKS)
+def test_gradients_out_of_the_range_of_some_leaves_leave_all_finite(
+    name, narrow, scale
+):
+    """Beside float64 a gradient may be 0 or 1e-200, which others cannot be."""
+    with jax.enable_x64(True):
+        params = {"a": jnp.ones(3, narrow), "b": jnp.ones(2)}
+        value_fn = lambda p: scale * jnp.sum(p["b"] ** 2) + 0 * jnp.sum(p["a"])
+        tx = LINKS[name]()
+        state, grads = tx.init(params), jax.grad(value_fn)(params)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, params, value_fn=value_fn)
+            numbers = [
+                x for x in jax.tree.leaves((updates, state)) if x.dtype.kind != "i"
+            ]
+            assert all(bool(jnp.isfinite(x).all()) for x in numbers)
+        # f is a parabola along b: g(w + ε) = (1 + ρ/‖w‖) g.
+        np.testing.assert_array_equal(updates["a"], 0)
+        assert (updates["b"] >= grads["b"]).all()
+
+
 @pytest.mark.parametrize("name", LINKS)
 def test_shapes_alone_are_enough(name):
     params, loss = network()

@@ -145,6 +145,20 @@ def test_a_norm_is_right_over_the_whole_range(factor):
             np.testing.assert_allclose(rate, [float(factor > 0), 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [0, 1e-300, 1e-60, 1, 1e60, 1e300])
+@pytest.mark.parametrize("narrow", ["bfloat16", "float32"])
+def test_a_norm_is_right_where_some_leaves_are_narrower(narrow, factor):
+    """What is tiny or huge for them is in the range of the others."""
+    with jax.enable_x64(True):
+        tree = {"a": jnp.zeros(2, narrow), "b": factor * jnp.array([3.0, -4.0])}
+        for norm in (tree_math.norm, jax.jit(tree_math.norm)):
+            np.testing.assert_allclose(norm(tree), 5 * factor, rtol=1e-14)
+        unit = tree_math.scale(tree_math.safe_inverse(norm(tree)), tree)
+        np.testing.assert_array_equal(unit["a"], [0, 0])
+        np.testing.assert_allclose(unit["b"], np.sign(factor) * np.array([0.6, -0.8]))
+        assert unit["a"].dtype == jnp.float32
+
+
 def test_a_norm_that_is_not_finite_is_not():
     for bad in (jnp.inf, -jnp.inf, jnp.nan):
         for norm in (tree_math.norm, jax.jit(tree_math.norm)):

@@ -112,7 +112,7 @@ def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
     """Orthogonalises `vector` against `basis`, twice, and writes it at `index`."""
     vector = tree_math.cast_like(vector, basis)
     norm = tree_math.norm(vector)
-    eps = np.finfo(norm.dtype).eps
+    eps = rounding(basis)
     scaled = tree_math.scale(tree_math.safe_inverse(norm), vector)
     num_vectors = jax.tree.leaves(basis)[0].shape[0]
     is_new = jnp.arange(num_vectors, dtype=jnp.int32) == index
@@ -148,6 +148,11 @@ def _inner_products(basis: PyTree, vector: PyTree) -> jax.Array:
     row = lambda b, x: jax.vmap(lambda q: jnp.sum(q * x))(b).astype(dtype)
     # Stacked: XLA would repeat a chain of additions in the loop over each leaf.
     return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(row, basis, vector))), axis=0)
+
+
+def rounding(tree: PyTree) -> float:
+    """The relative rounding error of the leaves that are least precise."""
+    return max(float(np.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
 
 
 def rejected(basis: PyTree, vector: PyTree) -> PyTree:

@@ -14,13 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from eigensam_jax import perturbation, tree_math
 from eigensam_jax._update import arguments, masking, programs
 from eigensam_jax._update.masking import Mask
-from eigensam_jax.diagnostics._sharpness import on_one_device
 from eigensam_jax.eigen import Estimate, _krylov
 from eigensam_jax.hessian import ValueFn
 from eigensam_jax.tree_math import PyTree
@@ -292,12 +290,7 @@ def _in_ball(
         moved = tree_math.add_scaled(block, 1, scaled(params, x))
         return checked(space.merge(tree_math.cast_like(moved, block), params))
 
-    zero = tree_math.zeros_like(space.select(params))
-    unpack: Any = lambda x: x
-    if on_one_device(space.select(params)):
-        # As one array: what is around the loss compiles in a fraction of the time.
-        ravel: Any = ravel_pytree
-        zero, unpack = ravel(zero)
+    zero, _, unpack = programs.vectors(True, space.select(params))
     displacement = lambda x: space.embed(scaled(params, unpack(x)), params)
     return lambda params, x: value_at(params, unpack(x)), zero, displacement
 

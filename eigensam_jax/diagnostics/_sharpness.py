@@ -1,11 +1,9 @@
 """λ_max of the Hessian of a loss."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from eigensam_jax import eigen, hessian, tree_math
@@ -69,7 +67,7 @@ def sharpness(
     of_mask = block(value_fn, params, mask, hvp_mode, host_loop)
     if v0 is not None:
         v0 = arguments.like_params("v0", v0, params, "Start from a tree like params.")
-        v0 = of_mask.pack(of_mask.space.select(v0))
+        v0 = of_mask.space.select(v0)
     top = of_mask.top_eigenpair(tol, max_matvecs, v0)
     return top._replace(eigenvector=of_mask.space.embed(top.eigenvector, params))
 
@@ -81,22 +79,18 @@ class Block(NamedTuple):
       space: its leaves among the parameters.
       host_loop: whether to loop in Python.
       matvec: the product with it.
-      like: a tree like the vectors: a list of leaves, or these in one array, for which
-        what is around the product compiles in a fraction of the time.
-      pack, unpack: from a list of leaves to a vector, and back.
+      like: zeros like the vectors, a list of leaves.
     """
 
     space: Subspace
     host_loop: bool
     matvec: Matvec
-    like: PyTree
-    pack: Callable[[list[jax.Array]], PyTree]
-    unpack: Callable[[PyTree], list[jax.Array]]
+    like: list[jax.Array]
 
     def top_eigenpair(
         self, tol: ArrayLike, max_matvecs: int, v0: PyTree | None = None
     ) -> Eigenpair:
-        """By `eigen.top_eigenpairs`, the eigenvector as a list of leaves."""
+        """By `eigen.top_eigenpairs`; the eigenvector is a list of leaves."""
         pairs = eigen.top_eigenpairs(
             self.matvec,
             self.like,
@@ -106,8 +100,7 @@ class Block(NamedTuple):
             v0=v0,
             host_loop=self.host_loop,
         )
-        top = Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
-        return top._replace(eigenvector=self.unpack(top.eigenvector))
+        return Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
 
 
 def block(
@@ -132,27 +125,8 @@ def block(
         return along
 
     like = tree_math.zeros_like(space.select(params))
-    if host_loop is not False and on_one_device(like):
-        ravel: Any = ravel_pytree
-        flat, unpack = ravel(like)
-        pack: Any = lambda leaves: ravel(leaves)[0]
-
-        def packed(params: PyTree, vector: jax.Array) -> Any:
-            return pack(product(params, unpack(vector)))
-
-        by_host, run = programs.host_loop_of(host_loop, value_fn, packed, params, flat)
-        if by_host:
-            return Block(space, True, partial(run, params), flat, pack, unpack)
     by_host, run = programs.host_loop_of(host_loop, value_fn, product, params, like)
-    matvec = partial(run, params)
-    return Block(space, by_host, matvec, like, lambda x: x, lambda x: x)
-
-
-def on_one_device(leaves: list[jax.Array]) -> bool:
-    """Whether they are known and not sharded, so that they may be joined."""
-    if not leaves or programs.is_traced(leaves):
-        return False
-    return all(len(x.devices()) == 1 for x in leaves if isinstance(x, jax.Array))
+    return Block(space, by_host, partial(run, params), like)
 
 
 def sharpness_by_layer(

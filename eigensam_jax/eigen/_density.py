@@ -71,7 +71,8 @@ def spectral_density(
     """
     arguments.check_positive_int("num_matvecs", num_matvecs, "products per sample")
     arguments.check_positive_int("num_samples", num_samples, "random vectors")
-    key, like = jax.random.key(seed), tree_math.zeros_like(like)
+    key, space = jax.random.key(seed), programs.vectors(host_loop, like)
+    matvec, like = space.product(matvec), space.zero
     start = programs.jitted(host_loop, _random_start, static_argnums=2)
     get = programs.jitted(host_loop, _krylov.get)
     grow = programs.jitted(host_loop, _krylov.grow, donate_argnums=1)

@@ -209,6 +209,8 @@ def top_eigenpairs(
     if v0 is None:
         v0 = like
     v0 = arguments.like_params("v0", v0, like, "Start from a tree like `like`.")
+    space = programs.vectors(host_loop, like)
+    product = space.product(matvec)
     compiled = partial(programs.jitted, host_loop)
     get, measured = compiled(_krylov.get), compiled(_measured)
     start = compiled(_thick_restart.start, static_argnums=0)
@@ -217,28 +219,29 @@ def top_eigenpairs(
 
     def next_product(search: _thick_restart.Search) -> _thick_restart.Search:
         v = get(search.basis, search.known)
-        advanced: _thick_restart.Search = advance(plan, search, matvec(v), tol, key)
+        advanced: _thick_restart.Search = advance(plan, search, product(v), tol, key)
         return advanced
 
     search = programs.while_loop(
         host_loop,
         lambda s: ~s.done & (s.products < max_matvecs - num_checks),
         next_product,
-        start(plan, tree_math.widen(v0), key),
+        start(plan, space.join(tree_math.widen(v0)), key),
     )
     pairs = Eigenpair(*wanted(plan, search))
     if not thorough:
-        return pairs
+        return pairs._replace(eigenvector=space.split(pairs.eigenvector))
 
     def next_check(i: jax.Array, pairs: Eigenpair) -> Eigenpair:
         v = get(pairs.eigenvector, i)
-        checked: Eigenpair = measured(i, pairs, v, matvec(v))
+        checked: Eigenpair = measured(i, pairs, v, product(v))
         return checked
 
     pairs = programs.repeat(host_loop, k, next_check, pairs)
     rank = jnp.abs(pairs.eigenvalue) if plan.by_magnitude else pairs.eigenvalue
     order = jnp.argsort(rank, descending=True)
-    return Eigenpair(*jax.tree.map(lambda x: x[order], pairs))
+    vectors, values, residuals = jax.tree.map(lambda x: x[order], pairs)
+    return Eigenpair(space.split(vectors), values, residuals)
 
 
 def _measured(i: jax.Array, pairs: Eigenpair, v: PyTree, product: PyTree) -> Eigenpair:

@@ -77,7 +77,8 @@ def trace(
       Laplacian smoothing splines", 1989; Meyer, Musco, Musco, Woodruff, "Hutch++:
       Optimal Stochastic Trace Estimation", 2021.
     """
-    return _estimated(_inner, matvec, like, num_matvecs, rank, seed, host_loop)
+    space = programs.vectors(host_loop, like)
+    return _estimated(_inner, matvec, space, num_matvecs, rank, seed, host_loop)
 
 
 def diagonal(
@@ -119,7 +120,9 @@ def diagonal(
       Baston and Nakatsukasa, "Stochastic diagonal estimation: probabilistic bounds and
       an improved algorithm", 2022.
     """
-    return _estimated(_entries, matvec, like, num_matvecs, rank, seed, host_loop)
+    space = programs.vectors(host_loop, like)
+    found = _estimated(_entries, matvec, space, num_matvecs, rank, seed, host_loop)
+    return Estimate(*map(space.split, found))
 
 
 def _inner(z: PyTree, y: PyTree, product: PyTree) -> jax.Array:
@@ -133,7 +136,7 @@ def _entries(z: PyTree, y: PyTree, product: PyTree) -> PyTree:
 def _estimated(
     sample: Sample,
     matvec: Matvec,
-    like: PyTree,
+    space: programs.Vectors,
     num_matvecs: int,
     rank: int | None,
     seed: int,
@@ -143,7 +146,7 @@ def _estimated(
     arguments.check_positive_int("num_matvecs", num_matvecs, "products")
     remedy = ": one z has no standard error"
     arguments.require(num_matvecs > 1, "num_matvecs", num_matvecs, "at least 2", remedy)
-    like = tree_math.zeros_like(like)
+    matvec, like = space.product(matvec), space.zero
     most = (num_matvecs - 2) // 2
     if rank is None:
         dimension = sum(jnp.size(x) for x in jax.tree.leaves(like))

@@ -11,6 +11,7 @@ from problems import SPECTRA, dense_hessian, network, symmetric
 from scipy.sparse import linalg
 
 from eigensam_jax import eigen, hessian
+from eigensam_jax.eigen import _krylov
 
 NAMES = {"algebraic": "LA", "magnitude": "LM"}
 
@@ -310,3 +311,42 @@ def test_shapes_alone_say_what_the_vectors_are_like():
         chex.assert_trees_all_equal_shapes_and_dtypes(
             jax.jit(run)(vectors), jax.eval_shape(run, shapes)
         )
+
+
+@pytest.mark.parametrize(
+    ("host_loop", "dtypes", "leaves"),
+    [(True, "ff", 1), (True, "fd", 2), (False, "ff", 2)],
+    ids=["one array", "two dtypes", "in the program"],
+)
+def test_the_hosts_loop_is_over_one_array(host_loop, dtypes, leaves, monkeypatch):
+    """So that what is around the product compiles once, and not for each leaf."""
+    seen, extend = set(), _krylov.extend
+
+    def noting(basis, *more):
+        seen.add(len(jax.tree.leaves(basis)))
+        return extend(basis, *more)
+
+    monkeypatch.setattr(_krylov, "extend", noting)
+    with jax.enable_x64(True):
+        spectra = {"a": jnp.arange(6, dtype=dtypes[0]), "b": jnp.ones(3, dtypes[1])}
+        matvec = lambda v: jax.tree.map(jnp.multiply, spectra, v)
+        pairs = eigen.top_eigenpairs(matvec, spectra, 2, host_loop=host_loop)
+    assert seen == {leaves}
+    np.testing.assert_allclose(pairs.eigenvalue, [5, 4], rtol=1e-4)
+    found = pairs.eigenvector
+    assert {key: x.dtype.char for key, x in found.items()} == {
+        "a": dtypes[0],
+        "b": dtypes[1],
+    }
+    np.testing.assert_allclose(abs(found["a"]), np.eye(6)[[5, 4]], atol=1e-3)
+    np.testing.assert_allclose(found["b"], 0, atol=1e-3)
+
+
+def test_a_product_that_is_another_tree_is_refused():
+    like = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
+    for wrong in (
+        lambda v: {"a": v["a"].T, "b": v["b"]},
+        lambda v: [v["a"], v["b"]],
+    ):
+        with pytest.raises(ValueError, match="a tree like its argument, got shapes"):
+            eigen.top_eigenpairs(wrong, like, 1, host_loop=True)

@@ -209,9 +209,12 @@ def test_gradients_out_of_the_range_of_some_leaves_leave_all_finite(
                 x for x in jax.tree.leaves((updates, state)) if x.dtype.kind != "i"
             ]
             assert all(bool(jnp.isfinite(x).all()) for x in numbers)
-        # f is a parabola along b: g(w + ε) = (1 + ρ/‖w‖) g.
+        # f is a parabola along b, up which ε leads by the length ρ.
         np.testing.assert_array_equal(updates["a"], 0)
-        assert (updates["b"] >= grads["b"]).all()
+        assert (updates["b"] > grads["b"]).all() == (scale > 0)
+        if name == "sam":
+            further = (1 + 0.1 / np.sqrt(2)) * grads["b"]
+            np.testing.assert_allclose(updates["b"], further, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", LINKS)

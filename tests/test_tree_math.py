@@ -153,6 +153,9 @@ def test_a_norm_is_right_where_some_leaves_are_narrower(narrow, factor):
         tree = {"a": jnp.zeros(2, narrow), "b": factor * jnp.array([3.0, -4.0])}
         for norm in (tree_math.norm, jax.jit(tree_math.norm)):
             np.testing.assert_allclose(norm(tree), 5 * factor, rtol=1e-14)
+            beside = tree | {"a": jnp.array([12.0], narrow)}
+            expected = np.hypot(12, 5 * factor)
+            np.testing.assert_allclose(norm(beside), expected, rtol=1e-14)
         unit = tree_math.scale(tree_math.safe_inverse(norm(tree)), tree)
         np.testing.assert_array_equal(unit["a"], [0, 0])
         np.testing.assert_allclose(unit["b"], np.sign(factor) * np.array([0.6, -0.8]))

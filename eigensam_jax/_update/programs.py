@@ -1,17 +1,12 @@
 """Loops of the program or of Python, and what these compile."""
 
-import math
 import weakref
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
-
-from eigensam_jax import tree_math
 
 Carry = TypeVar("Carry")
 _PROGRAMS: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -54,76 +49,6 @@ def jitted(
 ) -> Callable[..., Any]:
     """`function`, jitted if a Python loop is around it, which does not compile it."""
     return jax.jit(function, **options) if host_loop else function
-
-
-class Vectors(NamedTuple):
-    """How a loop holds trees.
-
-    Attributes:
-      zero: the one that is zero.
-      join, split: from a tree, and back, with leading axes too.
-    """
-
-    zero: Any
-    join: Callable[[Any], Any]
-    split: Callable[[Any], Any]
-
-    def product(self, matvec: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """`matvec`, from trees to trees, for these."""
-        return lambda vector: self.join(matvec(self.split(vector)))
-
-
-def vectors(host_loop: bool, like: Any) -> Vectors:
-    """Trees like `like`, each in one array where Python loops, else as they are.
-
-    What is around a product would compile for up to half a second a leaf. Leaves on
-    several devices or of several dtypes stay apart.
-    """
-    is_whole = not is_traced(like) and all(
-        map(_is_on_one_device, jax.tree.leaves(like))
-    )
-    zeros = tree_math.zeros_like(like)
-    leaves, treedef = jax.tree.flatten(zeros)
-    are_alike = len(leaves) > 1 and len({x.dtype for x in leaves}) == 1
-    if not (host_loop and is_whole and are_alike):
-        return Vectors(zeros, lambda tree: tree, lambda tree: tree)
-    shapes = tuple(x.shape for x in leaves)
-
-    def join(tree: Any) -> jax.Array:
-        found = tuple(jnp.shape(x) for x in jax.tree.leaves(tree))
-        structure: Any = jax.tree.structure(tree)
-        if (structure, found) != (treedef, shapes):
-            raise ValueError(
-                "matvec must return a tree like its argument, got shapes "
-                f"{found} in {structure}: give {shapes} in {treedef}."
-            )
-        vector: jax.Array = _concatenated(tree, leaves[0].dtype)
-        return vector
-
-    return Vectors(join(zeros), join, partial(_split, treedef, shapes))
-
-
-@partial(jax.jit, static_argnums=1)
-def _concatenated(tree: Any, dtype: jnp.dtype) -> jax.Array:
-    return jnp.concatenate([x.astype(dtype).ravel() for x in jax.tree.leaves(tree)])
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _split(
-    treedef: Any, shapes: tuple[tuple[int, ...], ...], vectors: jax.Array
-) -> Any:
-    ends = np.cumsum([math.prod(shape) for shape in shapes])
-    parts = jnp.split(vectors, ends[:-1], axis=-1)
-    leading = vectors.shape[:-1]
-    pairs = zip(parts, shapes, strict=True)
-    return jax.tree.unflatten(treedef, [x.reshape(leading + s) for x, s in pairs])
-
-
-def _is_on_one_device(leaf: Any) -> bool:
-    if isinstance(leaf, jax.core.Tracer):
-        return False
-    sharding = getattr(leaf, "sharding", None)
-    return sharding is None or len(sharding.device_set) == 1
 
 
 def host_loop_of(

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from eigensam_jax import perturbation, tree_math
 from eigensam_jax._update import arguments, masking, programs
 from eigensam_jax._update.masking import Mask
-from eigensam_jax.eigen import Estimate, _krylov
+from eigensam_jax.eigen import Estimate, _krylov, _raveled
 from eigensam_jax.hessian import ValueFn
 from eigensam_jax.tree_math import PyTree
 
@@ -290,9 +290,9 @@ def _in_ball(
         moved = tree_math.add_scaled(block, 1, scaled(params, x))
         return checked(space.merge(tree_math.cast_like(moved, block), params))
 
-    zero, _, unpack = programs.vectors(True, space.select(params))
-    displacement = lambda x: space.embed(scaled(params, unpack(x)), params)
-    return lambda params, x: value_at(params, unpack(x)), zero, displacement
+    zero, _, unravel = _raveled.raveled(True, space.select(params))
+    displacement = lambda x: space.embed(scaled(params, unravel(x)), params)
+    return lambda params, x: value_at(params, unravel(x)), zero, displacement
 
 
 def _unit(tree: PyTree) -> PyTree:

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from eigensam_jax import eigen, hessian, tree_math
 from eigensam_jax._update import arguments, masking, programs
 from eigensam_jax._update.masking import Mask, Subspace
-from eigensam_jax.eigen import Eigenpair
+from eigensam_jax.eigen import Eigenpair, _krylov
 from eigensam_jax.hessian import HvpMode, Matvec, ValueFn
 from eigensam_jax.tree_math import PyTree
 
@@ -100,7 +100,8 @@ class Block(NamedTuple):
             v0=v0,
             host_loop=self.host_loop,
         )
-        return Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
+        first: Eigenpair = programs.jitted(self.host_loop, _krylov.get)(pairs, 0)
+        return first
 
 
 def block(

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from eigensam_jax import tree_math
 from eigensam_jax._update import arguments, programs
-from eigensam_jax.eigen import _krylov
+from eigensam_jax.eigen import _krylov, _raveled
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
@@ -71,8 +71,8 @@ def spectral_density(
     """
     arguments.check_positive_int("num_matvecs", num_matvecs, "products per sample")
     arguments.check_positive_int("num_samples", num_samples, "random vectors")
-    key, space = jax.random.key(seed), programs.vectors(host_loop, like)
-    matvec, like = space.product(matvec), space.zero
+    key, raveled = jax.random.key(seed), _raveled.raveled(host_loop, like)
+    matvec, like = raveled.product(matvec), raveled.zero
     start = programs.jitted(host_loop, _random_start, static_argnums=2)
     get = programs.jitted(host_loop, _krylov.get)
     grow = programs.jitted(host_loop, _krylov.grow, donate_argnums=1)

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from eigensam_jax import tree_math
 from eigensam_jax._update import arguments, programs
-from eigensam_jax.eigen import _krylov, _thick_restart
+from eigensam_jax.eigen import _krylov, _raveled, _thick_restart
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
@@ -166,7 +166,7 @@ def top_eigenpairs(
         of a true one, mostly within about its square.
       max_matvecs: the most products, at least k, or 2k with `thorough`.
       v0: the start, a tree like `like`; None or zeros for a random vector.
-      seed: seed of the random vectors.
+      seed: seed of the random vectors, other ones with `host_loop`.
       thorough: whether to find all copies of multiple eigenvalues, and to measure each
         residual by a product. The default residual, of the Lanczos recurrence, is too
         small below 1e-5·|λ₁| in float32: give True with a smaller `tol`.
@@ -190,8 +190,8 @@ def top_eigenpairs(
       Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue
       problems", SIAM Journal on Matrix Analysis and Applications, 2000.
     """
-    like = tree_math.zeros_like(like)
-    dimension = sum(jnp.size(x) for x in jax.tree.leaves(like))
+    raveled = _raveled.raveled(host_loop, like)
+    dimension = sum(jnp.size(x) for x in jax.tree.leaves(raveled.zero))
     arguments.check_positive_int("k", k, "eigenpairs")
     what = f"at most {dimension}, the number of parameters in like"
     remedy = ": ask for fewer eigenpairs"
@@ -206,11 +206,11 @@ def top_eigenpairs(
     arguments.require(valid, "max_matvecs", max_matvecs, what, remedy)
     plan = _thick_restart.plan(k, dimension, which == "magnitude", thorough)
     key = jax.random.key(seed)
-    if v0 is None:
-        v0 = like
-    v0 = arguments.like_params("v0", v0, like, "Start from a tree like `like`.")
-    space = programs.vectors(host_loop, like)
-    product = space.product(matvec)
+    first = raveled.zero
+    if v0 is not None:
+        remedy = "Start from a tree like `like`."
+        first = raveled.ravel(arguments.like_params("v0", v0, like, remedy))
+    product = raveled.product(matvec)
     compiled = partial(programs.jitted, host_loop)
     get, measured = compiled(_krylov.get), compiled(_measured)
     start = compiled(_thick_restart.start, static_argnums=0)
@@ -226,11 +226,11 @@ def top_eigenpairs(
         host_loop,
         lambda s: ~s.done & (s.products < max_matvecs - num_checks),
         next_product,
-        start(plan, space.join(tree_math.widen(v0)), key),
+        start(plan, first, key),
     )
     pairs = Eigenpair(*wanted(plan, search))
     if not thorough:
-        return pairs._replace(eigenvector=space.split(pairs.eigenvector))
+        return pairs._replace(eigenvector=raveled.unravel(pairs.eigenvector))
 
     def next_check(i: jax.Array, pairs: Eigenpair) -> Eigenpair:
         v = get(pairs.eigenvector, i)
@@ -241,7 +241,7 @@ def top_eigenpairs(
     rank = jnp.abs(pairs.eigenvalue) if plan.by_magnitude else pairs.eigenvalue
     order = jnp.argsort(rank, descending=True)
     vectors, values, residuals = jax.tree.map(lambda x: x[order], pairs)
-    return Eigenpair(space.split(vectors), values, residuals)
+    return Eigenpair(raveled.unravel(vectors), values, residuals)
 
 
 def _measured(i: jax.Array, pairs: Eigenpair, v: PyTree, product: PyTree) -> Eigenpair:

@@ -10,7 +10,7 @@ import numpy as np
 
 from eigensam_jax import tree_math
 from eigensam_jax._update import arguments, programs
-from eigensam_jax.eigen import _krylov
+from eigensam_jax.eigen import _krylov, _raveled
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
 
@@ -77,8 +77,8 @@ def trace(
       Laplacian smoothing splines", 1989; Meyer, Musco, Musco, Woodruff, "Hutch++:
       Optimal Stochastic Trace Estimation", 2021.
     """
-    space = programs.vectors(host_loop, like)
-    return _estimated(_inner, matvec, space, num_matvecs, rank, seed, host_loop)
+    raveled = _raveled.raveled(host_loop, like)
+    return _estimated(_inner, matvec, raveled, num_matvecs, rank, seed, host_loop)
 
 
 def diagonal(
@@ -120,9 +120,9 @@ def diagonal(
       Baston and Nakatsukasa, "Stochastic diagonal estimation: probabilistic bounds and
       an improved algorithm", 2022.
     """
-    space = programs.vectors(host_loop, like)
-    found = _estimated(_entries, matvec, space, num_matvecs, rank, seed, host_loop)
-    return Estimate(*map(space.split, found))
+    raveled = _raveled.raveled(host_loop, like)
+    found = _estimated(_entries, matvec, raveled, num_matvecs, rank, seed, host_loop)
+    return Estimate(*map(raveled.unravel, found))
 
 
 def _inner(z: PyTree, y: PyTree, product: PyTree) -> jax.Array:
@@ -136,7 +136,7 @@ def _entries(z: PyTree, y: PyTree, product: PyTree) -> PyTree:
 def _estimated(
     sample: Sample,
     matvec: Matvec,
-    space: programs.Vectors,
+    raveled: _raveled.Raveled,
     num_matvecs: int,
     rank: int | None,
     seed: int,
@@ -146,7 +146,7 @@ def _estimated(
     arguments.check_positive_int("num_matvecs", num_matvecs, "products")
     remedy = ": one z has no standard error"
     arguments.require(num_matvecs > 1, "num_matvecs", num_matvecs, "at least 2", remedy)
-    matvec, like = space.product(matvec), space.zero
+    matvec, like = raveled.product(matvec), raveled.zero
     most = (num_matvecs - 2) // 2
     if rank is None:
         dimension = sum(jnp.size(x) for x in jax.tree.leaves(like))

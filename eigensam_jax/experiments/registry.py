@@ -251,7 +251,7 @@ DATASETS = {
     "linear_series": DataSource(
         _later("data.series", "linear", 96),
         is_series=True,
-        label="a linear truth, 96 hours ahead",
+        label="synthetic linear series, 96 hours ahead",
     ),
     **{
         f"series_{hours}": DataSource(

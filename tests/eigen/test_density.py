@@ -165,3 +165,12 @@ def test_a_bad_width(width):
     density = eigen.SpectralDensity(jnp.zeros((1, 1)), jnp.ones((1, 1)))
     with pytest.raises(ValueError, match=f"width must be .* got {width}"):
         eigen.smooth_density(density, jnp.zeros(3), width)
+
+
+def test_a_space_is_exhausted_where_some_leaves_are_narrower():
+    """Six eigenvalues are six nodes: what float32 leaves over is no direction."""
+    with jax.enable_x64(True):
+        spectra = {"a": jnp.arange(6, dtype=jnp.float32), "b": jnp.ones(3)}
+        matvec = lambda v: jax.tree.map(jnp.multiply, spectra, v)
+        density = eigen.spectral_density(matvec, spectra, num_matvecs=9)
+        assert (np.sum(density.weights > 1e-9, axis=1) == 6).all()

@@ -327,6 +327,7 @@ def test_the_hosts_loop_is_over_one_array(host_loop, dtypes, leaves, monkeypatch
         return extend(basis, *more)
 
     monkeypatch.setattr(_krylov, "extend", noting)
+    jax.clear_caches()  # it is seen where it is traced
     with jax.enable_x64(True):
         spectra = {"a": jnp.arange(6, dtype=dtypes[0]), "b": jnp.ones(3, dtypes[1])}
         matvec = lambda v: jax.tree.map(jnp.multiply, spectra, v)
@@ -348,5 +349,16 @@ def test_a_product_that_is_another_tree_is_refused():
         lambda v: {"a": v["a"].T, "b": v["b"]},
         lambda v: [v["a"], v["b"]],
     ):
-        with pytest.raises(ValueError, match="a tree like its argument, got shapes"):
+        with pytest.raises(ValueError, match=r"matvec\(v\) must be a tree like"):
             eigen.top_eigenpairs(wrong, like, 1, host_loop=True)
+
+
+@pytest.mark.parametrize("host_loop", [True, False])
+def test_a_start_in_another_dtype_is_cast(host_loop):
+    with jax.enable_x64(True):
+        spectra = [jnp.arange(3, dtype=jnp.float32), jnp.ones(2, jnp.float32)]
+        matvec = lambda v: jax.tree.map(jnp.multiply, spectra, v)
+        v0 = [jnp.ones(3), jnp.ones(2)]
+        pairs = eigen.top_eigenpairs(matvec, spectra, 1, v0=v0, host_loop=host_loop)
+        assert {x.dtype for x in jax.tree.leaves(pairs)} == {np.dtype("float32")}
+        np.testing.assert_allclose(pairs.eigenvalue, [2], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Windows of multivariate time series: of a linear truth, or from a CSV file.
+"""Windows of multivariate time series: synthetic ones, or from a CSV file.
 
 The file has the layout of ETT: the first line names the columns, the first column is
 the date, the others are hourly series. As in the literature, months have 30 days: the
@@ -15,7 +15,7 @@ from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
 
 LENGTH = 512  # of a window, in hours
-NOISE = 0.1  # its standard deviation, of the linear truth
+NOISE = 0.1  # standard deviation of that in `linear`
 _MONTH = 30 * 24
 _MONTHS = (12, 16, 20)  # where the parts end
 
@@ -47,11 +47,12 @@ def forecasting(folder: Path | None, horizon: int) -> Dataset:
 
 
 def linear(folder: Path | None, horizon: int) -> Dataset:
-    """A linear truth, Y = XW + noise, whose least mean squared error is `NOISE`².
+    """Synthetic data, Y = WᵀX + noise, whose least mean squared error is `NOISE`².
 
-    X, of `LENGTH` hours and 7 series, and the noise are normal, of deviations 1 and
-    `NOISE`. So is W, of deviation 1/√`LENGTH`; its columns are then moved to sums of 1:
-    a constant series goes on, as it does in a network that normalises windows.
+    X, of `LENGTH` hours and 7 series, and the noise have normal entries, of deviations
+    1 and `NOISE`. W has normal entries of deviation 1/√`LENGTH`; its columns are then
+    moved to sums of 1: a constant series goes on, as in a network that normalises
+    windows.
 
     Returns:
       10,000 windows for training, 2,500 for validation and 2,500 for the test, in the

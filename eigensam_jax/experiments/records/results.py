@@ -15,7 +15,7 @@ from eigensam_jax.experiments.errors import UserError
 PACKAGES = ("eigensam_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scipy")
 FILE = "results.json"
 SCHEMA = 1  # described in notebooks/results/README.md
-DIGITS = 6  # of a number, enough for all tables
+DIGITS = 6  # of a number, at least those of the tables
 
 
 def environment() -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Job(NamedTuple):
       method: the method and its settings.
       learning_rate: initial rate of the base optimizer.
       seed: of the initialisation and of the order of the examples.
-      tuning: trains on nine tenths of the training set and measures on the last tenth.
+      tuning: trains and measures on what `load.for_tuning` gives.
       longer: factor of the number of epochs.
     """
 

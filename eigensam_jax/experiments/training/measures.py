@@ -108,12 +108,17 @@ def top_eigenpair(matvec: Matvec, params: PyTree, start: Any, tol: float) -> Eig
       FloatingPointError: if the Hessian is zero or not finite.
     """
     found = eigen.top_eigenpairs(matvec, params, 1, tol=tol, v0=start, host_loop=True)
-    top = Eigenpair(*jax.tree.map(lambda x: x[0], found))
+    top: Eigenpair = _first(found)
     if not (jnp.isfinite(top.residual) and top.eigenvalue):
         raise FloatingPointError(
             "λ_max is not found: the Hessian is zero or not finite"
         )
     return top
+
+
+@jax.jit
+def _first(pairs: Eigenpair) -> Eigenpair:
+    return Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
 
 
 def make_means(model: nn.Module) -> Means:

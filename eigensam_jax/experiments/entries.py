@@ -116,14 +116,15 @@ class DataSource(NamedTuple):
       read: from the folder of `--data-dir` to its images and labels.
       files: what that folder holds; "" where it needs none.
       augment: what is usually done to training images; None for nothing.
-      is_series: whether `read` makes a `Dataset` of its own, windows to forecast from.
+      kind: of examples: images, which `load.load` standardises, or series or text, of
+        which `read` makes a `Dataset`.
       label: in words; "" for its name.
     """
 
     read: Callable[[Path | None], Any]
     files: str = ""
     augment: Augment | None = None
-    is_series: bool = False
+    kind: str = "images"
     label: str = ""
 
 
@@ -134,12 +135,12 @@ class Network(NamedTuple):
       make: from a number of classes to a Flax module.
       label: in words; "" for its name.
       track_rate: SGD's learning rate in `eigensam track`; None for too large for it.
-      is_series: whether it forecasts, so many hours in place of classes.
+      kind: of its examples; a series has so many hours to forecast for classes.
       batch_norm: whether it has batch normalisation.
     """
 
     make: Callable[[int], Any]
     label: str = ""
     track_rate: float | None = None
-    is_series: bool = False
+    kind: str = "images"
     batch_norm: bool = False

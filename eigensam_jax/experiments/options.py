@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from eigensam_jax.experiments.entries import DataSource, Network
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.registry import (
     BASE_OPTIMIZERS,
@@ -27,17 +28,23 @@ def usual_methods(base: str) -> list[str]:
 def add_problem(
     parser: argparse.ArgumentParser,
     models: Sequence[str] | None = None,
-    series: bool = False,
+    others: bool = False,
 ) -> None:
-    """Adds --dataset, --data-dir and --model; `series` admits forecasting."""
-    add_data(parser, series)
-    models = models or tuple(x for x in MODELS if series or not MODELS[x].is_series)
+    """Adds --dataset, --data-dir and --model; `others` admits what are not images."""
+    add_data(parser, others)
+    models = models or tuple(MODELS if others else names_of(MODELS))
     add_choice(parser, "model", models, "mlp")
 
 
-def add_data(parser: argparse.ArgumentParser, series: bool = False) -> None:
-    """Adds --dataset and --data-dir; `series` admits forecasting."""
-    files = {k: x.files for k, x in DATASETS.items() if series or not x.is_series}
+def names_of(entries: Mapping[str, DataSource | Network]) -> list[str]:
+    """Of data sets or networks, those of images."""
+    return [name for name, entry in entries.items() if entry.kind == "images"]
+
+
+def add_data(parser: argparse.ArgumentParser, others: bool = False) -> None:
+    """Adds --dataset and --data-dir; `others` admits what are not images."""
+    names = DATASETS if others else names_of(DATASETS)
+    files = {name: DATASETS[name].files for name in names}
     add_choice(parser, "dataset", tuple(files), "digits")
     first = {what: name for name, what in reversed(files.items()) if what}
     held = "; ".join(f"{name}: {what}" for what, name in reversed(first.items()))
@@ -82,7 +89,7 @@ def add_base(parser: argparse.ArgumentParser, usual: str = "") -> None:
 
 def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
     """Adds the options of a study of many runs."""
-    add_problem(parser, series=True)
+    add_problem(parser, others=True)
     parser.add_argument(
         "--pretrained",
         metavar="FILE",

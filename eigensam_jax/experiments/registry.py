@@ -37,8 +37,8 @@ def dataset(name: str, data_dir: Path | None = None) -> Dataset:
     Raises:
       UserError: if the folder or a file is missing, cut off or not in its format.
     """
-    read, is_series = DATASETS[name].read, DATASETS[name].is_series
-    found: Dataset = read(data_dir) if is_series else load.load(read, data_dir)
+    read, kind = DATASETS[name].read, DATASETS[name].kind
+    found: Dataset = load.load(read, data_dir) if kind == "images" else read(data_dir)
     return found
 
 
@@ -80,9 +80,11 @@ def matched(method: str) -> str | None:
 
 
 def title(config: dict[str, Any]) -> str:
-    """Of a results file: data, network; if unusual: labels, images, base optimizer."""
+    """Of a results file: data, network, what is unusual in its training."""
     dataset, model = config["dataset"], config["model"]
     words = [DATASETS[dataset].label or dataset, MODELS[model].label or model]
+    if config.get("pretrained"):
+        words.append(f"fine-tuned on {config['train_examples']:,} images")
     if noise := config.get("label_noise"):
         words.append(f"{100 * noise:g}% of the labels redrawn")
     if config.get("augment"):
@@ -233,7 +235,7 @@ DATASETS = {
     "digits": DataSource(_later("data.digits", "digits")),
     "fashion_mnist": DataSource(
         _later("data.idx", "fashion_mnist"),
-        "idx, also where Debian has them",
+        "idx",
         label="Fashion-MNIST",
     ),
     "mnist": DataSource(_later("data.idx", "mnist"), "idx", label="MNIST"),
@@ -250,18 +252,19 @@ DATASETS = {
     "svhn": DataSource(_later("data.svhn", "svhn"), ".mat", crop, label="SVHN"),
     "linear_series": DataSource(
         _later("data.series", "linear", 96),
-        is_series=True,
+        kind="series",
         label="synthetic linear series, 96 hours ahead",
     ),
     **{
         f"series_{hours}": DataSource(
             _later("data.series", "forecasting", hours),
-            "a CSV, as ETTh1",
-            is_series=True,
+            ".csv, as ETTh1",
+            kind="series",
             label=f"forecasts {hours} hours ahead",
         )
         for hours in (96, 192, 336, 720)
     },
+    "text": DataSource(_later("data.text", "characters"), ".txt", kind="text"),
 }
 
 MODELS = {
@@ -283,8 +286,9 @@ MODELS = {
         "vision transformer of two blocks",
     ),
     "forecaster": Network(
-        _later("models.forecaster", "Forecaster"), "transformer", is_series=True
+        _later("models.forecaster", "Forecaster"), "transformer", kind="series"
     ),
+    "gpt": Network(_later("models.gpt", "GPT"), "transformer", kind="text"),
     "efficientnet_lite0": Network(
         _later("models.efficientnet", "EfficientNetLite0"),
         "EfficientNet-Lite0",

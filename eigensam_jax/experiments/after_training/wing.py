@@ -9,7 +9,7 @@ from eigensam_jax.experiments.registry import DATASETS, METHODS, MODELS
 
 Document = dict[str, Any]
 
-_MODELS = [x for x, made in MODELS.items() if not (made.batch_norm or made.is_series)]
+_MODELS = [x for x in options.names_of(MODELS) if not MODELS[x].batch_norm]
 _PERTURBING = tuple(x for x in METHODS if METHODS[x].link)
 _USUAL: dict[str, Any] = {
     "seeds": 5,
@@ -48,7 +48,7 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument(
         "--next-dataset",
         metavar="NAME",
-        choices=[name for name, source in DATASETS.items() if not source.is_series],
+        choices=options.names_of(DATASETS),
         help="new data, from the same list [none]",
     )
     parser.add_argument(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eigensam_jax.experiments.data.integrity import Arrays
+from eigensam_jax.experiments.errors import UserError
 
 Reader = Callable[[Path | None], Arrays]
 
@@ -22,6 +23,7 @@ class Dataset(NamedTuple):
     Images are standardised for each channel by mean and standard deviation of the
     training set. For time series, images are windows (examples, length, channels), and
     labels are the values that follow, float32 of shape (examples, horizon, channels).
+    For text, both are int32 of shape (examples, length).
 
     Attributes:
       train_images: float32, shape (examples, height, width, channels).
@@ -64,6 +66,18 @@ def load(read: Reader, data_dir: Path | None = None) -> Dataset:
     train, test = standardise(images), standardise(test_images)
     labels, test_labels = (x.astype(np.int32) for x in (labels, test_labels))
     return Dataset(train, jnp.asarray(labels), test, jnp.asarray(test_labels))
+
+
+def only_file(folder: Path | None, suffix: str) -> Path:
+    """The file with this suffix in a folder; UserError unless there is one."""
+    if folder is None:
+        raise UserError(f"--data-dir is needed: the folder of one {suffix} file")
+    found = sorted(folder.glob(f"*{suffix}"))
+    if len(found) != 1:
+        raise UserError(
+            f"--data-dir {folder} must hold one {suffix} file, not {len(found)}"
+        )
+    return found[0]
 
 
 def first(dataset: Dataset, examples: int | None) -> Dataset:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from eigensam_jax.experiments.data import load
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
 
@@ -83,25 +84,18 @@ def linear(folder: Path | None, horizon: int) -> Dataset:
 
 
 def _read(folder: Path | None) -> np.ndarray:
-    if folder is None:
-        raise UserError(
-            "--data-dir is needed: the folder of a CSV file such as ETTh1.csv, of Zhou "
-            "et al.'s ETDataset"
-        )
-    found = sorted(folder.glob("*.csv"))
-    if len(found) != 1:
-        raise UserError(f"--data-dir {folder} must hold one CSV file, not {len(found)}")
+    path = load.only_file(folder, ".csv")
     try:
-        values = np.loadtxt(found[0], delimiter=",", skiprows=1, dtype=str, ndmin=2)
+        values = np.loadtxt(path, delimiter=",", skiprows=1, dtype=str, ndmin=2)
         numbers = values[:, 1:].astype(np.float64)
     except ValueError as error:
         raise UserError(
-            f"{found[0]} is not a table of numbers after a date: {error}"
+            f"{path} is not a table of numbers after a date: {error}"
         ) from error
     needed = _MONTHS[-1] * _MONTH
     if len(numbers) < needed or not numbers.shape[1] or not np.isfinite(numbers).all():
         raise UserError(
-            f"{found[0]} has {len(numbers)} hours of {numbers.shape[1]} series; at "
+            f"{path} has {len(numbers)} hours of {numbers.shape[1]} series; at "
             f"least {needed} hours of finite numbers are needed"
         )
     return numbers[:needed]

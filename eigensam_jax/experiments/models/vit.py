@@ -46,9 +46,10 @@ class Block(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Tokens of the shape of `x`, (batch, tokens, width)."""
         width = x.shape[-1]
-        x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
+        attention = nn.MultiHeadDotProductAttention(self.heads)
+        x = x + attention(nn.LayerNorm()(x), mask=mask)
         y = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
         return x + nn.Dense(width)(y)

@@ -84,14 +84,15 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
 def _check(config: Config) -> None:
     """Raises UserError if the network or the batch does not fit an option."""
     registry.model(config.model, 10, config.resolution)  # refuses a resolution
-    is_series = registry.DATASETS[config.dataset].is_series
+    kind = registry.DATASETS[config.dataset].kind
     found = registry.MODELS[config.model]
-    if found.is_series != is_series:
+    if found.kind != kind:
+        able = [x for x, made in registry.MODELS.items() if made.kind == kind]
         raise UserError(
-            f"--model {config.model} does not learn {config.dataset}: forecaster is "
-            "the one for series"
+            f"--model {config.model} does not learn {config.dataset}: use "
+            f"{', '.join(able)}"
         )
-    if config.label_noise and is_series:
+    if config.label_noise and kind != "images":
         raise UserError(f"--label-noise: {config.dataset} has no labels; leave it out")
     if config.label_noise > 1:
         raise UserError(

@@ -18,11 +18,15 @@ TrainingLoss = Callable[
 
 
 def each(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """The loss of each example: cross-entropy, or the squared error of a forecast."""
+    """The loss of each example: cross-entropy, or the squared error of a forecast.
+
+    Where an example has several labels, their mean.
+    """
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        return jnp.square(outputs - labels).mean(range(1, labels.ndim))
-    found: jax.Array = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
-    return found
+        found: jax.Array = jnp.square(outputs - labels)
+    else:
+        found = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    return found.mean(tuple(range(1, labels.ndim)))
 
 
 def evaluation_loss(model: nn.Module) -> Loss:

@@ -122,7 +122,7 @@ def _first(pairs: Eigenpair) -> Eigenpair:
 
 
 def make_means(model: nn.Module) -> Means:
-    """(params, images, labels, batch_stats) -> mean loss, accuracy (forecasts: 0)."""
+    """(params, images, labels, batch_stats) -> loss, accuracy (0: several labels)."""
 
     @jax.jit
     def totals(

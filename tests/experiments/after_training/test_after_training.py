@@ -148,7 +148,7 @@ def test_every_network_is_measured_and_changed(finished):
     assert [run["averaged"] for run in plain] == [False, True]
     first, *_ = tables.methods(runs)
     assert first[0] == "SGD"  # against which the others are held
-    assert plain[0]["test_loss"] != plain[1]["test_loss"]
+    assert plain[0]["trace"] != plain[1]["trace"]  # the norm of the weights here
 
 
 def test_what_is_there_is_kept(finished, tmp_path, monkeypatch, capsys):

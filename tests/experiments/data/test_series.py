@@ -76,7 +76,7 @@ def test_what_is_no_series_is_refused(values, message, tmp_path):
 
 
 def test_a_folder_without_one_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="must hold one CSV file, not 0"):
+    with pytest.raises(UserError, match=r"must hold one \.csv file, not 0"):
         registry.dataset("series_96", tmp_path)
     with pytest.raises(UserError, match="--data-dir is needed"):
         registry.dataset("series_96")

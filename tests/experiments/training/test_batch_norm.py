@@ -219,7 +219,7 @@ def test_products_are_of_the_network_in_evaluation(dataset):
     [
         pytest.param(name, shape, marks=pytest.mark.slow if is_slow else ())
         for name, model in registry.MODELS.items()
-        if not model.is_series
+        if model.kind == "images"
         for shape in ((8, 8, 1), (28, 28, 1), (32, 32, 3))
         for is_slow in [name in LARGE and shape == (28, 28, 1)]  # between the others
     ],

@@ -106,11 +106,9 @@ def make_run(
             train_loss, _ = problem.means(params, *whole)
             if not np.isfinite(train_loss):
                 raise FloatingPointError(f"the training loss is {train_loss}")
-            test_loss, accuracy = problem.means(params, *problem.test)
             top = problem.top_eigenpair(params, v0)
             v0 = top.eigenvector
-            look = {"train_loss": train_loss, "test_loss": test_loss}
-            look["test_accuracy"] = accuracy
+            look = {"train_loss": train_loss}
             look["parameter_norm"], look["gradient_norm"] = map(float, norms(params))
             look["lambda_max"] = float(top.eigenvalue)
             look["lambda_max_residual"] = float(top.residual)

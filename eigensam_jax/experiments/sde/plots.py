@@ -24,8 +24,6 @@ _LOOKS: dict[str, dict[str, Any]] = {
 }
 _PANELS = {
     "train_loss": "training loss",
-    "test_loss": "test loss",
-    "test_accuracy": "test accuracy %",
     "parameter_norm": "‖w‖",
     "gradient_norm": "‖∇f(w)‖",
     "lambda_max": "λ_max",
@@ -54,16 +52,14 @@ def paths(runs: Sequence[Run], rho: float, title: str, path: Path) -> None:
     """Draws what is looked at along the paths at a ρ: means over the seeds."""
     seeds = len(sde_tables.paths(runs, "sam", rho))
     note = f"Means over {seeds} seeds. Band: SAM's deviation. Order: of the equation."
-    figure, grid = images.panels(2, 3, 6, title, note)
+    figure, grid = images.panels(2, 2, 6, title, note)
     for axes, (key, label) in zip(grid.flat, _PANELS.items(), strict=True):
         axes.set(xlabel="steps, t/η", title=label)
-        first = int(key == "test_accuracy")  # the untrained one would squeeze the rest
         for method in ("sam", "order_1", "order_2", "order_3"):
             at = 0.0 if method == "order_1" else rho
             chosen = sde_tables.paths(runs, method, at)
-            values = np.array([run["curves"][key][first:] for run in chosen])
-            values *= 100 if key == "test_accuracy" else 1
-            steps = chosen[0]["curves"]["step"][first:]
+            values = np.array([run["curves"][key] for run in chosen])
+            steps = chosen[0]["curves"]["step"]
             spread = values.std(0, ddof=1) if method == "sam" and len(values) > 1 else 0
             images.band(axes, steps, values.mean(0), spread, **_look(method))
         images.by_decades(axes, "y")

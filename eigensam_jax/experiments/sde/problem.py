@@ -26,7 +26,7 @@ class Problem(NamedTuple):
       init: seed -> parameters.
       value_fn: (params, batch) -> the batch's mean cross-entropy.
       batches: images and labels, with a leading axis over `NUM_BATCHES` batches.
-      whole, test: images and labels of all batches, and of the test set.
+      whole: images and labels of all batches.
       top_eigenpair: (params, start) -> the top eigenpair over all batches.
       means: (params, images, labels) -> loss and accuracy.
     """
@@ -35,7 +35,6 @@ class Problem(NamedTuple):
     value_fn: Callable[[PyTree, PyTree], jax.Array]
     batches: PyTree
     whole: tuple[jax.Array, jax.Array]
-    test: tuple[jax.Array, jax.Array]
     top_eigenpair: Callable[[PyTree, PyTree], Eigenpair]
     means: measures.Means
 
@@ -65,6 +64,5 @@ def make_problem(dataset: Dataset) -> Problem:
 
     return Problem(
         *(init, value_fn, batches, whole),
-        (dataset.test_images, dataset.test_labels),
         *(top_eigenpair, measures.make_means(model)),
     )

@@ -48,7 +48,6 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         "num_batches": sde_problem.NUM_BATCHES,
         "batch_size": sde_problem.BATCH_SIZE,
         "substeps": 1,
-        "test_examples": len(problem.test[0]),
         "eigenvalue_tolerance": sde_problem.TOLERANCE,
         "curvature_tolerance": sde_paths.CURVATURE_TOLERANCE,
         "eigen_sam_tracker": sde_paths.EIGENVECTOR,

@@ -18,8 +18,7 @@ SMALL = "sde --smoke --rho 0.02 0.05"
 METHODS = ("sam", "sam_again", "order_2", "order_3", *sde_paths.WITHOUT_NOISE)
 
 
-KEPT = ("train_loss", "test_loss", "test_accuracy", "parameter_norm", "gradient_norm")
-KEPT += ("lambda_max",)
+KEPT = ("train_loss", "parameter_norm", "gradient_norm", "lambda_max")
 LOOK = (*KEPT, "lambda_max_residual")
 RATES = {f"rate_{x}" for x in sde.SharpnessRates._fields}
 RATES -= {"rate_eigenvalue", "rate_residual"}

@@ -50,7 +50,7 @@ def quick():
     make_run, made = training.make_run, {}
 
     def from_cache(model, dataset, measure, settings):
-        key = settings, len(dataset.train_labels)
+        key = settings, len(dataset.train_labels), len(dataset.test_labels)
         if key not in made:
             made[key] = make_run(model, dataset, measure, settings)
         return made[key]

@@ -1,7 +1,7 @@
 """The jobs of a study: training runs, continued from a checkpoint if there is one."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from eigensam_jax.tree_math import PyTree
 LOOK_EXAMPLES = 1_000
 TOLERANCE = 1e-2
 CHECKPOINT = "checkpoint.msgpack"
+_NOT_OF_TRIALS = ("train_loss", "lambda_max", "lambda_max_residual", "alignment")
 
 Curves = dict[str, list[Any]]
 Say = Callable[[str, float], object]  # what a job does, and its share that is done
@@ -76,24 +77,26 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
             weight_decay=config.weight_decay,
         )
         model = registry.model(config.model, dataset.num_classes, config.resolution)
+        make_measure = partial(
+            measures.make_measure,
+            *(model, used, config.batch_size),
+            matvec_at=measures.make_matvec(losses.evaluation_loss(model)),
+        )
         few = min(LOOK_EXAMPLES, config.curvature_examples)
-        matvec_at = measures.make_matvec(losses.evaluation_loss(model))
-        look, end = (
-            measures.make_measure(
-                *(model, used, config.batch_size, examples),
-                matvec_at=matvec_at,
-                tolerance=TOLERANCE,
-                loss_examples=loss_examples,
-            )
-            for examples, loss_examples in (
-                (few, LOOK_EXAMPLES),
-                (few if tuning else config.curvature_examples, None),
-            )
+        look = make_measure(few, tolerance=TOLERANCE, loss_examples=LOOK_EXAMPLES)
+        end = make_measure(config.curvature_examples, tolerance=TOLERANCE)
+        alive = make_measure(
+            min(few, measures.CHUNK),
+            tolerance=1.0,
+            loss_examples=LOOK_EXAMPLES,
+            batches=0,
         )
 
         def measure(
             setup: Setup, state: TrainState, start: PyTree | None
         ) -> tuple[Measurement, PyTree]:
+            if tuning:  # three products tell whether the Hessian is zero
+                return alive(setup, state, None)
             return (end if int(state.step) == steps else look)(setup, state, start)
 
         return loop.make_run(model, used, measure, settings), steps
@@ -131,7 +134,7 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
             "alignment": float(np.mean(curves["alignment"])),
         }
         if job.tuning:
-            return found
+            return {key: x for key, x in found.items() if key not in _NOT_OF_TRIALS}
         del curves["lambda_max_residual"]
         return found | {"curves": {k: x for k, x in curves.items() if None not in x}}
 

@@ -14,7 +14,7 @@ from eigensam_jax.experiments.records import checkpoints
 from eigensam_jax.experiments.study import ablations
 from eigensam_jax.experiments.study import run as study
 from eigensam_jax.experiments.training import loop as training
-from eigensam_jax.experiments.training import losses, methods
+from eigensam_jax.experiments.training import losses, measures, methods
 
 ACCURACY = ["accuracy", "--smoke", "--looks", "2", "--rhos", "0.1", "--asam-rhos", "1"]
 ABLATE = ["ablate", "--smoke", "--looks", "2", "--tables", "when"]
@@ -120,6 +120,28 @@ def test_trials_on_few_training_images_are_judged_by_the_whole_held_out_tenth(
         np.testing.assert_array_equal(final.train_images, digits.train_images[:256])
         np.testing.assert_array_equal(final.test_images, digits.test_images)
     assert len(used) > 2
+
+
+def test_a_trial_spends_three_products_on_the_hessian(tmp_path, monkeypatch):
+    find, products = measures.top_eigenpair, []
+
+    def counting(matvec, *args):
+        products.append(0)
+
+        def counted(vector):
+            products[-1] += 1
+            return matvec(vector)
+
+        return find(counted, *args)
+
+    monkeypatch.setattr(measures, "top_eigenpair", counting)
+    command = "frontier --smoke --learning-rates 0.05 0.1 --rhos 0.1 0.2 --out"
+    assert cli.main([*command.split(), str(tmp_path)]) == 0
+    tried = [x for x in figures(tmp_path) if x["table"] == "tuning"]
+    assert len(tried) == 4
+    assert products[:4] == 4 * [3]
+    assert max(products[4:]) > 3
+    assert not any({"lambda_max", "alignment", "train_loss"} & x.keys() for x in tried)
 
 
 def test_label_noise_changes_its_share_of_the_training_labels_alone():

@@ -3,21 +3,18 @@
 What is around a product would else compile for up to half a second a leaf.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from eigensam_jax import tree_math
 from eigensam_jax._update import arguments, programs
 from eigensam_jax.hessian import Matvec
 from eigensam_jax.tree_math import PyTree
-
-Shapes = tuple[tuple[int, ...], ...]
 
 
 class Raveled(NamedTuple):
@@ -46,24 +43,23 @@ def raveled(host_loop: bool, like: PyTree) -> Raveled:
     """
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(like)):
         like = tree_math.zeros_like(like)
-    leaves, treedef = jax.tree.flatten(like)
+    leaves = jax.tree.leaves(like)
     dtypes = {tree_math.accumulation_dtype(x) for x in leaves}
     are_alike = len(leaves) > 1 and len(dtypes) == 1
     if not (host_loop and are_alike and _are_on_one_device(leaves)):
         zeros = tree_math.zeros_like(like)
         cast = partial(tree_math.cast_like, other=zeros)
         return Raveled(zeros, cast, lambda tree: tree)
-    (dtype,) = dtypes
-    shapes = tuple(jnp.shape(x) for x in leaves)
-    spec = jax.eval_shape(tree_math.widen, like)
+    spec, inverses = jax.eval_shape(tree_math.widen, like), []
+    jax.eval_shape(lambda tree: inverses.append(ravel_pytree(tree)[1]), spec)
 
     def ravel(tree: PyTree) -> jax.Array:
         remedy = "Give a product that returns a tree like its argument."
         tree = arguments.like_params("matvec(v)", tree, spec, remedy)
-        vector: jax.Array = _ravel(dtype, tree)
+        vector: jax.Array = _ravel(*dtypes, tree)
         return vector
 
-    return Raveled(_zero(dtype, like), ravel, partial(_unravel, treedef, shapes))
+    return Raveled(_zero(*dtypes, like), ravel, partial(_unravel, *inverses))
 
 
 def _are_on_one_device(leaves: list[Any]) -> bool:
@@ -75,7 +71,7 @@ def _are_on_one_device(leaves: list[Any]) -> bool:
 
 @partial(jax.jit, static_argnums=0)
 def _ravel(dtype: jnp.dtype, tree: PyTree) -> jax.Array:
-    return jnp.concatenate([x.astype(dtype).ravel() for x in jax.tree.leaves(tree)])
+    return ravel_pytree(tree)[0].astype(dtype)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -83,10 +79,8 @@ def _zero(dtype: jnp.dtype, tree: PyTree) -> jax.Array:
     return jnp.where(False, _ravel(dtype, tree), 0)  # on the device of the tree
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _unravel(treedef: Any, shapes: Shapes, vectors: jax.Array) -> PyTree:
-    ends = np.cumsum([math.prod(shape) for shape in shapes])
-    parts = jnp.split(vectors, ends[:-1], axis=-1)
-    leading = vectors.shape[:-1]
-    pairs = zip(parts, shapes, strict=True)
-    return jax.tree.unflatten(treedef, [x.reshape(leading + s) for x, s in pairs])
+@partial(jax.jit, static_argnums=0)
+def _unravel(unravel: Callable[[jax.Array], PyTree], vectors: jax.Array) -> PyTree:
+    for _ in range(vectors.ndim - 1):
+        unravel = jax.vmap(unravel)
+    return unravel(vectors)

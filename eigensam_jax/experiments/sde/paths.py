@@ -59,18 +59,22 @@ def make_run(
 ) -> Run:
     """Compiles what paths need; the result runs one of `jobs` and yields its looks.
 
-    A look has the `step`, losses over all batches and the test set, test accuracy, ‖w‖,
-    ‖∇f(w)‖ and, for the training loss's Hessian, λ_max and its residual. "sam" and
-    "eigen_sam" at `measured_rho` also have the `sde.SharpnessRates`, named `rate_…`.
-    `stops` are the steps to look after; `eta` is the learning rate. A run whose
-    training loss is not finite raises FloatingPointError.
+    A look has the `step`, the loss f over all batches, ‖w‖, ‖∇f(w)‖ and, for ∇²f,
+    λ_max and its residual. "sam" and "eigen_sam" at `measured_rho` also have the
+    `sde.SharpnessRates`, named `rate_…`. `stops` are the steps to look after; `eta` is
+    the learning rate. A run whose training loss is not finite raises
+    FloatingPointError.
     """
     value_fn, whole = problem.value_fn, problem.whole
 
     @jax.jit
-    def norms(params: PyTree) -> tuple[jax.Array, jax.Array]:
-        gradient = jax.grad(lambda p: value_fn(p, whole))(params)
-        return tree_math.norm(params), tree_math.norm(gradient)
+    def look_at(params: PyTree) -> dict[str, jax.Array]:
+        value, gradient = jax.value_and_grad(value_fn)(params, whole)
+        return {
+            "train_loss": value,
+            "parameter_norm": tree_math.norm(params),
+            "gradient_norm": tree_math.norm(gradient),
+        }
 
     @jax.jit
     def rates(
@@ -103,13 +107,11 @@ def make_run(
                 program = advance(method, stop - done)
                 state, done = program(of_stretch, state, *scalars), stop
             params = state[0]
-            train_loss, _ = problem.means(params, *whole)
-            if not np.isfinite(train_loss):
-                raise FloatingPointError(f"the training loss is {train_loss}")
+            look = {name: float(x) for name, x in look_at(params).items()}
+            if not np.isfinite(look["train_loss"]):
+                raise FloatingPointError(f"the training loss is {look['train_loss']}")
             top = problem.top_eigenpair(params, v0)
             v0 = top.eigenvector
-            look = {"train_loss": train_loss}
-            look["parameter_norm"], look["gradient_norm"] = map(float, norms(params))
             look["lambda_max"] = float(top.eigenvalue)
             look["lambda_max_residual"] = float(top.residual)
             if optimizer in ("sam", "eigen_sam") and job["rho"] == measured_rho:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.models.small import MLP
-from eigensam_jax.experiments.training import losses, measures
+from eigensam_jax.experiments.training import losses
 from eigensam_jax.sde import equation
 from eigensam_jax.tree_math import PyTree
 
@@ -28,7 +28,6 @@ class Problem(NamedTuple):
       batches: images and labels, with a leading axis over `NUM_BATCHES` batches.
       whole: images and labels of all batches.
       top_eigenpair: (params, start) -> the top eigenpair over all batches.
-      means: (params, images, labels) -> loss and accuracy.
     """
 
     init: Callable[[int], PyTree]
@@ -36,7 +35,6 @@ class Problem(NamedTuple):
     batches: PyTree
     whole: tuple[jax.Array, jax.Array]
     top_eigenpair: Callable[[PyTree, PyTree], Eigenpair]
-    means: measures.Means
 
 
 def make_problem(dataset: Dataset) -> Problem:
@@ -62,7 +60,4 @@ def make_problem(dataset: Dataset) -> Problem:
     def top_eigenpair(params: PyTree, v0: PyTree) -> Eigenpair:
         return equation.top_eigenpair(value_fn, params, batches, TOLERANCE, v0)
 
-    return Problem(
-        *(init, value_fn, batches, whole),
-        *(top_eigenpair, measures.make_means(model)),
-    )
+    return Problem(init, value_fn, batches, whole, top_eigenpair)

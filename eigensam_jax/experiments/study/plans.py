@@ -143,6 +143,7 @@ def frontier(
     """Tunes each method by as many trials, then trains at equal steps and gradients.
 
     The best of `plain`'s learning rates is that of all; the others are tuned over ρ.
+    With as many gradients a step as SAM, equal steps are equal gradients.
     """
 
     def plan(done: Done) -> Iterator[Entry]:
@@ -165,7 +166,9 @@ def frontier(
                 else:
                     yield Entry("steps", name, job)
                 longer = METHODS["sam"].gradients / setup.gradients(1_000)
-                yield Entry("gradients", name, job._replace(longer=round(longer, 2)))
+                job = job._replace(longer=round(longer, 2))
+                if job.longer != 1:
+                    yield Entry("gradients", name, job)
 
     return plan
 

@@ -90,10 +90,10 @@ def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
     full, hollow = (by_row(runs, table) for table in FRONTIER)
     drawn: list[tuple[str, list[Record], dict[str, Any]]]
     drawn = [(name, of_row, {}) for name, of_row in full.items()]
-    drawn += [  # others are the same runs
+    drawn += [
         (name, of_row, {"markerfacecolor": "white"})
         for name, of_row in hollow.items()
-        if "longer" in of_row[0]
+        if of_row != full[name]
     ]
     at = [round(spent(of_row[0]), 1) for _, of_row, _ in drawn]
     note = (

@@ -208,12 +208,23 @@ def over_training(runs: Sequence[Record], key: str) -> list[list[str]]:
 
 
 def by_row(runs: Sequence[Record], table: str) -> dict[str, list[Record]]:
-    """The runs of a table, row by row."""
+    """The runs of a table, row by row.
+
+    In that of the same gradients are also the runs of the same steps that spent SAM's.
+    """
     result: dict[str, list[Record]] = {}
     for run in runs:
         if run["table"] == table:
             result.setdefault(run["row"], []).append(run)
-    return result
+    if table != FRONTIER[1]:
+        return result
+    steps, sams = by_row(runs, FRONTIER[0]), METHODS["sam"].gradients
+    result |= {
+        row: of_row
+        for row, of_row in steps.items()
+        if row not in result and of_row[0]["gradients"] == sams
+    }
+    return {row: result[row] for row in steps if row in result}
 
 
 def _values(runs: Sequence[Record]) -> list[tuple[list[float], float, int]]:

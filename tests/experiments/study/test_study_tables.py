@@ -111,6 +111,28 @@ def test_everything_is_shown_and_drawn(runs, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
+def test_who_spends_sams_gradients_a_step_is_compared_at_equal_gradients_too():
+    def study(table, spent):
+        return [
+            run(table, name, seed, accuracy + 0.01 * seed, gradients=gradients)
+            for name, (gradients, accuracy) in spent.items()
+            for seed in range(2)
+        ]
+
+    steps = {"sgd": (1.0, 0.5), "sam_every": (1.2, 0.6), "sam": (2.0, 0.75)}
+    runs = study("steps", steps) + study("gradients", {"sgd": (1.0, 0.75)})
+    found = study_tables.by_row(runs, "gradients")
+    assert list(found) == ["sgd", "sam"]  # no run of sam_every has spent as much
+    assert {x["test_accuracy"] for x in found["sgd"]} == {0.75, 0.76}
+    assert found["sam"] == study_tables.by_row(runs, "steps")["sam"]
+    at_steps, at_gradients = (
+        study_tables.against_first(runs, table)[-1][:2]
+        for table in ("steps", "gradients")
+    )
+    assert at_steps == ["sam − sgd", "+25.00 ± 0.00"]
+    assert at_gradients == ["sam − sgd", "+0.00 ± 0.00"]
+
+
 @pytest.mark.usefixtures("drawn")
 def test_the_frontier_says_what_was_spent_and_what_it_came_to(tmp_path):
     kinds = {"steps": (1.0, 0.75), "gradients": (1.25, 0.5)}

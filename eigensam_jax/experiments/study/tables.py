@@ -52,7 +52,7 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
             above = "", "grad.", "‖ε‖", *headers[1:]
             rows = [[x.replace(" ± ", "±") for x in row] for row in summary(runs, name)]
             result.append(tables.table(heading, above, rows))
-        if pairs := paired(runs, name) or against_first(runs, name):
+        if pairs := paired(runs, name) or against(runs, name):
             result.append(tables.table("differences", headers, pairs))
     return result
 
@@ -117,12 +117,20 @@ def spent(run: Record) -> float:
     return float(run["gradients"] * run.get("longer", 1))
 
 
-def against_first(runs: Sequence[Record], table: str) -> list[list[str]]:
-    """As `paired`, for every method of a table against the first."""
+def against(runs: Sequence[Record], what: str) -> list[list[str]]:
+    """As `paired`, for every method of a table against the first, or a named one.
+
+    `what` is the table, or the table and, after a comma, the row.
+    """
+    table, _, name = what.partition(", ")
     found = by_row(runs, table)
-    first, *others = found
+    if name not in ("", *found):
+        raise UserError(f"against {what}: name a row of {', '.join(found)}")
+    base = name or next(iter(found))
     return [
-        [f"{row} − {first}", *difference(found[row], found[first])] for row in others
+        [f"{row} − {base}", *difference(of_row, found[base])]
+        for row, of_row in found.items()
+        if row != base
     ]
 
 
@@ -146,7 +154,7 @@ def gains(studies: Sequence[Record], what: str) -> list[list[str]]:
         config, runs = study["config"], study["runs"]
         table = "main" if by_row(runs, "main") else FRONTIER[0]
         at = 1 + figures.index(figure)
-        found = {x[0].split(" − ")[0]: x[at] for x in against_first(runs, table)}
+        found = {x[0].split(" − ")[0]: x[at] for x in against(runs, table)}
         found |= {x[0]: x[at] for x in paired(runs, table)}
         heading = f"{registry.title(config)}, {config['epochs']} epochs"
         row = [f"[{heading}]({Path(config['out']).name}/README.md)"]

@@ -98,7 +98,7 @@ def tables(results: list[Document]) -> dict[str, Any]:
         "tuning": lambda _: made.tuning(runs),
         "summary": lambda table: made.summary(runs, table),
         "paired": lambda table: made.paired(runs, table),
-        "against_first": lambda table: made.against_first(runs, table),
+        "against": lambda what: made.against(runs, what),
         "frontier": lambda table: made.frontier(runs, table),
         "gains": lambda what: made.gains(results, what),
         "over_training": lambda figure: made.over_training(runs, figure),

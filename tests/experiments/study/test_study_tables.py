@@ -69,12 +69,17 @@ def test_where_nothing_is_matched_all_are_held_against_the_first():
         for row, of_seeds in accuracies.items()
         for seed, accuracy in enumerate(of_seeds)
     ]
-    (secant, ritz) = study_tables.against_first(runs, "tracker")
+    (secant, ritz) = study_tables.against(runs, "tracker")
     half = stats.t.ppf(0.975, 1) * 25  # deviation over the root of two seeds
     assert secant[:2] == ["secant − sam", f"+0.00 ± {half:.2f}"]
     assert ritz[:2] == ["ritz − sam", "+25.00 ± 0.00"]
     tables = study_tables.all_tables(runs, "digits")
     assert [table.title for table in tables] == ["tracker: digits", "differences"]
+    (sam, secant) = study_tables.against(runs, "tracker, ritz")
+    assert sam[:2] == ["sam − ritz", "-25.00 ± 0.00"]
+    assert secant[0] == "secant − ritz"
+    with pytest.raises(UserError, match="name a row of sam, secant, ritz"):
+        study_tables.against(runs, "tracker, lanczos")
 
 
 def test_the_best_of_each_method_is_marked():
@@ -126,8 +131,7 @@ def test_who_spends_sams_gradients_a_step_is_compared_at_equal_gradients_too():
     assert {x["test_accuracy"] for x in found["sgd"]} == {0.75, 0.76}
     assert found["sam"] == study_tables.by_row(runs, "steps")["sam"]
     at_steps, at_gradients = (
-        study_tables.against_first(runs, table)[-1][:2]
-        for table in ("steps", "gradients")
+        study_tables.against(runs, table)[-1][:2] for table in ("steps", "gradients")
     )
     assert at_steps == ["sam − sgd", "+25.00 ± 0.00"]
     assert at_gradients == ["sam − sgd", "+0.00 ± 0.00"]

@@ -50,16 +50,18 @@ def raveled(host_loop: bool, like: PyTree) -> Raveled:
         zeros = tree_math.zeros_like(like)
         cast = partial(tree_math.cast_like, other=zeros)
         return Raveled(zeros, cast, lambda tree: tree)
-    spec, inverses = jax.eval_shape(tree_math.widen, like), []
+    (dtype,), inverses = dtypes, []
+    spec = jax.eval_shape(tree_math.widen, like)
     jax.eval_shape(lambda tree: inverses.append(ravel_pytree(tree)[1]), spec)
+    (unravel,) = inverses
 
     def ravel(tree: PyTree) -> jax.Array:
         remedy = "Give a product that returns a tree like its argument."
         tree = arguments.like_params("matvec(v)", tree, spec, remedy)
-        vector: jax.Array = _ravel(*dtypes, tree)
+        vector: jax.Array = _ravel(dtype, tree)
         return vector
 
-    return Raveled(_zero(*dtypes, like), ravel, partial(_unravel, *inverses))
+    return Raveled(_zero(dtype, like), ravel, partial(_unravel, unravel))
 
 
 def _are_on_one_device(leaves: list[Any]) -> bool:
@@ -71,7 +73,7 @@ def _are_on_one_device(leaves: list[Any]) -> bool:
 
 @partial(jax.jit, static_argnums=0)
 def _ravel(dtype: jnp.dtype, tree: PyTree) -> jax.Array:
-    return ravel_pytree(tree)[0].astype(dtype)
+    return ravel_pytree(jax.tree.map(lambda x: x.astype(dtype), tree))[0]
 
 
 @partial(jax.jit, static_argnums=0)

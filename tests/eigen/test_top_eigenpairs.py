@@ -343,6 +343,31 @@ def test_the_hosts_loop_is_over_one_array(host_loop, dtypes, leaves, monkeypatch
     np.testing.assert_allclose(found["b"], 0, atol=1e-3)
 
 
+def test_a_second_search_of_the_hosts_loop_compiles_nothing(caplog):
+    spectra = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(2, jnp.bfloat16)}
+    matvec = jax.jit(lambda v: jax.tree.map(lambda x, y: x * y, spectra, v))
+    for _ in range(2):
+        caplog.clear()
+        with jax.log_compiles():
+            eigen.top_eigenpairs(matvec, spectra, 2, host_loop=True)
+        compiled = [x for x in caplog.messages if x.startswith("Compiling")]
+    assert not compiled
+    with jax.log_compiles():
+        jax.jit(lambda x: x + 1)(spectra["a"])
+    assert any(x.startswith("Compiling") for x in caplog.messages)  # it is logged
+
+
+@pytest.mark.parametrize("host_loop", [True, False])
+def test_a_tree_of_two_dtypes_needs_no_promotion(host_loop):
+    spectra = {"a": jnp.arange(6, dtype=jnp.bfloat16), "b": jnp.ones(3)}
+    matvec = lambda v: {
+        key: x.astype(v[key].dtype) * v[key] for key, x in spectra.items()
+    }
+    with jax.numpy_dtype_promotion("strict"):
+        pairs = eigen.top_eigenpairs(matvec, spectra, 1, host_loop=host_loop)
+    np.testing.assert_allclose(pairs.eigenvalue, [5], rtol=1e-5)
+
+
 def test_a_product_that_is_another_tree_is_refused():
     like = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
     for wrong in (

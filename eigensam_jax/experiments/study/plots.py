@@ -90,10 +90,10 @@ def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
     full, hollow = (by_row(runs, table) for table in FRONTIER)
     drawn: list[tuple[str, list[Record], dict[str, Any]]]
     drawn = [(name, of_row, {}) for name, of_row in full.items()]
-    drawn += [
+    drawn += [  # others are the same runs
         (name, of_row, {"markerfacecolor": "white"})
         for name, of_row in hollow.items()
-        if of_row != full[name]
+        if "longer" in of_row[0]
     ]
     at = [round(spent(of_row[0]), 1) for _, of_row, _ in drawn]
     note = (
@@ -103,7 +103,10 @@ def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
     figure, grid = images.panels(1, 2, 4.6, title, note)
     for axes, key in zip(grid.flat, (quality(runs)[0], "lambda_max"), strict=True):
         for i, (name, of_row, style) in enumerate(drawn):
-            aside = 0.035 * (at[:i].count(at[i]) - (at.count(at[i]) - 1) / 2)
+            beside = at.count(at[i])
+            to_next = min((abs(x - at[i]) for x in at if x != at[i]), default=1.0)
+            apart = min(0.035, 0.8 * to_next / beside)
+            aside = apart * (at[:i].count(at[i]) - (beside - 1) / 2)
             values, own = _values(of_row, key), look(name)
             axes.errorbar(
                 *(at[i] + aside, values.mean(), half_interval(values)),

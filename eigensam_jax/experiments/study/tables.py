@@ -120,10 +120,14 @@ def spent(run: Record) -> float:
 def against(runs: Sequence[Record], what: str) -> list[list[str]]:
     """As `paired`, for every method of a table against the first, or a named one.
 
-    `what` is the table, or the table and, after a comma, the row.
+    `what` is the table, or the table and, after a comma, the row. UserError is raised
+    where there are none.
     """
     table, _, name = what.partition(", ")
     found = by_row(runs, table)
+    if not found:
+        tables = dict.fromkeys(run["table"] for run in runs)
+        raise UserError(f"against {what}: name a table of {', '.join(tables)}")
     if name not in ("", *found):
         raise UserError(f"against {what}: name a row of {', '.join(found)}")
     base = name or next(iter(found))

@@ -6,6 +6,7 @@ from rich.console import Console
 from scipy import stats
 
 from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.study import plots as study_plots
 from eigensam_jax.experiments.study import tables as study_tables
 
@@ -80,6 +81,8 @@ def test_where_nothing_is_matched_all_are_held_against_the_first():
     assert secant[0] == "secant − ritz"
     with pytest.raises(UserError, match="name a row of sam, secant, ritz"):
         study_tables.against(runs, "tracker, lanczos")
+    with pytest.raises(UserError, match="name a table of tracker"):
+        study_tables.against(runs, "rho")
 
 
 def test_the_best_of_each_method_is_marked():
@@ -116,16 +119,18 @@ def test_everything_is_shown_and_drawn(runs, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
-def test_who_spends_sams_gradients_a_step_is_compared_at_equal_gradients_too():
-    def study(table, spent):
+def test_who_spends_sams_gradients_a_step_is_compared_at_equal_gradients_too(
+    tmp_path, monkeypatch
+):
+    def study(table, spent, **more):
         return [
-            run(table, name, seed, accuracy + 0.01 * seed, gradients=gradients)
+            run(table, name, seed, accuracy + 0.01 * seed, gradients=gradients, **more)
             for name, (gradients, accuracy) in spent.items()
             for seed in range(2)
         ]
 
     steps = {"sgd": (1.0, 0.5), "sam_every": (1.2, 0.6), "sam": (2.0, 0.75)}
-    runs = study("steps", steps) + study("gradients", {"sgd": (1.0, 0.75)})
+    runs = study("steps", steps) + study("gradients", {"sgd": (1.0, 0.75)}, longer=2)
     found = study_tables.by_row(runs, "gradients")
     assert list(found) == ["sgd", "sam"]  # no run of sam_every has spent as much
     assert {x["test_accuracy"] for x in found["sgd"]} == {0.75, 0.76}
@@ -135,6 +140,11 @@ def test_who_spends_sams_gradients_a_step_is_compared_at_equal_gradients_too():
     )
     assert at_steps == ["sam − sgd", "+25.00 ± 0.00"]
     assert at_gradients == ["sam − sgd", "+0.00 ± 0.00"]
+    drawn = []
+    count = lambda figure, path: drawn.append([len(x.containers) for x in figure.axes])
+    monkeypatch.setattr(images, "save", count)
+    study_plots.DRAW["frontier"](runs, "it", tmp_path / "frontier.png")
+    assert drawn == [[4, 4]]  # SGD twice, SAM once
 
 
 @pytest.mark.usefixtures("drawn")

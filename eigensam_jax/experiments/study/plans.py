@@ -13,7 +13,7 @@ from eigensam_jax.experiments.registry import METHODS, matched
 from eigensam_jax.experiments.training.methods import Setup, named
 
 TUNING_SEED = 1_000  # which no other run has
-_ALWAYS = ("optimizer", "rho", "alpha", "tracker", "learning_rate", "seed")
+_ALWAYS = ("optimizer", "rho", "learning_rate", "seed")
 
 Record = dict[str, Any]
 

@@ -195,7 +195,7 @@ def tuning(runs: Sequence[Record]) -> list[list[str]]:
                     row,
                     f"{run['learning_rate']:g}",
                     f"{run['rho']:g}" if METHODS[row].link else "–",
-                    f"{run['alpha']:g}" if METHODS[row].tracker else "–",
+                    f"{run.get('alpha', 0):g}" if METHODS[row].tracker else "–",
                     "diverged"
                     if "diverged" in run
                     else f"{factor * run[key]:.{digits}f}{mark}",

@@ -17,7 +17,7 @@ Record = dict[str, Any]
 _LABELS = {
     "train_loss": "training loss",
     "test_accuracy": "test accuracy %",
-    "test_loss": "test error",
+    "test_loss": "test loss",
     "lambda_max": "sharpness λ_max",
     "alignment": "alignment |cos(ε, v)|",
 }

@@ -60,7 +60,7 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
 def quality(runs: Sequence[Record]) -> tuple[str, str]:
     """The figure to judge methods by: a record's field, and its name in words."""
     if all(run["test_accuracy"] is None for run in runs if "diverged" not in run):
-        return "test_loss", "test error"
+        return "test_loss", "test loss"
     return "test_accuracy", "test acc. %"
 
 
@@ -234,7 +234,7 @@ def by_row(runs: Sequence[Record], table: str) -> dict[str, list[Record]]:
     result |= {
         row: of_row
         for row, of_row in steps.items()
-        if row not in result and of_row[0]["gradients"] == sams
+        if row not in result and round(sams / of_row[0]["gradients"], 2) == 1
     }
     return {row: result[row] for row in steps if row in result}
 

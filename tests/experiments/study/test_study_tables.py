@@ -206,7 +206,7 @@ def test_of_forecasts_the_error_is_shown():
         run("steps", "sgd", seed, None, test_loss=error, training_time_s=1.0)
         for seed, error in enumerate((0.25, 0.5))
     ]
-    assert study_tables.quality(runs) == ("test_loss", "test error")
+    assert study_tables.quality(runs) == ("test_loss", "test loss")
     (row,) = study_tables.frontier(runs, "steps")
     assert row[4].startswith("0.3750 ± ")
     trials = [x | {"table": "tuning", "row": "sgd"} for x in runs]

@@ -1,7 +1,6 @@
 """The progress of a command: a bar in a terminal, else a line now and then."""
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,20 +30,17 @@ Piece = tuple[str, Callable[[Advance], list[Record]]]  # its name, and what does
 def done(
     work: Iterable[Piece], total: float, console: Console
 ) -> Iterator[list[Record]]:
-    """Does work piece by piece; yields each piece's records, rounded and timed."""
+    """Does work piece by piece; yields each piece's records, rounded."""
     with shown(console) as bar:
         task = bar.add_task("", total=total)
         for name, do in work:
             bar.update(task, description=name)
-            start = time.perf_counter()
 
             def advance(more: float, doing: str = "", name: str = name) -> None:
                 text = f"{name}: {doing}" if doing else name
                 bar.update(task, advance=more, description=text)
 
-            found = do(advance)
-            seconds = {"wall_time_s": time.perf_counter() - start}
-            yield [results.rounded(record | seconds) for record in found]
+            yield results.rounded(do(advance))
 
 
 @contextmanager

@@ -175,13 +175,10 @@ def test_what_is_there_is_kept(finished, tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["wall_time_s"] > 1e4
     again = results["runs"]
-    times = ("wall_time_s", "training_time_s")
     same = lambda run: (run["optimizer"], run["averaged"])
     pairs = (sorted(runs, key=same) for runs in (again, document["runs"]))
     for run, other in zip(*pairs, strict=True):
-        assert {k: x for k, x in run.items() if k not in times} == {
-            k: x for k, x in other.items() if k not in times
-        }
+        assert {**run, "training_time_s": 0} == {**other, "training_time_s": 0}
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     printed = [" ".join(line.split()) for line in lines]

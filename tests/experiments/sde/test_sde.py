@@ -114,7 +114,6 @@ def test_every_path_is_there_and_the_command_says_what_came_out(
     ]
     paths, checks = split(results)
     assert [x["check"] for x in checks] == ["one_step"] * len(made_up_check(None, 1))
-    assert len({x["wall_time_s"] for x in checks}) == 1
     for run in results["runs"]:  # flat, but for curves
         assert not any(
             isinstance(x, list | dict) for k, x in run.items() if k != "curves"
@@ -167,8 +166,6 @@ def test_what_is_there_is_kept_and_the_rest_is_run(
     assert saved(part)["complete"] is False
     assert cli.main([*SMALL.split(), "--seeds", "2", "--out", str(part)]) == 0
     expected, results = saved(whole), saved(part)
-    for run in (*expected["runs"], *results["runs"]):
-        del run["wall_time_s"]
     assert results["runs"] == expected["runs"]
     assert len(started) == 3 + len(split(expected)[0]) - 2
     before = (part / "results.json").read_bytes()

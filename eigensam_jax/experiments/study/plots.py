@@ -1,16 +1,15 @@
-"""Plots of the results files of `eigensam compare`, `accuracy` and `ablate`."""
+"""Plots of the results files of `compare`, `accuracy`, `frontier` and `ablate`."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eigensam_jax.experiments.records import images
-from eigensam_jax.experiments.records.tables import half_interval
 from eigensam_jax.experiments.registry import look
-from eigensam_jax.experiments.study.tables import FRONTIER, by_row, quality, spent
+from eigensam_jax.experiments.study.tables import by_row, quality
 
 Record = dict[str, Any]
 
@@ -22,6 +21,7 @@ _LABELS = {
     "alignment": "alignment |cos(ε, v)|",
 }
 _ABLATED = {"rho": "ρ", "alpha": "α", "when": "steps", "norms": "norm layers"}
+_FRONTIER = {"steps": "the same steps", "gradients": "the same gradients"}
 _FEW = 5  # looks, of which no curve is drawn
 
 
@@ -63,7 +63,28 @@ def ends(runs: Sequence[Record], title: str, path: Path) -> None:
 
 def ablate(runs: Sequence[Record], title: str, path: Path) -> None:
     """Draws accuracy and λ_max of each row; a row of panels a table."""
-    tables = {x: by_row(runs, x) for x in dict.fromkeys(run["table"] for run in runs)}
+    names = dict.fromkeys(run["table"] for run in runs)
+    _by_table(runs, {x: _ABLATED.get(x, x) for x in names}, title, path)
+
+
+def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
+    """Draws accuracy and λ_max of each method at equal steps, then equal gradients."""
+    _by_table(runs, _FRONTIER, title, path)
+
+
+DRAW: dict[str, Callable[[Sequence[Record], str, Path], None]] = {
+    "compare": compare,
+    "accuracy": ends,
+    "ablate": ablate,
+    "frontier": frontier,
+}
+
+
+def _by_table(
+    runs: Sequence[Record], headings: Mapping[str, str], title: str, path: Path
+) -> None:
+    """Draws accuracy and λ_max of each row; a row of panels for each heading."""
+    tables = {x: by_row(runs, x) for x in headings}
     counts = [len(found) for found in tables.values()]
     note = f"{_note(runs)} The dotted line is at the first row."
     size = len(tables), 2, 1 + 0.7 * len(tables) + 0.2 * sum(counts)
@@ -77,59 +98,9 @@ def ablate(runs: Sequence[Record], title: str, path: Path) -> None:
             images.rows(axes, drawn)
             first, style = drawn[0]
             axes.axvline(first.mean(), color=style["color"], linestyle=":")
-            axes.set(title=f"{_ABLATED.get(table, table)}: {_LABELS[key]}")
+            axes.set(title=f"{headings[table]}: {_LABELS[key]}")
             images.by_decades(axes, "x")
     images.save(figure, path)
-
-
-def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
-    """Draws accuracy and λ_max of each method against the gradients that it spent.
-
-    Those that spent the same are side by side.
-    """
-    full, hollow = (by_row(runs, table) for table in FRONTIER)
-    drawn: list[tuple[str, list[Record], dict[str, Any]]]
-    drawn = [(name, of_row, {}) for name, of_row in full.items()]
-    drawn += [  # others are the same runs
-        (name, of_row, {"markerfacecolor": "white"})
-        for name, of_row in hollow.items()
-        if "longer" in of_row[0]
-    ]
-    at = [round(spent(of_row[0]), 1) for _, of_row, _ in drawn]
-    note = (
-        "Filled: after the same number of steps; hollow: of gradients. Points side by "
-        f"side spent the same.\n{_note(runs)}"
-    )
-    figure, grid = images.panels(1, 2, 4.6, title, note)
-    for axes, key in zip(grid.flat, (quality(runs)[0], "lambda_max"), strict=True):
-        for i, (name, of_row, style) in enumerate(drawn):
-            beside = at.count(at[i])
-            to_next = min((abs(x - at[i]) for x in at if x != at[i]), default=1.0)
-            apart = min(0.035, 0.8 * to_next / beside)
-            aside = apart * (at[:i].count(at[i]) - (beside - 1) / 2)
-            values, own = _values(of_row, key), look(name)
-            axes.errorbar(
-                *(at[i] + aside, values.mean(), half_interval(values)),
-                fmt=own.pop("marker"),
-                capsize=3,
-                markersize=7,
-                **own,
-                **style,
-            )
-        plain = look(runs[0]["optimizer"])["label"]
-        axes.set(xlabel=f"gradients for each step of {plain}", title=_LABELS[key])
-        axes.set_xticks(sorted(set(at)))
-        images.by_decades(axes, "y")
-    images.legend(figure, 3)
-    images.save(figure, path)
-
-
-DRAW: dict[str, Callable[[Sequence[Record], str, Path], None]] = {
-    "compare": compare,
-    "accuracy": ends,
-    "ablate": ablate,
-    "frontier": frontier,
-}
 
 
 def _keys(runs: Sequence[Record]) -> tuple[str, ...]:

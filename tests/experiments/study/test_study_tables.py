@@ -144,7 +144,7 @@ def test_who_spends_sams_gradients_a_step_is_compared_at_equal_gradients_too(
     count = lambda figure, path: drawn.append([len(x.containers) for x in figure.axes])
     monkeypatch.setattr(images, "save", count)
     study_plots.DRAW["frontier"](runs, "it", tmp_path / "frontier.png")
-    assert drawn == [[4, 4]]  # SGD twice, SAM once
+    assert drawn == [[3, 3, 2, 2]]  # SAM's runs in both, in test accuracy and λ_max
 
 
 @pytest.mark.usefixtures("drawn")

@@ -85,7 +85,10 @@ def loss(params, batch):
 
 # --- the links ------------------------------------------------------------------------
 
-LINKS = BARE_LINKS | {"periodic": lambda: periodic(BARE_LINKS["secant"](), 2, 0.3)}
+LINKS = BARE_LINKS | {
+    "periodic": lambda: periodic(BARE_LINKS["secant"](), 2),
+    "periodic, reuse": lambda: periodic(BARE_LINKS["secant"](), 2, 0.3),
+}
 VARIANTS = {
     "grad_fn": ({}, lambda f: {"grad_fn": jax.grad(f)}),
     "value and gradient": ({}, lambda f: {"grad_fn": jax.value_and_grad(f)}),

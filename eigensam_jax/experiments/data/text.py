@@ -19,8 +19,8 @@ def characters(folder: Path | None) -> Dataset:
     """The windows of a text file, and of each character the one that follows.
 
     The first eight tenths are for training, the next for validation, the last for the
-    test. Characters are numbered in the order of Unicode; those that are not in the
-    training part count as the first.
+    test. Characters are numbered in the order of Unicode; those that are not among the
+    training labels count as the first.
 
     Returns:
       int32 images and labels of shape (windows, `LENGTH`), without overlap.
@@ -38,7 +38,8 @@ def characters(folder: Path | None) -> Dataset:
             f"{path} has {len(text)} characters; at least {_LEAST} are needed"
         )
     ends = [int(share * len(text)) for share in (0, *_SHARES, 1)]
-    known = np.unique(text[: ends[1]])
+    count = (ends[1] - 1) // LENGTH
+    known = np.unique(text[1 : count * LENGTH + 1])  # the training labels
     numbers = np.searchsorted(known, text) % len(known)
     numbers = np.where(known[numbers] == text, numbers, 0)
     parts = [_windows(numbers[first:last]) for first, last in pairwise(ends)]

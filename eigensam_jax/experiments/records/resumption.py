@@ -1,5 +1,6 @@
 """Results files that a later call of the same command continues."""
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from eigensam_jax.experiments.errors import UserError
-from eigensam_jax.experiments.records import results
+from eigensam_jax.experiments.records import checkpoints, results
 
 # Values in older files, which do not record them.
 _ONCE = {"base_optimizer": "sgd", "weight_decay": 0.0}
@@ -98,6 +99,21 @@ def add_runs(
         raise
     document["complete"] = True
     results.write(path, document)
+
+
+def unfinished(checkpoint: Path, described: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint of a run that `described` describes; empty if there is none.
+
+    Such checkpoints hold `described` as JSON. One of an earlier version does not.
+
+    Raises:
+      UserError: if the file is damaged, or its run has another description.
+    """
+    saved = checkpoints.read(checkpoint) or {}
+    if "described" not in saved:
+        return {}
+    check_same(checkpoint.parent, json.loads(saved["described"]), described)
+    return saved
 
 
 def missing(

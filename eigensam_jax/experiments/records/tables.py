@@ -33,14 +33,19 @@ def mean_and_deviation(values: Sequence[float], digits: int, factor: float = 1) 
 
 
 def mean_and_interval(
-    values: Sequence[float] | np.ndarray,
+    values: Sequence[float | None] | np.ndarray,
     digits: int,
     factor: float = 1,
     *,
     sign: bool = True,
 ) -> str:
-    """`mean ± half the 95% interval` by Student's t; `sign` shows a plus sign too."""
-    scaled = factor * np.asarray(values)
+    """`mean ± half the 95% interval` by Student's t; `sign` shows a plus sign too.
+
+    – if a value is missing.
+    """
+    if None in list(values):
+        return "–"
+    scaled = factor * np.asarray(values, float)
     mean = f"{scaled.mean():{'+' if sign else ''}.{digits}f}"
     return mean + (f" ± {half_interval(scaled):.{digits}f}" if len(scaled) > 1 else "")
 

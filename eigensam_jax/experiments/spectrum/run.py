@@ -57,9 +57,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         **loop.protocol(dataset, chosen.base_optimizer, chosen.weight_decay),
     }
     checkpoint, described = chosen.out / CHECKPOINT, training | results.environment()
-    saved = checkpoints.read(checkpoint) or {"step": 0, "seconds": 0.0}
-    if "described" in saved:
-        resumption.check_same(chosen.out, json.loads(saved["described"]), described)
+    saved: dict[str, Any] = {"step": 0, "seconds": 0.0}
+    saved |= resumption.unfinished(checkpoint, described)
     start = time.perf_counter() - saved["seconds"]
     with progress.shown(console) as bar:
         total = loop.num_steps(dataset, chosen.batch_size, chosen.epochs)

@@ -1,5 +1,6 @@
 """The jobs of a study: training runs, continued from a checkpoint if there is one."""
 
+import json
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from eigensam_jax.experiments import registry
 from eigensam_jax.experiments.data import load
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.models.pretrained import Pretrained
-from eigensam_jax.experiments.records import checkpoints, results
+from eigensam_jax.experiments.records import checkpoints, results, resumption
 from eigensam_jax.experiments.study.plans import Job, Record
 from eigensam_jax.experiments.training import loop, losses, measures
 from eigensam_jax.experiments.training.measures import Measurement
@@ -51,13 +52,16 @@ class Config(NamedTuple):
     weight_decay: float
 
 
-def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> Do:
+def make_runs(
+    config: Config, dataset: Dataset, weights: Pretrained | None, described: Record
+) -> Do:
     """Builds the function that does a job, from its checkpoint if there is one.
 
-    A candidate that diverges counts as the worst: its test accuracy is 0.
+    A candidate that diverges counts as the worst: its test accuracy is 0. UserError is
+    raised for a checkpoint of runs that `described` does not describe.
     """
     path = config.out / CHECKPOINT
-    unfinished = checkpoints.read(path) or {}
+    unfinished = resumption.unfinished(path, described)
 
     @cache
     def run_of(
@@ -97,7 +101,8 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
         ) -> tuple[Measurement, PyTree]:
             if tuning:  # three products tell whether the Hessian is zero
                 return alive(setup, state, None)
-            return (end if int(state.step) == steps else look)(setup, state, start)
+            is_end = dataset.held_images is not None or int(state.step) == steps
+            return (end if is_end else look)(setup, state, start)
 
         return loop.make_run(model, used, measure, settings), steps
 
@@ -121,8 +126,8 @@ def make_runs(config: Config, dataset: Dataset, weights: Pretrained | None) -> D
                 curve.append(looked[key])
             if point.step < steps:
                 progress = serialization.to_state_dict(point.progress)
-                state = {"job": job.record, "curves": curves, "progress": progress}
-                checkpoints.write(path, state)
+                kept = {"job": job.record, "curves": curves, "progress": progress}
+                checkpoints.write(path, {"described": json.dumps(described), **kept})
         held = curves["held_loss"]
         at = -1 if None in held else int(np.argmin(held))
         if None in held:

@@ -63,7 +63,8 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
     path = config.out / results.FILE
     document = resumption.of_runs(path, command, _protocol(config, used, weights))
     noisy = load.with_label_noise(dataset, config.label_noise)
-    do = make_runs(config, noisy, weights)
+    described = {key: document[key] for key in ("config", "versions", "device")}
+    do = make_runs(config, noisy, weights, described)
     missing = _records(do, plan, document["runs"], console)
     checkpoint = config.out / CHECKPOINT
     resumption.add_runs(path, document, missing, console, checkpoint=checkpoint)

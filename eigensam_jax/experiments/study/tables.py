@@ -175,10 +175,12 @@ def difference(one: Sequence[Record], other: Sequence[Record]) -> list[str]:
     """The cells of `paired`: `one` less `other`, paired by seed."""
     by_seed = {run["seed"]: run for run in other}
     pairs = [(run, by_seed[run["seed"]]) for run in one if run["seed"] in by_seed]
-    return [
-        tables.mean_and_interval([a[key] - b[key] for a, b in pairs], digits, factor)
-        for key, (factor, digits) in _figures(one).items()
-    ]
+    cells = []
+    for key, (factor, digits) in _figures(one).items():
+        both = [(a[key], b[key]) for a, b in pairs]
+        values = [None if None in x else x[0] - x[1] for x in both]
+        cells.append(tables.mean_and_interval(values, digits, factor))
+    return cells
 
 
 def tuning(runs: Sequence[Record]) -> list[list[str]]:
@@ -239,7 +241,7 @@ def by_row(runs: Sequence[Record], table: str) -> dict[str, list[Record]]:
     return {row: result[row] for row in steps if row in result}
 
 
-def _values(runs: Sequence[Record]) -> list[tuple[list[float], float, int]]:
+def _values(runs: Sequence[Record]) -> list[tuple[list[float | None], float, int]]:
     return [
         ([run[key] for run in runs], factor, digits)
         for key, (factor, digits) in _figures(runs).items()

@@ -22,7 +22,7 @@ def folder(tmp_path):
 def test_each_character_is_followed_by_its_label(folder):
     found = registry.dataset("text", folder)
     text = (folder / "book.txt").read_text("utf-8")
-    known = sorted(set(text[:3200]))
+    known = sorted(set(text[1 : 3199 // LENGTH * LENGTH + 1]))
     numbers = [known.index(x) if x in known else 0 for x in text]
     ends = {"train": (0, 3200), "held": (3200, 3600), "test": (3600, 4000)}
     for name, (first, last) in ends.items():
@@ -34,6 +34,17 @@ def test_each_character_is_followed_by_its_label(folder):
         np.testing.assert_array_equal(images.ravel(), read[:-1])
         np.testing.assert_array_equal(labels.ravel(), read[1:])
     assert found.num_classes == len(known)
+
+
+@pytest.mark.parametrize("place", [0, 3198], ids=["byte order mark", "cut off"])
+def test_a_character_that_no_training_label_has_is_no_class(place, tmp_path):
+    text = [*"ab"] * 2000
+    text[place] = text[-2] = "\ufeff"  # the last one is a test label
+    (tmp_path / "book.txt").write_text("".join(text), "utf-8")
+    found = registry.dataset("text", tmp_path)
+    assert found.num_classes == 2
+    for part in found:
+        assert part.max() < 2
 
 
 def test_no_logit_depends_on_a_later_character():

@@ -153,11 +153,12 @@ def test_killed_in_between_it_comes_to_the_same(where, unbroken, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == FILES
 
 
-@pytest.fixture(scope="module")
-def unfinished(quick, tmp_path_factory):
-    """In the middle of the second run."""
+@pytest.fixture(scope="module", params=[1, LOOKS], ids=["first run", "second run"])
+def unfinished(request, quick, tmp_path_factory):
+    """In the middle of the first run, when there are no results, or of the second."""
     out = tmp_path_factory.mktemp("unfinished")
-    killed([*SMALL, "--out", str(out)], at=LOOKS)
+    killed([*SMALL, "--out", str(out)], at=request.param)
+    assert (out / "results.json").exists() == (request.param == LOOKS)
     return out
 
 

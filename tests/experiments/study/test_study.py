@@ -2,13 +2,14 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from command_line import error_of
 from problems import dense_hessian
 
-from eigensam_jax.experiments import cli, registry
+from eigensam_jax.experiments import cli, entries, registry
 from eigensam_jax.experiments.data import load as data
 from eigensam_jax.experiments.records import checkpoints
 from eigensam_jax.experiments.study import ablations
@@ -152,6 +153,35 @@ def test_label_noise_changes_its_share_of_the_training_labels_alone():
     np.testing.assert_array_equal(noisy.test_labels, digits.test_labels)
     clean = data.with_label_noise(digits, 0.0)
     np.testing.assert_array_equal(clean.train_labels, digits.train_labels)
+
+
+def test_the_best_look_on_the_way_is_measured_as_the_last(tmp_path, monkeypatch):
+    class Bigrams(nn.Module):
+        num_classes: int
+
+        @nn.compact
+        def __call__(self, characters):
+            return nn.Embed(self.num_classes, self.num_classes)(characters)
+
+    def make_measure(*_, loss_examples=None, **__):
+        def measure(setup, state, start):
+            seen = dict.fromkeys(measures.Measurement._fields, 1.0)
+            seen |= {"test_accuracy": None, "held_loss": float(state.step)}
+            seen["train_loss"] = -1.0 if loss_examples is None else loss_examples
+            return measures.Measurement(**seen), start
+
+        return measure
+
+    monkeypatch.setattr(measures, "make_measure", make_measure)
+    monkeypatch.setitem(registry.MODELS, "gpt", entries.Network(Bigrams, kind="text"))
+    (tmp_path / "book.txt").write_text("ab cd " * 2000, "utf-8")
+    command = "frontier --smoke --dataset text --model gpt --looks 2 --batch-size 16"
+    command = [*command.split(), "--optimizers", "sam", "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--data-dir", str(tmp_path)]) == 0
+    steps = [run for run in figures(tmp_path / "out") if run["table"] == "steps"]
+    for run in steps:
+        assert run["step"] == 4  # of 9: the lowest validation loss
+        assert run["train_loss"] == -1  # of all examples
 
 
 def test_a_candidate_that_diverges_is_not_chosen(tmp_path):

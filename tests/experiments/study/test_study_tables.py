@@ -174,6 +174,19 @@ def test_the_frontier_says_what_was_spent_and_what_it_came_to(tmp_path):
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
 
+def test_what_was_not_measured_of_a_seed_has_no_mean():
+    losses = {"sgd": (0.5, None), "sam": (0.25, 0.5), "asam": (0.5, 0.75)}
+    runs = [
+        run("main", name, seed, 0.5, train_loss=loss)
+        for name, of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+    assert [row[4] for row in study_tables.summary(runs, "main")][0] == "–"
+    assert [row[2] for row in study_tables.against(runs, "main")] == ["–", "–"]
+    of_asam = study_tables.against(runs, "main, sam")[-1]
+    assert of_asam[:3] == ["asam − sam", "+0.00 ± 0.00", "+0.2500 ± 0.0000"]
+
+
 def test_gains_are_bold_where_their_interval_does_not_hold_zero():
     pairs = {"sgd": (0.5, 0.6), "sam": (0.6, 0.7), "sam_every": (0.5, 0.7)}
     config = {"dataset": "digits", "model": "mlp", "epochs": 3, "out": "a/of_digits"}

@@ -194,6 +194,14 @@ def test_a_radius_of_zero_and_a_loss_that_is_not_finite(measure):
     assert np.isnan(first(measure(broken, params, 0.1)))
 
 
+def test_a_value_that_is_not_finite_is_not_the_worst_case():
+    for bad in (jnp.inf, jnp.nan):
+        loss = lambda w, bad=bad: jnp.where(w[0] > 0.05, bad, jnp.sum(w))
+        found = diagnostics.worst_case_sharpness(loss, jnp.zeros(2), 0.1)
+        assert 0 < found.value < 0.15
+        assert found.perturbation[0] <= 0.05
+
+
 @ALL
 def test_narrow_parameters(measure):
     f = lambda w: jnp.sum(w.astype(jnp.float32) ** 2)

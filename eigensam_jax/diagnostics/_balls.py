@@ -144,7 +144,8 @@ def worst_case_sharpness(
     def climb(params: PyTree, search: _Search, size: jax.Array) -> _Search:
         value, slope = jax.value_and_grad(value_at, argnums=1)(params, search.x)
         known, new = (search.best, search.highest), (search.x, value)
-        best, highest = tree_math.where(value > search.highest, new, known)
+        is_better = (value > search.highest) & jnp.isfinite(value)
+        best, highest = tree_math.where(is_better, new, known)
         x = tree_math.add_scaled(search.x, size, _unit(slope))
         shrink = rho * tree_math.safe_inverse(jnp.maximum(tree_math.norm(x), rho))
         return _Search(tree_math.scale(shrink, x), value, best, highest)

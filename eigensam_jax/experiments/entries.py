@@ -11,6 +11,7 @@ from eigensam_jax.experiments.data.augmentation import Augment
 from eigensam_jax.trackers import Tracker
 from eigensam_jax.tree_math import PyTree
 
+GRADIENTS = 2  # of a step that perturbs, without the tracker's products
 PLAIN = "plain"  # as a baseline: the first method of a table that does not perturb
 
 Link = Callable[..., optax.GradientTransformationExtraArgs]
@@ -39,7 +40,6 @@ class Method(NamedTuple):
         method that does not perturb.
       direction: (gradient, parameters, v, α) -> the direction of the perturbation; None
         for that of the gradient.
-      gradients: evaluations of a step that perturbs, without the tracker's products.
       tracker: a key of `TRACKERS`, for Eigen-SAM.
       base: the base optimizer, if fixed; "" for that of `--base-optimizer`.
       baseline: the method of the paired differences, or `PLAIN`.
@@ -47,7 +47,7 @@ class Method(NamedTuple):
       rho_factor: factor of SAM's default ρ.
       every: it perturbs on every `every`-th step.
       reuse: that of `periodic`.
-      usual: whether it is a default of `eigensam compare`.
+      usual: whether `eigensam compare` trains by it, beside the base optimizer.
     """
 
     label: str
@@ -55,7 +55,6 @@ class Method(NamedTuple):
     marker: str = "o"
     link: Link | None = None
     direction: Callable[[PyTree, PyTree, PyTree, ArrayLike], PyTree] | None = None
-    gradients: int = 2
     tracker: str = ""
     base: str = ""
     baseline: str = ""

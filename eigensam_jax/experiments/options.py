@@ -21,8 +21,7 @@ Config = TypeVar("Config")
 
 def usual_methods(base: str) -> list[str]:
     """The methods that `compare` trains by default, the base optimizer first."""
-    usual = [x for x in METHODS if METHODS[x].usual and METHODS[x].link is not None]
-    return [base, *usual]
+    return [base, *(x for x in METHODS if METHODS[x].usual)]
 
 
 def add_problem(
@@ -106,9 +105,22 @@ def add_runs(parser: argparse.ArgumentParser, usual: Mapping[str, Any]) -> None:
         "looks": f"measurements on the way [{usual['looks']}]",
     }
     add_counts(parser, counts, {"curvature-examples": 5_000, "batch-size": 128})
-    add_number(parser, "label-noise", 0.0, "share of the training labels redrawn")
+    add_label_noise(parser)
     add_base(parser, usual.get("base_optimizer", ""))
     add_no_augment(parser)
+
+
+def add_label_noise(parser: argparse.ArgumentParser) -> None:
+    """Adds --label-noise."""
+    add_number(parser, "label-noise", 0.0, "share of the training labels redrawn")
+
+
+def check_label_noise(share: float) -> None:
+    """Raises UserError for more than all labels."""
+    if share > 1:
+        raise UserError(
+            f"--label-noise {share:g} is a share of the labels; use at most 1"
+        )
 
 
 def check_radii(names: Sequence[str]) -> None:

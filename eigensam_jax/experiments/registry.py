@@ -145,11 +145,9 @@ BASE_OPTIMIZERS = {
 }
 
 METHODS = {
-    "sgd": Method("SGD", "#7f7f7f", gradients=1, base="sgd", usual=True),
-    "plain_sgd": Method(
-        "SGD without momentum", "#c7c7c7", gradients=1, base="plain_sgd"
-    ),
-    "adamw": Method("AdamW", "#8c564b", gradients=1, base="adamw"),
+    "sgd": Method("SGD", "#7f7f7f", base="sgd"),
+    "plain_sgd": Method("SGD without momentum", "#c7c7c7", base="plain_sgd"),
+    "adamw": Method("AdamW", "#8c564b", base="adamw"),
     "sam": Method("SAM", "#1f77b4", "s", _link(sam), baseline=PLAIN, usual=True),
     "sam_every": Method(
         *("SAM on every 5th step", "#2ca02c", "D", _link(sam)),

@@ -33,13 +33,20 @@ def run(root: Path, only: str | None = None) -> list[Path]:
     `only` limits the update to one wing.
 
     Raises:
-      UserError: if there are no results, or a page asks for an unknown table.
+      UserError: if there are no results, or some are damaged or not complete, or a
+        page asks for an unknown table.
     """
     found = results_of(root)
     if not found:
         raise UserError(
             f"--root {root} holds no results under {FOLDER}; name a clone's folder"
         )
+    for name, document in found.items():
+        if not document["complete"]:
+            raise UserError(
+                f"{FOLDER}/{name} is not complete; finish it: "
+                f"{document['commands'][-1]}"
+            )
     pages = {path: path.read_text("utf-8") for path in pages_of(root)}
     new = {path: rendered(text, found, path.name, only) for path, text in pages.items()}
     written = []

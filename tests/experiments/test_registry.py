@@ -50,7 +50,7 @@ def added(monkeypatch):
     add(registry.MODELS, "linear", Network(Linear, track_rate=0.1))
     adam = BaseOptimizer(lambda rate, decay: optax.adam(rate), (0.1,), {})
     add(registry.BASE_OPTIMIZERS, "adam", adam)
-    add(registry.METHODS, "adam", Method("Adam", "black", gradients=1, base="adam"))
+    add(registry.METHODS, "adam", Method("Adam", "black", base="adam"))
     often = Tracking(trackers.lanczos, {"num_matvecs": 2, "update_interval": 3}, 2)
     add(registry.TRACKERS, "often", often)
     return ["--dataset", "numbers", "--model", "linear", "--out"]
@@ -100,7 +100,7 @@ def test_what_methods_say_of_each_other_exists(name):
     assert method.radius_of in ("", *registry.METHODS)
     assert method.base in ("", *registry.BASE_OPTIMIZERS)
     assert method.tracker in ("", *registry.TRACKERS)
-    assert (method.gradients > 1) == (method.link is not None)
+    assert bool(method.base) == (method.link is None)
 
 
 def test_no_name_that_is_unknown_falls_through():

@@ -86,5 +86,26 @@ def test_the_command_writes_pages_and_plots(tmp_path, capsys):
     assert str(page) not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", "\x00", '{"schema": 0}'])
+def test_a_damaged_file_is_named(content, tmp_path, capsys):
+    folder = tmp_path / report.FOLDER / "compare_digits"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(content)
+    error = error_of(["report", "--root", str(tmp_path)], capsys)
+    assert str(folder / "results.json") in error
+
+
+def test_what_is_not_complete_is_refused_before_anything_is_written(tmp_path, capsys):
+    for name in ("spectrum_digits", "compare_digits"):
+        shutil.copytree(ROOT / report.FOLDER / name, tmp_path / report.FOLDER / name)
+    path = tmp_path / report.FOLDER / "compare_digits" / "results.json"
+    document = json.loads(path.read_text()) | {"complete": False}
+    path.write_text(json.dumps(document))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    error = error_of(["report", "--root", str(tmp_path)], capsys)
+    assert "compare_digits is not complete; finish it: eigensam compare" in error
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
 def test_a_folder_without_results_is_refused(tmp_path, capsys):
     assert str(tmp_path) in error_of(["report", "--root", str(tmp_path)], capsys)

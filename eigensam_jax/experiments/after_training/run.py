@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from eigensam_jax import tree_math
 from eigensam_jax.experiments import options, registry
 from eigensam_jax.experiments.after_training import sharpness, wing
 from eigensam_jax.experiments.after_training import tables as own_tables
@@ -21,7 +22,7 @@ from eigensam_jax.experiments.records import progress, results, resumption, tabl
 from eigensam_jax.experiments.registry import METHODS
 from eigensam_jax.experiments.training import loop, losses, measures
 from eigensam_jax.experiments.training.methods import Setup, named
-from eigensam_jax.experiments.training.steps import Begin
+from eigensam_jax.experiments.training.steps import Begin, TrainState
 from eigensam_jax.tree_math import PyTree
 
 BATCH_SIZE = 128
@@ -42,6 +43,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     for name in ("optimizers", "rhos", "learning_rates"):
         setattr(chosen, name, list(dict.fromkeys(getattr(chosen, name))))
     options.check_radii(chosen.optimizers)
+    options.check_label_noise(chosen.label_noise)
     whole = registry.dataset(chosen.dataset, chosen.data_dir)
     split = load.for_tuning(load.with_label_noise(whole, chosen.label_noise))
     dataset = split._replace(
@@ -65,7 +67,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         "learning_rate": chosen.learning_rates[0],
         "alpha": chosen.alpha,
         **loop.protocol(dataset, chosen.base_optimizer, chosen.weight_decay),
-        "curvature_examples": chosen.curvature_examples,
+        "curvature_examples": min(chosen.curvature_examples, len(dataset.train_labels)),
         "sizes": {kind: list(sizes) for kind, (_, sizes) in SIZES.items()},
     }
     document = resumption.of_runs(path, command, config)
@@ -79,8 +81,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         console.print(table)
     console.print(
         f"{tables.of_seeds(runs)} Of each method the setting that was best on a held-"
-        f"out tenth.\nResults: {path}   Plot: {chosen.out / 'after_training.png'}   "
-        f"Wall time: {document['wall_time_s']:.0f} s"
+        f"out tenth.\n{results.ending(path, document, 'after_training.png')}"
     )
 
 
@@ -147,8 +148,13 @@ def _records(
         "base": chosen.base_optimizer,
         "weight_decay": chosen.weight_decay,
     }
-    keep = lambda setup, state, top: (jax.tree.map(jnp.copy, state.params), None)
     latest: tuple[Any, list[loop.Point[PyTree]]] = (None, [])
+
+    def keep(setup: Setup, state: TrainState, top: Any) -> tuple[PyTree, None]:
+        del setup, top
+        if not jnp.isfinite(tree_math.norm(state.params)):
+            raise FloatingPointError("the weights are not finite")
+        return jax.tree.map(jnp.copy, state.params), None
 
     @cache
     def trained_by(rate: float, longer: int) -> loop.Run[PyTree]:

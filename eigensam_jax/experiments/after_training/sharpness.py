@@ -40,8 +40,9 @@ def measured(value_fn: ValueFn, params: PyTree) -> dict[str, float]:
     scaled_average = diagnostics.average_sharpness(
         value_fn, params, SCALED_AVERAGE_RHO, eta=ETA
     )
+    layers = report.layers or diagnostics.sharpness_by_layer(value_fn, params)
     relative = jnp.zeros(())
-    for name, top in report.layers.items():
+    for name, top in layers.items():
         layer = params
         for part in name.split("/"):
             layer = layer[part]

@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from eigensam_jax.experiments import options, registry
-from eigensam_jax.experiments.registry import DATASETS, METHODS, MODELS
+from eigensam_jax.experiments.registry import (
+    BASE_OPTIMIZERS,
+    DATASETS,
+    METHODS,
+    MODELS,
+)
 
 Document = dict[str, Any]
 
@@ -64,8 +69,7 @@ def add_command(subparsers: Any) -> None:
     options.add_grid(parser, "learning-rates", what, _USUAL["learning_rates"])
     options.add_grid(parser, "rhos", "ρ", _USUAL["rhos"])
     options.add_number(parser, "alpha", 1.0, "α")
-    what = "share of the training labels redrawn"
-    options.add_number(parser, "label-noise", 0.0, what)
+    options.add_label_noise(parser)
     options.add_base(parser)
     options.add_out(parser, "quick check: 1 seed, 1 epoch, four networks")
 
@@ -74,6 +78,9 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     """Trains, measures and changes; leaves `results.json` and a plot in `--out`."""
     from eigensam_jax.experiments.after_training import run as after_training
 
+    rates = BASE_OPTIMIZERS[chosen.base_optimizer].learning_rates
+    if chosen.base_optimizer != "sgd" and chosen.learning_rates is None:
+        chosen.learning_rates = list(rates[: 1 if chosen.smoke else None])
     after_training.run(options.filled(chosen, _USUAL, _SMOKE), command)
 
 

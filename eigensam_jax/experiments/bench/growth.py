@@ -58,8 +58,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         "Of a step on one device, by the compiled program; steps that are due every so "
         "many steps are weighed in. passes over SAM: bytes accessed beyond SAM's, in "
         "passes over the parameters.\n"
-        f"Results: {path}   Plot: {chosen.out / 'growth.png'}   "
-        f"Wall time: {document['wall_time_s']:.0f} s"
+        f"{results.ending(path, document, 'growth.png')}"
     )
 
 

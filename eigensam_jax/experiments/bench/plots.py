@@ -53,11 +53,12 @@ def bench(runs: Sequence[Record], path: Path) -> None:
         above.set(title=f"{title}\nbatch {found[0]['batch_size']}", xlim=(0, None))
         above.set_xlabel("relative cost")
         below.set_xlabel("temporary memory, MiB")
-    known = [x for x in names if "torch" not in x]  # the last, of unknown memory
+    known = [x for x in names if "torch" not in x]  # of others the memory is not known
     for axes, rows in zip(grid[:, 0], (names, known), strict=True):
         labels = [_LABELS.get(x) or look(x)["label"] for x in rows]
-        axes.set_yticks(range(len(rows)), labels)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        places = [names.index(x) for x in rows]
+        axes.set_yticks(places, labels)
+        axes.set_ylim(places[-1] + 0.5, -0.5)
     images.save(figure, path)
 
 

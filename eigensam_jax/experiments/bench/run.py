@@ -71,10 +71,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
             console.print(table)
     wing.plots(document, chosen.out)
     console.print(bench_tables.EXPLANATION)
-    console.print(
-        f"Results: {path}   Plot: {chosen.out / 'bench.png'}   "
-        f"Wall time: {document['wall_time_s']:.0f} s"
-    )
+    console.print(results.ending(path, document, "bench.png"))
 
 
 def optimizers(chosen: argparse.Namespace, model: str) -> list[str]:

@@ -53,13 +53,13 @@ def read(path: Path) -> dict[str, Any]:
     """Reads a results file.
 
     Raises:
-      UserError: if it has another schema.
+      UserError: if it has another schema, or is no JSON of results.
       OSError: if it cannot be read.
-      ValueError: if it is not JSON.
     """
-    document = json.loads(path.read_text("utf-8"))
-    if not isinstance(document, dict):
-        raise ValueError("no results")
+    try:
+        document = dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} holds no results ({error})") from error
     found = document.get("schema")
     if found != SCHEMA:
         raise UserError(
@@ -86,6 +86,14 @@ def rounded(figures: Any) -> Any:
     if isinstance(figures, float) and not figures.is_integer():
         return float(f"{figures:.{DIGITS}g}")
     return figures
+
+
+def ending(path: Path, document: Mapping[str, Any], *plots: str) -> str:
+    """The last line of a command: its file, its plots beside it, and the time."""
+    drawn = ", ".join(str(path.parent / plot) for plot in plots)
+    named = "Plots" if len(plots) > 1 else "Plot"
+    seconds = document["wall_time_s"]
+    return f"Results: {path}   {named}: {drawn}   Wall time: {seconds:.0f} s"
 
 
 def select(runs: Iterable[Mapping[str, Any]], **entries: Any) -> list[Any]:

@@ -46,7 +46,7 @@ def of_runs(
                 raise TypeError(key)
     except FileNotFoundError:
         return new
-    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, OSError, KeyError, TypeError) as error:
         raise UserError(
             f"--out {path.parent}: its {path.name} cannot be read as one of this "
             f"command ({error}); name another folder"
@@ -119,8 +119,9 @@ def unfinished(checkpoint: Path, described: dict[str, Any]) -> dict[str, Any]:
 def missing(
     jobs: Iterable[dict[str, Any]], runs: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The jobs that match no record."""
-    return [job for job in jobs if not results.select(runs, **job)]
+    """The jobs that match no record, with numbers rounded as in records."""
+    rounded = results.rounded(list(jobs))
+    return [job for job in rounded if not results.select(runs, **job)]
 
 
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -61,10 +61,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     for table in sde_tables.all_tables(runs, sde_tables.title(document)):
         console.print(table)
     console.print(f"{sde_tables.NOTES} {tables.of_seeds(runs)}")
-    console.print(
-        f"Results: {path}   Plots: paths.png, off.png, rates.png\n"
-        f"Wall time: {document['wall_time_s']:.0f} s"
-    )
+    plots = "paths.png", "off.png", "rates.png"
+    console.print(results.ending(path, document, *plots))
 
 
 def _place(run: Record) -> tuple[float, ...]:

@@ -42,7 +42,8 @@ Record = Mapping[str, Any]
 def title(document: Record) -> str:
     """Data set, network and learning rate."""
     config = document["config"]
-    trained = f"{DATASETS[config['dataset']].label}, tanh network"
+    name = config["dataset"]
+    trained = f"{DATASETS[name].label or name}, tanh network"
     return f"{trained}, η {config['learning_rate']:g}"
 
 

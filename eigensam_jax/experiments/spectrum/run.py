@@ -149,10 +149,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     checkpoint.unlink(missing_ok=True)
     console.print(spectrum_tables.table(document, wing.title(document)))
     console.print(spectrum_tables.sentence(document))
-    console.print(
-        f"Results: {path}   Plot: {chosen.out / 'spectrum.png'}   "
-        f"Wall time: {document['wall_time_s']:.0f} s"
-    )
+    console.print(results.ending(path, document, "spectrum.png"))
 
 
 def train(

@@ -55,7 +55,9 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     from eigensam_jax.experiments.spectrum import run as spectrum
 
     chosen = options.filled(chosen, _USUAL, _SMOKE)
-    rate = learning_rate(chosen.optimizer, chosen.base_optimizer, chosen.learning_rate)
+    base = METHODS[chosen.optimizer].base or chosen.base_optimizer
+    chosen.base_optimizer = base
+    rate = learning_rate(chosen.optimizer, base, chosen.learning_rate)
     chosen.learning_rate, chosen.augment = rate, options.is_augmented(chosen)
     spectrum.run(chosen, command)
 

@@ -1,1 +1,1 @@
-"""`eigensam compare`, `accuracy` and `ablate`: many runs of one network, by a plan."""
+"""Many runs of a network by a plan: `compare`, `accuracy`, `frontier`, `ablate`."""

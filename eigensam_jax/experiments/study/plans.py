@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from eigensam_jax.experiments.entries import GRADIENTS
 from eigensam_jax.experiments.registry import METHODS, matched
 from eigensam_jax.experiments.training.methods import Setup, named
 
@@ -68,7 +69,7 @@ class Grids(NamedTuple):
     """What is tried on the validation split.
 
     Attributes:
-      learning_rates: of SGD; every method uses the best.
+      learning_rates: of the base optimizer; every method uses the best.
       rhos, asam_rhos: of SAM, whose best both Eigen-SAMs use too, and of ASAM.
       paper_alphas, alphas: α with the paper's tracker, and with the secant.
     """
@@ -152,7 +153,7 @@ def frontier(
         yield from tuned(plain, learning_rates, lambda x: (Setup(plain), x))
         rate, setups = chosen[plain], {plain: Setup(plain)}
         for name in names:
-            if METHODS[name].link is None or METHODS[name].radius_of:
+            if METHODS[name].radius_of:
                 continue
             grid = [METHODS[name].rho_factor * rho for rho in rhos]
             make = lambda x, name=name: (named(name, x, alpha), rate)
@@ -165,7 +166,7 @@ def frontier(
                     yield from with_matched("steps", name, job, done)
                 else:
                     yield Entry("steps", name, job)
-                longer = METHODS["sam"].gradients / setup.gradients(1_000)
+                longer = GRADIENTS / setup.gradients(1_000)
                 job = job._replace(longer=round(longer, 2))
                 if job.longer != 1:
                     yield Entry("gradients", name, job)
@@ -190,7 +191,7 @@ def best(
 
 
 def score(record: Record) -> float:
-    """Validation accuracy of a trial, or minus its loss for forecasts."""
+    """Validation accuracy of a trial, or minus its loss where that has none."""
     if "diverged" in record:
         return -math.inf
     if record["test_accuracy"] is not None:

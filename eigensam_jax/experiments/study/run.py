@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from eigensam_jax.experiments import registry
+from eigensam_jax.experiments import options, registry
 from eigensam_jax.experiments.data import load
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
@@ -14,6 +14,7 @@ from eigensam_jax.experiments.models import pretrained
 from eigensam_jax.experiments.models.pretrained import Pretrained
 from eigensam_jax.experiments.records import progress, results, resumption, tables
 from eigensam_jax.experiments.study import tables as study_tables
+from eigensam_jax.experiments.study import wing
 from eigensam_jax.experiments.study.ablations import PARTS
 from eigensam_jax.experiments.study.jobs import (
     CHECKPOINT,
@@ -24,7 +25,6 @@ from eigensam_jax.experiments.study.jobs import (
     make_runs,
 )
 from eigensam_jax.experiments.study.plans import Job, Plan, Record
-from eigensam_jax.experiments.study.plots import DRAW
 from eigensam_jax.experiments.training import loop, measures
 from eigensam_jax.experiments.training.methods import Setup
 
@@ -36,8 +36,8 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
     """Does the missing runs; leaves a results file and a plot in `config.out`.
 
     The file is updated after each run, and a run has a checkpoint after each look, so
-    the same command continues an interrupted one. `kind` is the command's name, a key
-    of `DRAW`; `command` is the command line.
+    the same command continues an interrupted one. `kind` is the command's name,
+    `command` the command line.
 
     Raises:
       UserError: for impossible options, before any training; or when a run diverges.
@@ -73,12 +73,11 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
     title = registry.title(document["config"])
     for table in study_tables.all_tables(runs, title):
         console.print(table)
-    plot = config.out / f"{kind}.png"
-    DRAW[kind](runs, title, plot)
+    wing.plots(document, config.out)
     console.print(
         f"{tables.of_seeds(runs)} λ_max on "
         f"{document['config']['curvature_examples']} training images.\n"
-        f"Results: {path}   Plot: {plot}   Wall time: {document['wall_time_s']:.0f} s"
+        f"{results.ending(path, document, f'{kind}.png')}"
     )
 
 
@@ -95,16 +94,13 @@ def _check(config: Config) -> None:
         )
     if config.label_noise and kind != "images":
         raise UserError(f"--label-noise: {config.dataset} has no labels; leave it out")
-    if config.label_noise > 1:
-        raise UserError(
-            f"--label-noise {config.label_noise:g} is a share of the labels; use at "
-            "most 1"
-        )
+    options.check_label_noise(config.label_noise)
     names, has_norms = config.plan.get("tables", ()), found.batch_norm
     if "norms" in names and not has_norms:
+        able = [x for x, made in registry.MODELS.items() if made.batch_norm]
         raise UserError(
-            f"--tables norms: {config.model} has no batch normalisation; use norm_cnn, "
-            "resnet18 or efficientnet_lite0"
+            f"--tables norms: {config.model} has no batch normalisation; use one of "
+            f"{', '.join(able)}"
         )
     if "parts" in names and has_norms:
         raise UserError(

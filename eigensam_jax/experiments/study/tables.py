@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from eigensam_jax.experiments import registry
-from eigensam_jax.experiments.entries import PLAIN
+from eigensam_jax.experiments.entries import GRADIENTS, PLAIN
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.records import tables
 from eigensam_jax.experiments.registry import METHODS
@@ -15,9 +15,7 @@ from eigensam_jax.experiments.study.plans import score
 
 Record = dict[str, Any]
 
-HEADERS = ("gradients", "‖ε‖", "test acc. %", "train loss", "λ_max", "alignment")
 FRONTIER = ("steps", "gradients")  # tables, by what is equal for all methods
-FRONTIER_HEADERS = ("", "gradients", "time", "ρ")
 PAIRED_HEADERS = ("test acc. %", "train loss", "λ_max", "alignment")
 TUNING_HEADERS = ("learning rate", "ρ", "α", "validation acc. %")
 _FIGURES: dict[str, tuple[float, int]] = {  # factor, digits
@@ -42,16 +40,11 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
             result.append(tables.table(heading, above, tuning(runs)))
             continue
         headers: tuple[str, ...] = ("", quality(runs)[1], *PAIRED_HEADERS[1:])
+        make, above = summary, ("", "grad.", "‖ε‖", *headers[1:])
         if name in FRONTIER:
-            above = "", "grad.", *FRONTIER_HEADERS[2:], *headers[1:-1]
-            rows = [
-                [x.replace(" ± ", "±") for x in row] for row in frontier(runs, name)
-            ]
-            result.append(tables.table(heading, above, rows))
-        else:
-            above = "", "grad.", "‖ε‖", *headers[1:]
-            rows = [[x.replace(" ± ", "±") for x in row] for row in summary(runs, name)]
-            result.append(tables.table(heading, above, rows))
+            make, above = frontier, ("", "grad.", "time", "ρ", *headers[1:-1])
+        rows = [[x.replace(" ± ", "±") for x in row] for row in make(runs, name)]
+        result.append(tables.table(heading, above, rows))
         if pairs := paired(runs, name) or against(runs, name):
             result.append(tables.table("differences", headers, pairs))
     return result
@@ -65,7 +58,7 @@ def quality(runs: Sequence[Record]) -> tuple[str, str]:
 
 
 def summary(runs: Sequence[Record], table: str) -> list[list[str]]:
-    """A row per method by `HEADERS`: means over seeds, with 95% intervals."""
+    """A row per method: gradients a step, ‖ε‖, and the means of the figures."""
     rows = []
     for row, of_row in by_row(runs, table).items():
         radii = [run["radius"] for run in of_row]
@@ -232,7 +225,7 @@ def by_row(runs: Sequence[Record], table: str) -> dict[str, list[Record]]:
             result.setdefault(run["row"], []).append(run)
     if table != FRONTIER[1]:
         return result
-    steps, sams = by_row(runs, FRONTIER[0]), METHODS["sam"].gradients
+    steps, sams = by_row(runs, FRONTIER[0]), GRADIENTS
     result |= {
         row: of_row
         for row, of_row in steps.items()

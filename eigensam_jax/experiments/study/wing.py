@@ -46,7 +46,7 @@ _SMOKE: dict[str, dict[str, Any]] = {
     },
     "frontier": {
         **{"seeds": 1, "epochs": 1, "looks": 1, "rhos": [0.1]},
-        **{"learning_rates": [0.05], "optimizers": ["sgd", "sam_periodic"]},
+        **{"learning_rates": [0.05], "optimizers": ["sam_periodic"]},
     },
     "ablate": {"seeds": 1, "epochs": 1, "looks": 1, "tables": ["when"]},
 }
@@ -76,6 +76,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     if kind == "compare" and chosen.base_optimizer is None:
         bases = (METHODS[name].base for name in chosen.optimizers or ())
         chosen.base_optimizer = next(filter(None, bases), None)
+    if kind == "frontier" and chosen.base_optimizer != "sgd":
+        _check_rates(chosen)
     chosen = options.filled(chosen, _USUAL[kind], _SMOKE[kind])
     plan_of = {"compare": _comparison, "accuracy": _tuned}
     plan_of |= {"frontier": _frontier, "ablate": _ablations}
@@ -218,6 +220,16 @@ def _frontier(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
         names, **named, seeds=chosen.seeds, plain=chosen.base_optimizer
     )
     return plan, {"optimizers": names, **named}
+
+
+def _check_rates(chosen: argparse.Namespace) -> None:
+    """Refuses the usual rates, which are SGD's, for another base optimizer."""
+    if chosen.learning_rates is None:
+        usual = BASE_OPTIMIZERS[chosen.base_optimizer].learning_rates
+        raise UserError(
+            f"--base-optimizer {chosen.base_optimizer}: give its --learning-rates, as "
+            f"many as --rhos, around {usual[0]:g}"
+        )
 
 
 def _ablations(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:

@@ -22,16 +22,23 @@ def track(runs: Sequence[Run], title: str, path: Path) -> None:
         f"Means over {count} seeds. vᵀHv/λ_max is 1 if the tracked v is the top "
         "eigenvector.\nBelow: Eigen-SAM less SAM at the same radius; 95% intervals."
     )
+    shown = [
+        name
+        for name in tables.names(runs)
+        if any(tables.matched(runs, name, alpha) for alpha in alphas)
+    ]
     figure, grid = images.panels(3, len(alphas), 9, title, note, sharey="row")
     for alpha, column in zip(alphas, grid.T, strict=True):
         _ratios(column[0], results.select(runs, alpha=alpha))
         column[0].set(title=f"α = {alpha:g}", xlabel="step")
-        found = {name: tables.matched(runs, name, alpha) for name in tables.names(runs)}
+        found = {name: tables.matched(runs, name, alpha) for name in shown}
         for axes, (key, label) in zip(column[1:], _OUTCOMES.items(), strict=True):
             rows = [
-                (np.array([run[key] - sam[key] for run, sam in pairs]), look(name))
+                (
+                    np.array([run[key] - sam[key] for run, sam in pairs] or [np.nan]),
+                    look(name),
+                )
                 for name, pairs in found.items()
-                if pairs
             ]
             images.rows(axes, rows)
             axes.axvline(0, color="black", linewidth=0.8)

@@ -65,8 +65,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     console.print(track_tables.difference_table(runs, title))
     console.print(
         f"eigen_sam − SAM at its radius. {tables.of_seeds(runs)}\n"
-        f"Results: {path}   Plot: {chosen.out / 'track.png'}   "
-        f"Wall time: {document['wall_time_s']:.0f} s"
+        f"{results.ending(path, document, 'track.png')}"
     )
 
 

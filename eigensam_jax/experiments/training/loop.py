@@ -251,7 +251,7 @@ def make_run(
             except FloatingPointError as error:
                 raise DivergedError(
                     f"{setup.optimizer}, seed {seed}: {error} after {done} steps; "
-                    f"lower --learning-rate (now {settings.learning_rate:g}) or ρ "
+                    f"lower the learning rate (now {settings.learning_rate:g}) or ρ "
                     f"(now {setup.rho:g})"
                 ) from error
             perturbed = sum(acts for acts, _ in kinds[:done])

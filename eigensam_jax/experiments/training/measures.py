@@ -37,7 +37,8 @@ class Measurement(NamedTuple):
     Attributes:
       train_loss: the mean over the training set, or over its first images.
       test_loss: the mean over the test set.
-      test_accuracy: the fraction classified correctly; None for forecasts.
+      test_accuracy: the fraction classified correctly; None where an example has
+        several labels.
       held_loss: on the data set's own held-out examples; None if it has none.
       lambda_max: of the training loss's Hessian on the first training images.
       lambda_max_residual: ‖Hv − λv‖ of that eigenpair.
@@ -184,7 +185,7 @@ def make_measure(
         structure: Setup, alpha: jax.Array, top: PyTree, *batch_and_state: PyTree
     ) -> jax.Array:
         setup = structure._replace(alpha=alpha)
-        direction = methods.epsilon(setup, *batch_and_state)
+        direction = methods.perturbation_direction(setup, *batch_and_state)
         along = jnp.abs(tree_math.vdot(direction, top))
         return along * tree_math.safe_inverse(tree_math.norm(direction))
 

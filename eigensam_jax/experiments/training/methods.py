@@ -10,6 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from eigensam_jax import periodic
+from eigensam_jax.experiments.entries import GRADIENTS
 from eigensam_jax.experiments.registry import METHODS, TRACKERS, matched
 from eigensam_jax.trackers import Tracker
 from eigensam_jax.tree_math import PyTree
@@ -76,7 +77,7 @@ class Setup(NamedTuple):
         """Mean gradient evaluations per step; a Hessian product counts as two."""
         acting = sum(self.acts(step, total_steps) for step in range(total_steps))
         products = 2 * self.num_products / self.update_interval
-        more = METHODS[self.optimizer].gradients - 1 + products
+        more = GRADIENTS - 1 + products
         return 1 + acting / total_steps * more
 
     @property
@@ -133,7 +134,9 @@ def make_optimizer(
     return optax.chain(link, descent)
 
 
-def epsilon(setup: Setup, grads: PyTree, params: PyTree, opt_state: Any) -> PyTree:
+def perturbation_direction(
+    setup: Setup, grads: PyTree, params: PyTree, opt_state: Any
+) -> PyTree:
     """The perturbation's direction, from a batch's gradient; for SGD, the gradient."""
     if setup.norms_only:
         mask = is_norm(params)

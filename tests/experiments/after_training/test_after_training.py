@@ -9,7 +9,8 @@ from command_line import assert_refused, error_of
 from eigensam_jax import tree_math
 from eigensam_jax.experiments import cli
 from eigensam_jax.experiments.after_training import changes, sharpness, tables
-from eigensam_jax.experiments.registry import METHODS
+from eigensam_jax.experiments.after_training import run as after_training
+from eigensam_jax.experiments.registry import BASE_OPTIMIZERS, METHODS
 from eigensam_jax.experiments.training import loop
 
 SMALL = ["after-training", "--smoke", "--epochs", "2"]
@@ -103,6 +104,13 @@ def test_the_measures_of_a_quadratic():
     assert found["scaled_worst_case"] > 0.51 * sharpness.SCALED_RHO * slope
 
 
+def test_layers_are_measured_where_the_report_leaves_them_out():
+    value_fn = lambda p: sum(jnp.sum(layer["kernel"] ** 2) for layer in p.values())
+    params = {f"layer_{i}": {"kernel": jnp.full((2, 1), 0.5)} for i in range(25)}
+    found = MEASURED(value_fn, params)
+    np.testing.assert_allclose(found["relative"], 25 * 2 * 0.5, rtol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def _measures_are_cheap():
     """The norm of the weights in place of all of them, which have their own test."""
@@ -186,6 +194,24 @@ def test_what_is_there_is_kept(finished, tmp_path, monkeypatch, capsys):
         assert " ".join(row) in printed
 
 
+def test_a_run_that_diverges_ends_with_what_to_do(tmp_path, capsys):
+    assert cli.main([*SMALL, "--learning-rates", "1e38", "--out", str(tmp_path)]) == 2
+    assert "lower the learning rate (now 1e+38)" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("base", BASE_OPTIMIZERS)
+def test_rates_are_those_of_the_base_optimizer(base, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        after_training, "run", lambda chosen, command: asked.append(chosen)
+    )
+    assert cli.main(["after-training", "--base-optimizer", base]) == 0
+    assert sorted(asked[0].learning_rates) == sorted(
+        BASE_OPTIMIZERS[base].learning_rates
+    )
+
+
 def test_networks_at_another_rate_are_not_mixed_in(finished, capsys):
     out, asked, _ = finished
     rates = ["--learning-rates", "0.1", "0.05", "0.05"]
@@ -253,6 +279,7 @@ def test_ranks_are_kendalls_tau_within_each_seed():
         ("--dataset digits --next-dataset fashion_mnist", "--next-dataset", "digits"),
         ("--out pyproject.toml", "pyproject.toml", "another folder"),
         ("--optimizers sam sam_matched", "sam_matched", "name eigen_sam too"),
+        ("--label-noise 1.5", "--label-noise 1.5", "at most 1"),
     ],
 )
 def test_what_cannot_be_run_is_refused(

@@ -24,9 +24,11 @@ from eigensam_jax.experiments.bench import (
     torch_reference,
     workloads,
 )
+from eigensam_jax.experiments.bench import plots as bench_plots
 from eigensam_jax.experiments.bench import run as bench
 from eigensam_jax.experiments.bench import tables as bench_tables
 from eigensam_jax.experiments.models import resnet, vit
+from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.records import results as records
 from eigensam_jax.experiments.training import collectives, programs
 
@@ -116,6 +118,26 @@ def test_the_tables_fit_a_terminal(smoke):
         assert " ".join(row) in printed  # none is broken
     assert bench_tables.summary(wider)[-1][:5] == ["torch_eigen_sam", *["–"] * 4]
     assert bench_tables.exchanges(wider)[0] == ["sgd", "2", "15"]
+
+
+def test_each_bar_of_memory_stands_by_its_name(smoke, tmp_path, monkeypatch):
+    """Also where PyTorch's figures, without memory, come before others."""
+    runs = smoke[1]["runs"]
+    (sgd,) = records.select(runs, optimizer="sgd")
+    torch = {k: x for k, x in sgd.items() if k not in ("operations", "temp_bytes")}
+    at = runs.index(sgd) + 1
+    runs = [*runs[:at], torch | {"optimizer": "torch_sgd"}, *runs[at:]]
+    drawn = []
+    monkeypatch.setattr(images, "save", lambda figure, path: drawn.append(figure))
+    bench_plots.bench(runs, tmp_path / "bench.png")
+    _, below = drawn[0].axes
+    labels = dict(zip(below.get_yticks(), below.get_yticklabels(), strict=True))
+    sizes = {registry.look(x)["label"]: x for x in NAMES}
+    assert len(below.patches) == len(sizes)
+    for bar in below.patches:
+        name = sizes.pop(labels[bar.get_y() + bar.get_height() / 2].get_text())
+        (run,) = records.select(runs, optimizer=name)
+        assert bar.get_width() == run["temp_bytes"] / 2**20
 
 
 def test_figures_of_other_networks_are_kept(smoke, tmp_path, monkeypatch, capsys):

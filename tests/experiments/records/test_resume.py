@@ -251,6 +251,13 @@ def test_what_an_older_version_did_not_say_was_the_default(tmp_path):
             resumption.of_runs(path, "second", now | {key: value})
 
 
+def test_a_job_is_found_by_its_rounded_numbers():
+    jobs = [{"rho": 10 * x, "seed": 0} for x in (0.07, 0.14, 0.1)]
+    runs = [results.rounded(job) for job in jobs[:2]]
+    assert jobs[0] != runs[0]
+    assert resumption.missing(jobs, runs) == [jobs[2]]
+
+
 def test_finished_runs_are_kept_where_the_checkpoint_is_lost(unbroken, tmp_path):
     killed([*SMALL, "--out", str(tmp_path)], at=LOOKS)
     (tmp_path / CHECKPOINT).unlink()

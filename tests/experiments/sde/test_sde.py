@@ -132,6 +132,7 @@ def test_every_path_is_there_and_the_command_says_what_came_out(
         expected = RATES if measured else set()
         assert set(run["curves"]) == {"step", *KEPT, *expected}
     assert max(map(len, lines)) <= 80
+    assert any("digits, tanh network" in line for line in lines)
     printed = [" ".join(line.split()) for line in lines]
     runs = results["runs"]
     rows = sde_tables.distances(runs) + sde_tables.differences(runs)

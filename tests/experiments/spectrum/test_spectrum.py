@@ -216,10 +216,26 @@ def test_killed_in_training_it_comes_to_the_same(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in killed.iterdir()) == names
 
 
+@pytest.mark.parametrize(
+    ("options", "base"),
+    [
+        ("--optimizer adamw", "adamw"),
+        ("--optimizer sgd --base-optimizer adamw", "sgd"),
+        ("--optimizer sam --base-optimizer adamw", "adamw"),
+    ],
+)
+def test_the_base_optimizer_is_the_one_that_trains(options, base, monkeypatch):
+    asked = []
+    monkeypatch.setattr(spectrum, "run", lambda chosen, command: asked.append(chosen))
+    assert cli.main(["spectrum", *options.split()]) == 0
+    assert asked[0].base_optimizer == base
+    assert asked[0].learning_rate == registry.learning_rate(base, base)
+
+
 def test_training_that_diverges_ends_with_what_to_do(tmp_path, capsys):
     options = ["--optimizer", "sgd", "--learning-rate", "1e30", "--out", str(tmp_path)]
     assert cli.main(["spectrum", "--smoke", *options]) == 2
-    assert "lower --learning-rate" in capsys.readouterr().err
+    assert "lower the learning rate" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -190,7 +190,7 @@ def test_a_candidate_that_diverges_is_not_chosen(tmp_path):
     assert cli.main([*ACCURACY, *rates, *alphas]) == 0
     first, second, *others = figures(tmp_path)
     assert first["learning_rate"] == 1e30
-    assert "lower --learning-rate (now 1e+30)" in first["diverged"]
+    assert "lower the learning rate (now 1e+30)" in first["diverged"]
     assert first["test_accuracy"] == 0 < second["test_accuracy"]
     assert {run["learning_rate"] for run in others} == {0.05}
 
@@ -250,6 +250,13 @@ def test_what_cannot_be_run_is_refused_before_any_training(
     error = error_of([*ABLATE[:4], *arguments, "--out", str(tmp_path)], capsys)
     assert wrong in error
     assert right in error
+
+
+def test_rates_of_sgd_are_not_tried_for_another_base(tmp_path, capsys):
+    command = ["frontier", "--base-optimizer", "adamw", "--out", str(tmp_path)]
+    error = error_of(command, capsys)
+    assert "--base-optimizer adamw: give its --learning-rates" in error
+    assert "around 0.001" in error
 
 
 def test_a_batch_larger_than_what_is_tuned_on_is_refused(tmp_path, capsys):

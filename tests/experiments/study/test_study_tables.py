@@ -181,7 +181,8 @@ def test_what_was_not_measured_of_a_seed_has_no_mean():
         for name, of_seeds in losses.items()
         for seed, loss in enumerate(of_seeds)
     ]
-    assert [row[4] for row in study_tables.summary(runs, "main")][0] == "–"
+    first, *_ = study_tables.summary(runs, "main")
+    assert first[4] == "–"
     assert [row[2] for row in study_tables.against(runs, "main")] == ["–", "–"]
     of_asam = study_tables.against(runs, "main, sam")[-1]
     assert of_asam[:3] == ["asam − sam", "+0.00 ± 0.00", "+0.2500 ± 0.0000"]

@@ -9,8 +9,9 @@ from command_line import assert_refused
 from rich.console import Console
 
 from eigensam_jax.experiments import cli
+from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.registry import TRACKERS
-from eigensam_jax.experiments.track import tables
+from eigensam_jax.experiments.track import plots, tables
 from eigensam_jax.experiments.training import loop
 
 SMALL = ["track", "--smoke", "--steps", "6"]
@@ -179,7 +180,7 @@ def test_a_run_that_diverges_ends_with_what_to_do(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "sam, seed 0: the training loss is nan" in error
-    assert "lower --learning-rate (now 1e+30)" in error
+    assert "lower the learning rate (now 1e+30)" in error
 
 
 def test_help_fits_a_screen():
@@ -223,6 +224,37 @@ def test_the_summary_is_over_the_seeds_of_one_alpha():
         *("2.00 ± 1.41", "2.0000", "200.0 ± 141.4"),
     ]
     assert secant[:4] == ["secant", "0", "0.50", "0.50"]
+
+
+def test_a_row_of_the_plot_is_one_tracker_whatever_alphas_it_has(tmp_path, monkeypatch):
+    curves = {"curves": {"step": [1, 2], "ratio": [0.5, 0.5]}}
+    runs = [
+        made_up(optimizer, name, alpha, 0, value) | curves
+        for name, alpha, value in (
+            ("secant", 0.2, 1.0),
+            ("lanczos", 0.2, 2.0),
+            ("lanczos", 1.0, 3.0),
+        )
+        for optimizer, value in (("eigen_sam", value), ("sam_matched", 0.0))
+    ]
+    drawn = []
+    monkeypatch.setattr(images, "save", lambda figure, path: drawn.append(figure))
+    plots.track(runs, "it", tmp_path / "track.png")
+    (_, _, few, all_of_one, *_), names = drawn[0].axes, ("Lanczos", "secant")
+    labels = [text.get_text() for text in few.get_yticklabels()]
+    assert tuple(labels) == names
+    where = [
+        {
+            y: x
+            for line in axes.lines[:-1]
+            for x, y in zip(*line.get_data(), strict=True)
+        }
+        for axes in (few, all_of_one)
+    ]
+    assert where[0][0] == 2
+    assert where[0][1] == 1
+    assert where[1][0] == 3
+    assert np.isnan(where[1][1])
 
 
 def test_the_differences_are_paired_by_seed():

@@ -117,7 +117,7 @@ def test_the_direction_is_that_of_the_links_own_perturbation(batch):
             """ε, and the parameters where a step takes its second gradient."""
             grads = jax.grad(lambda p: loss(p, {}, *batch)[0])(state.params)
             of_state = state.params, state.opt_state
-            epsilon = methods.epsilon(method, grads, *of_state)
+            epsilon = methods.perturbation_direction(method, grads, *of_state)
             updates, _ = tx.update(grads, *of_state[::-1], grad_fn=lambda p: p)
             return epsilon, jax.tree.map(lambda x: x / -0.1, updates)
 

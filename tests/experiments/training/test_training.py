@@ -149,7 +149,7 @@ def test_a_run_is_determined_by_its_seed(train):
 
 def test_a_run_that_diverges_ends_with_what_to_do(digits, mlp):
     settings = SETTINGS._replace(learning_rate=1e30)
-    with pytest.raises(UserError, match=r"sgd, seed 0: .* lower --learning-rate"):
+    with pytest.raises(UserError, match=r"sgd, seed 0: .* lower the learning rate"):
         run(digits, mlp, METHODS["sgd"], settings=settings)
 
 

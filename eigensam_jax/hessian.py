@@ -64,8 +64,9 @@ def matvec(
 
         Hv ≈ ‖v‖·(∇f(w + h·v/‖v‖) − ∇f(w − h·v/‖v‖))/(2h),   h = eps^⅓,
 
-    with eps that of the coarsest dtype in `params` and errors of about eps·‖∇f‖/h + h².
-    It is unreliable in bfloat16, and with ReLU, where the gradient jumps.
+    with eps that of the coarsest dtype in `params` and errors of about
+    eps·(‖∇f‖ + ‖H‖·‖w‖)/h + h². It is unreliable in bfloat16, and with ReLU, where the
+    gradient jumps.
 
     Args:
       grad_fn: ∇f, a function of the parameters alone, such as `jax.grad(value_fn)`.

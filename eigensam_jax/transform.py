@@ -194,16 +194,18 @@ def eigen_sam(
       axis_name: as in `sam`. Hessian-vector products are averaged as well.
       per_device: as in `sam`. The Hessian is still that of the whole batch. What the
         tracker observes is averaged, by a collective as large as a gradient.
-      hvp_mode: how Hessian-vector products are made, see `hessian.matvec`. The default
-        is the fastest; the others are for kernels that lack its derivatives.
+      hvp_mode: how a tracker's Hessian-vector products are made, see
+        `hessian.matvec`. The default is the fastest; the others are for kernels that
+        lack its derivatives. The secant makes none.
       eigenvector_dtype: the dtype in which the tracker's vectors are stored,
         stochastically rounded; None is float32, or the parameters' if wider.
         `jnp.bfloat16` halves their memory; sums with them stay in float32.
 
     Returns:
       As `sam`. `update` takes two more keyword arguments. `curvature_fn`:
-      params -> scalar, the loss whose Hessian is tracked, if another one. `refresh`: a
-      Python bool that fixes at trace time whether the tracker does what it does every
+      params -> scalar, the loss whose Hessian is tracked, if another one, by trackers
+      that make products; the secant follows the gradients. `refresh`: a Python bool
+      that fixes at trace time whether the tracker does what it does every
       `update_interval` steps, so that the program has no branch. Give it
       `step % update_interval == 0`; False on every step never refreshes.
       `info(opt_state)` reports the last step, and

@@ -39,6 +39,8 @@ _LONGEST_ROW = 2**16
 def accumulation_dtype(tree: PyTree) -> jnp.dtype:
     """The dtype of sums over `tree`: the widest of its leaves', at least float32."""
     dtypes = {jnp.result_type(x) for x in jax.tree.leaves(tree)}
+    if any(jnp.issubdtype(x, jnp.complexfloating) for x in dtypes):
+        raise ValueError("trees must hold real arrays, got complex ones: split them.")
     wide = [x for x in dtypes if jnp.issubdtype(x, jnp.floating)]
     return max([jnp.dtype(jnp.float32), *wide], key=lambda x: x.itemsize)
 

@@ -187,6 +187,55 @@ def test_a_batch_that_changes_is_not_stale(measure):
 
 
 @ALL
+def test_a_batch_within_a_jit_that_changes_is_not_stale(measure):
+    data = {"x": np.array([1.0, 2.0])}
+    of = lambda data: jax.jit(lambda w: jax.jit(lambda w: jnp.sum(data * w**2))(w))
+    value_fn = lambda w: of(data["x"])(w)
+    before = first(measure(value_fn, jnp.ones(2), 0.1))
+    data["x"] = 10 * data["x"]
+    after = first(measure(value_fn, jnp.ones(2), 0.1))
+    np.testing.assert_allclose(after, 10 * before, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rho", [0.003, 0.05])
+def test_narrow_weights_move_as_by_sam(rho):
+    """The loss of weights in bfloat16, whose spacing is often larger than ε."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (32, 64), (64, 64), (64, 10)
+    wide = [
+        jax.random.normal(k, s) / s[0] ** 0.5
+        for k, s in zip(keys[:3], shapes, strict=True)
+    ]
+    params = [w.astype(jnp.bfloat16) for w in wide]
+    images = jax.random.normal(keys[3], (256, 32))
+
+    def loss(params):
+        x = images
+        for w in params:
+            x = jnp.tanh(x @ w.astype(jnp.float32))
+        return jnp.mean((x - images[:, :10]) ** 2)
+
+    same = [w.astype(jnp.float32) for w in params]
+    for measure in (
+        diagnostics.sam_sharpness,
+        lambda *x: diagnostics.worst_case_sharpness(*x).value,
+    ):
+        expected = measure(loss, same, rho)
+        np.testing.assert_allclose(measure(loss, params, rho), expected, rtol=0.3)
+
+
+@ALL
+def test_a_frozen_parameter_is_not_checked(measure):
+    frozen = jnp.ones(2, jnp.float8_e4m3fn)
+    params, mask = {"a": jnp.ones(2), "b": frozen}, {"a": True, "b": False}
+    loss = lambda p: jnp.sum(p["a"] ** 2)
+    found = first(partial(measure, mask=mask)(loss, params, 0.1))
+    np.testing.assert_allclose(
+        found, first(measure(loss, {"a": params["a"]}, 0.1)), rtol=1e-5
+    )
+
+
+@ALL
 def test_a_radius_of_zero_and_a_loss_that_is_not_finite(measure):
     params, loss = network()
     np.testing.assert_allclose(first(measure(loss, params, 0.0)), 0, atol=1e-6)

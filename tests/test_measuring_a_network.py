@@ -69,6 +69,9 @@ def test_what_can_not_be_reported():
     params, loss = network()
     with pytest.raises(ValueError, match=r"num_matvecs must be at least 8, got 7"):
         diagnostics.report(loss, params, num_matvecs=7)
+    untouched = lambda params: pytest.fail("it was called")
+    with pytest.raises(ValueError, match=r"rho must be .* got -1"):
+        diagnostics.report(untouched, params, rho=-1)
     with pytest.raises(ValueError, match="outside jit"):
         jax.jit(lambda p: diagnostics.report(loss, p).value)(params)
     with pytest.raises(ValueError, match="outside jit"):

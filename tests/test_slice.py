@@ -62,6 +62,8 @@ def test_a_seed_stands_for_its_key():
         filter_normalized(jax.random.key(1), params),
     )
     np.testing.assert_array_equal(flatten(one), flatten(two))
+    of_jax = filter_normalized(jnp.int32(1), params)
+    np.testing.assert_array_equal(flatten(one), flatten(of_jax))
     assert (flatten(filter_normalized(2, params)) != flatten(one)).mean() > 0.9
     with pytest.raises(ValueError, match=r"key_or_seed must be .* got 0.5: give"):
         filter_normalized(0.5, params)

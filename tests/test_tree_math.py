@@ -45,6 +45,12 @@ def test_float64_stays_float64():
         assert [x.dtype for x in jax.tree.leaves(scaled)] == [jnp.float64, jnp.float32]
 
 
+def test_complex_trees_are_refused():
+    for tree in (jnp.ones(2, jnp.complex64), {"a": jnp.ones(2), "b": 1j * jnp.ones(2)}):
+        with pytest.raises(ValueError, match="real arrays, got complex"):
+            tree_math.norm(tree)
+
+
 def test_a_tree_without_leaves_has_norm_zero():
     assert tree_math.norm({"nothing": None}) == 0
 

@@ -83,8 +83,9 @@ def compiled(
     text = str(jaxpr)
     kept: dict[str, Any] = {}
     # An address identifies a Python function only while it lives; dots abbreviate
-    # numbers that JAX keeps in the program.
-    if " at 0x" not in text and "..." not in text:
+    # numbers that JAX keeps in the program. Of a program within it, such as a `jit`,
+    # the text does not show the arrays.
+    if " at 0x" not in text and "..." not in text and not _holds_arrays(jaxpr):
         try:
             kept = _PROGRAMS.setdefault(owner, kept)
         except TypeError:  # no weak reference, or no hash
@@ -102,3 +103,15 @@ def compiled(
         return jax.tree.unflatten(structure, program(outside, leaves))
 
     return call
+
+
+def _holds_arrays(jaxpr: Any) -> bool:
+    """Whether a program within `jaxpr` has arrays of its own, such as a batch."""
+    is_program: Callable[[Any], bool] = lambda x: hasattr(x, "eqns")
+    inner = [
+        x
+        for equation in jaxpr.eqns
+        for x in jax.tree.leaves(equation.params, is_leaf=is_program)
+        if is_program(x)
+    ]
+    return any(getattr(x, "consts", ()) or _holds_arrays(x) for x in inner)

@@ -7,6 +7,7 @@ Precision", ICML 2015.)
 """
 
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from eigensam_jax import tree_math
 from eigensam_jax.tree_math import PyTree
 
 _MANTISSA_BITS = 23  # of float32
-_DITHER_BITS = 12  # with float16's 11 still exact in float32
 
 
 def add(weights: PyTree, epsilon: PyTree, count: jax.Array) -> PyTree:
@@ -52,18 +52,21 @@ def cast(tree: PyTree, dtype: DTypeLike, count: jax.Array) -> PyTree:
 def spread_like(tree: PyTree, seed: jax.Array) -> PyTree:
     """Numbers spread evenly from −1 to 1 (Weyl, 1916): a start vector, not independent.
 
-    They compile many times faster than `jax.random`. A `seed` known at compile time
-    would make the compiler work them out, slowly.
+    No two leaves have the same. They compile many times faster than `jax.random`. A
+    `seed` known at compile time would make the compiler work them out, slowly.
     """
+    leaves, treedef = jax.tree.flatten(tree)
+    ends = [0, *accumulate(x.size for x in leaves)]
 
-    def spread(x: jax.Array) -> jax.Array:
+    def spread(x: jax.Array, before: int) -> jax.Array:
         position = jnp.arange(1, x.size + 1, dtype=jnp.int32).reshape(x.shape)
+        position += jnp.int32(before % 2**31)
         # Multiples of the golden ratio in units of 2⁻³², which wrap around.
         turns = (position + seed * 65_537) * jnp.int32(-1_640_531_527)
         # Added to zeros, so that they are sharded as x.
         return jnp.add(jnp.where(False, x, 0), turns.astype(x.dtype) * 2.0**-31)
 
-    return jax.tree.map(spread, tree)
+    return jax.tree.unflatten(treedef, map(spread, leaves, ends[:-1]))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -73,11 +76,12 @@ def _rounded(x: jax.Array, dtype: jnp.dtype, count: jax.Array) -> jax.Array:
         return nearest
     x = x.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    uniform = _hash(bits, count) >> (32 - _DITHER_BITS)
-    uniform = uniform.astype(jnp.float32) / 2**_DITHER_BITS
+    finfo = jnp.finfo(dtype)  # type: ignore[no-untyped-call]
+    fine = _MANTISSA_BITS - 1 - finfo.nmant  # bits that float32 has for the noise
+    uniform = (_hash(bits, count) >> (32 - fine)).astype(jnp.float32)
+    uniform = (uniform + 0.5) / 2**fine  # symmetric in (0, 1)
     power = bits >> _MANTISSA_BITS << _MANTISSA_BITS  # ±2ⁿ with 2ⁿ ≤ |x| < 2ⁿ⁺¹
     power = jnp.abs(jax.lax.bitcast_convert_type(power, jnp.float32))
-    finfo = jnp.finfo(dtype)  # type: ignore[no-untyped-call]
     smallest = max(
         float(finfo.smallest_subnormal), float(np.finfo(np.float32).smallest_normal)
     )

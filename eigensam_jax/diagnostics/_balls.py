@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from eigensam_jax import perturbation, tree_math
-from eigensam_jax._update import arguments, masking, programs
+from eigensam_jax._update import arguments, masking, programs, rounding
 from eigensam_jax._update.masking import Mask
 from eigensam_jax.eigen import Estimate, _krylov, _raveled
 from eigensam_jax.hessian import ValueFn
@@ -273,12 +273,12 @@ def _in_ball(
     """(params, x) -> f(w + T x), the x that is zero, and x -> T x as a whole tree."""
     what, remedy = "a function of the parameters", ": hand in value_fn, params, rho"
     arguments.require(callable(value_fn), "value_fn", value_fn, what, remedy)
-    arguments.check_params(params)
+    space = masking.subspace(mask, params)
+    arguments.check_params(params, space.selected)
     arguments.check_scalar("rho", rho, schedule=False)
     if eta is not None:
         arguments.check_scalar("eta", eta, schedule=False)
     checked = arguments.scalar_valued("value_fn", value_fn)
-    space = masking.subspace(mask, params)
 
     def scaled(params: PyTree, x: PyTree) -> PyTree:
         if eta is None:
@@ -288,8 +288,9 @@ def _in_ball(
 
     def value_at(params: PyTree, x: PyTree) -> jax.Array:
         block = space.select(params)
-        moved = tree_math.add_scaled(block, 1, scaled(params, x))
-        return checked(space.merge(tree_math.cast_like(moved, block), params))
+        # Rounded as by `sam`: narrow weights would not move to the nearest number.
+        moved = rounding.add(block, scaled(params, x), jnp.zeros((), jnp.int32))
+        return checked(space.merge(moved, params))
 
     zero, _, unravel = _raveled.raveled(True, space.select(params))
     displacement = lambda x: space.embed(scaled(params, unravel(x)), params)

@@ -121,6 +121,7 @@ def report(
       λ_max of b                         4 ± ...
       ... Hessian-vector products
     """
+    arguments.check_scalar("rho", rho, schedule=False)
     arguments.check_positive_int("num_matvecs", num_matvecs, "products")
     remedy = ": they are shared by several measures"
     enough = num_matvecs >= 8

@@ -114,10 +114,10 @@ def block(
     """The block of the Hessian that `mask` selects; for `host_loop` see `sharpness`."""
     what, remedy = "a function of the parameters", ": hand in value_fn, params"
     arguments.require(callable(value_fn), "value_fn", value_fn, what, remedy)
-    arguments.check_params(params)
+    space = masking.subspace(mask, params)
+    arguments.check_params(params, space.selected)
     arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
     gradient = jax.grad(arguments.differentiable("value_fn", value_fn))
-    space = masking.subspace(mask, params)
 
     def product(params: PyTree, vector: list[jax.Array]) -> list[jax.Array]:
         of_block = lambda w: space.select(gradient(space.merge(w, params)))
@@ -142,7 +142,8 @@ def sharpness_by_layer(
     """Sharpness λ_max of each layer: that of its diagonal block of the Hessian.
 
     A layer is what `params` holds together: leaves whose names differ in the last part
-    alone, such as "encoder/attention/kernel" and "encoder/attention/bias".
+    alone, such as "encoder/attention/kernel" and "encoder/attention/bias". A leaf at
+    the top level is a layer of its own.
 
     Args:
       value_fn, params, tol, max_matvecs, hvp_mode, host_loop: as in `sharpness`, for

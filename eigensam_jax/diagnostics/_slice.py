@@ -1,7 +1,7 @@
 """The loss on a line or in a plane through the parameters."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from eigensam_jax import tree_math
-from eigensam_jax._update import arguments, programs
+from eigensam_jax._update import arguments, programs, rounding
 from eigensam_jax.eigen import _krylov
 from eigensam_jax.hessian import ValueFn
 from eigensam_jax.tree_math import PyTree
@@ -65,8 +65,10 @@ def filter_normalized(key_or_seed: jax.Array | int, params: PyTree) -> PyTree:
     what, remedy = "a key or an integer", ": give jax.random.key(0), or 0"
     arguments.require(valid, "key_or_seed", key_or_seed, what, remedy)
     arguments.check_params(params)
-    key = key_or_seed
-    if not isinstance(key, jax.Array):
+    key: Any = key_or_seed
+    if isinstance(key, int | np.integer) or (
+        key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer)
+    ):
         key = jax.random.key(key)
     zeros = tree_math.zeros_like(params)
     random = _krylov.random_vector(key, zeros)
@@ -141,10 +143,10 @@ def loss_slice(
     value = arguments.scalar_valued("value_fn", value_fn)
 
     def at(params: PyTree, directions: list[PyTree], point: jax.Array) -> jax.Array:
-        moved = params
+        shift = tree_math.zeros_like(params)
         for distance, direction in zip(point, directions, strict=True):
-            moved = tree_math.add_scaled(moved, distance, direction)
-        return value(tree_math.cast_like(moved, params))
+            shift = tree_math.add_scaled(shift, distance, direction)
+        return value(rounding.add(params, shift, jnp.zeros((), jnp.int32)))
 
     points = jnp.stack(jnp.meshgrid(*grid, indexing="ij"), -1).reshape(-1, len(grid))
     host_loop, run = programs.host_loop_of(

@@ -152,7 +152,8 @@ def _inner_products(basis: PyTree, vector: PyTree) -> jax.Array:
 
 def rounding(tree: PyTree) -> float:
     """The relative rounding error of the leaves that are least precise."""
-    return max(float(np.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(tree)
+    return max((float(np.finfo(x.dtype).eps) for x in leaves), default=0.0)
 
 
 def rejected(basis: PyTree, vector: PyTree) -> PyTree:

@@ -157,7 +157,7 @@ def _estimated(
     arguments.require(valid, "rank", rank, what, remedy)
     num_probes, key = num_matvecs - 2 * rank, jax.random.key(seed)
     compiled = partial(programs.jitted, host_loop)
-    get, extend = compiled(_krylov.get), compiled(_extended)
+    get, extend = compiled(_krylov.get), compiled(_extended, donate_argnums=0)
     normal, probe = compiled(_normal), compiled(_probe)
     added = compiled(_added, static_argnums=0)
     averaged = compiled(_averaged, static_argnums=0)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from eigensam_jax import eigen, hessian, perturbation, tree_math
-from eigensam_jax._update import arguments
+from eigensam_jax._update import arguments, rounding
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.perturbation import Perturbation
 from eigensam_jax.sde import expansion
@@ -171,8 +171,7 @@ def perturbed_gradient(
     value_fn: hessian.ValueFn, params: PyTree, step: Perturbation
 ) -> PyTree:
     """∇f(w + ε), in float32 or wider."""
-    perturbed = tree_math.add_scaled(params, 1, step.epsilon)
-    perturbed = tree_math.cast_like(perturbed, params)
+    perturbed = rounding.add(params, step.epsilon, jnp.zeros((), jnp.int32))
     return tree_math.widen(jax.grad(value_fn)(perturbed))
 
 

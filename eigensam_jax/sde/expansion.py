@@ -93,11 +93,12 @@ def check_order(order: Order) -> None:
 
 def batch_mean(function: Callable[[PyTree], Result], batches: PyTree) -> Result:
     """Mean of `function` over the batches, by a scan, in float32 or wider."""
+    count = hessian.num_batches(batches)
     first = jax.eval_shape(lambda b: function(jax.tree.map(lambda x: x[0], b)), batches)
 
     def add(total: Result, batch: PyTree) -> tuple[Result, None]:
         return tree_math.add_scaled(total, 1, function(batch)), None
 
     total, _ = jax.lax.scan(add, tree_math.zeros_like(first), batches)
-    mean: Result = jax.tree.map(lambda x: x / hessian.num_batches(batches), total)
+    mean: Result = jax.tree.map(lambda x: x / count, total)
     return mean

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eigensam_jax import eigen, tree_math
 from eigensam_jax._update import arguments, rounding
@@ -91,6 +92,8 @@ def _refreshing(
     between = "steps from one refresh to the next"
     arguments.check_positive_int("num_matvecs", num_matvecs, "products per refresh")
     arguments.check_positive_int("update_interval", update_interval, between)
+    is_int = isinstance(seed, int | np.integer) and -(2**31) <= seed < 2**31
+    arguments.require(is_int, "seed", seed, "an integer of 32 bits", ": give 0")
 
     def init(params: PyTree) -> EigenpairState:
         zeros = [jnp.zeros((), tree_math.accumulation_dtype(params)) for _ in range(2)]

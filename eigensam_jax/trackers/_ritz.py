@@ -52,7 +52,8 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
     eigenvector is v; before the first product, v is the top component. The state is a
     `RitzState`.
 
-    The first step is plain SAM. Non-finite values leave the state unchanged. Two
+    The first step is plain SAM. Non-finite values leave the state unchanged, and no
+    batch counts for more than three times the curvature known. Two
     negative eigenvalues, each larger in magnitude than every positive one, can fill the
     plane. Then λ + residual < 0 and `eigen_sam` leaves v out. Derivatives do not pass
     through axes whose eigenvalues agree up to rounding.
@@ -108,7 +109,10 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
         # The mean of the first products, then an exponential average.
         rate = jnp.maximum(gain, 1 / (1 + turns).astype(length.dtype))
         residual = jnp.where(turn == 0, length * sine, state.residual)
-        curvature = _averaged(state.curvature, turn, length * cosines, rate)
+        # No batch counts for more than three times the largest known entry.
+        most = 3 * jnp.abs(state.curvature).max()
+        seen = jnp.where(most > 0, jnp.minimum(length, most), length)
+        curvature = _averaged(state.curvature, turn, seen * cosines, rate)
         new = (curvature[0, 0], residual, curvature, state.num_products + 1)
         old = (state.eigenvalue, state.residual, state.curvature, state.num_products)
         usable = (length > 0) & jnp.isfinite(length)

@@ -53,6 +53,21 @@ def test_the_first_refresh_starts_at_random_by_its_seed(make, solve, seed):
 
 
 @each_tracker
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_v_is_found_where_leaves_count_by_their_difference_alone(make, solve, shape):
+    del solve
+    tracker, params = make(), {"pos": jnp.zeros(shape), "neg": jnp.zeros(shape)}
+
+    def product(v):  # of |pos − neg|²
+        change = 2 * (v["pos"] - v["neg"])
+        return {"pos": change, "neg": -change}
+
+    state = tracker.refresh(tracker.init(params), product)
+    np.testing.assert_allclose(tree_math.norm(state.eigenvector), 1, rtol=1e-5)
+    np.testing.assert_allclose(state.eigenvalue, 4, rtol=1e-5)
+
+
+@each_tracker
 def test_refreshes_go_on_from_where_the_last_one_was(make, solve):
     tracker = make(2)
     refresh = jax.jit(lambda s: tracker.refresh(s, matvec))
@@ -144,6 +159,14 @@ def test_v_is_left_out_where_its_eigenvalue_is_certainly_negative(
         ._replace(eigenvalue=jnp.float32(eigenvalue), residual=jnp.float32(residual))
     )
     assert state.usable == usable
+
+
+@each_tracker
+@pytest.mark.parametrize("seed", [0.5, 2**31, "a", None])
+def test_a_seed_is_an_integer_of_32_bits(make, solve, seed):
+    del solve
+    with pytest.raises(ValueError, match=rf"seed must be .* got {seed!r}"):
+        make(seed=seed)
 
 
 @pytest.mark.parametrize("make", [trackers.power_iteration, trackers.lanczos])

@@ -176,7 +176,7 @@ def started(tracker, observations):
 def test_one_direction_alone_is_followed_without_a_companion():
     tracker = trackers.ritz(update_interval=1)
     state, step = tracker.init(jnp.zeros(1)), jax.jit(tracker.observe)
-    for factor in (6.0, 40.0, 40.0, 40.0):
+    for factor in (20.0, 40.0, 40.0, 40.0):
         state = step(state, factor * jnp.ones(1), None, None)
         state = tracker.refresh(state, lambda v, a=factor: a * v)
     assert state.num_products == 4
@@ -215,6 +215,34 @@ def test_nothing_of_a_bad_batch_is_kept(observations, bad):
     again = refreshed_by(observed(state, matvec(ones)), 1.0)
     chex.assert_tree_all_finite(again)
     np.testing.assert_allclose(tree_math.norm(again.eigenvector), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [10.0, 1e3, 1e30])
+@pytest.mark.parametrize("at", [400, 420])
+def test_one_strong_batch_is_soon_forgotten(at, strength):
+    """It comes when it is the turn of v, and of the companion."""
+    tracker, spectrum = trackers.ritz(), jnp.array([3.0, 2.0] + 20 * [0.1])
+
+    def step(state, inputs):
+        i, key = inputs
+        hessian = jnp.where(i == at, strength, 1.0) * spectrum
+        state = jax.lax.cond(
+            i % 20 == 0,
+            lambda s: tracker.refresh(s, lambda v: hessian * v),
+            lambda s: s,
+            state,
+        )
+        noise = jax.random.normal(key, spectrum.shape) / 5
+        state = tracker.observe(
+            state, hessian * (noise + state.eigenvector), None, None
+        )
+        return state, (state.eigenvalue, jnp.abs(state.eigenvector[0]))
+
+    steps = jnp.arange(700), jax.random.split(jax.random.key(0), 700)
+    values, cosines = jax.lax.scan(step, tracker.init(spectrum), steps)[1]
+    assert values[at:].max() < 2.5 * 3
+    assert np.sum(cosines[at:] < 0.9) < 100
+    assert cosines[-1] > 0.99
 
 
 def test_bad_numbers_are_refused_with_name_and_value():

@@ -89,6 +89,13 @@ def test_a_dtype_wide_enough_passes(dtype):
     eigen_sam(eigenvector_dtype=dtype)
 
 
+def test_a_dtype_that_jax_would_narrow_is_refused():
+    with pytest.raises(ValueError, match=r"eigenvector_dtype .*float64.*enable_x64"):
+        eigen_sam(eigenvector_dtype=jnp.float64)
+    with jax.enable_x64(True):
+        eigen_sam(eigenvector_dtype=jnp.float64)
+
+
 @pytest.mark.parametrize("value", [0, -1, True, 1.0, "3", None, jnp.ones(())])
 def test_a_count_is_a_positive_integer(value):
     with pytest.raises(ValueError, match=r"n must be an integer of at least 1, got"):

@@ -35,6 +35,24 @@ def test_the_mean_over_steps_is_the_exact_sum(dtype, seed):
     assert (np.abs(rounded.mean(0) - exact) < 5 * standard_error + 1e-7).all()
 
 
+@pytest.mark.parametrize("share", [0.3, 1 / 300, 1 / 10_000])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_no_small_change_is_lost_in_one_direction(dtype, share):
+    """Of a share of the spacing, up and down; float16 leaves 12 bits for the noise."""
+    share = max(share, 1e-3) if dtype == jnp.float16 else share
+    num = 2**20
+    for sign in (1, -1):
+        epsilon = sign * share * float(jnp.finfo(dtype).eps) / 2
+        w = jnp.asarray(1.5, dtype)
+        count = jnp.arange(num)
+        moved = jax.vmap(lambda i: rounding.add(w, epsilon, i))(count)  # noqa: B023
+        moved = np.asarray(moved, np.float64) - 1.5
+        expected = sign * share * float(jnp.finfo(dtype).eps) / 2
+        error = 5 * np.sqrt(share / 2 / num) * float(jnp.finfo(dtype).eps)
+        coarse = float(jnp.finfo(dtype).eps) * 2.0 ** (jnp.finfo(dtype).nmant - 23)
+        assert abs(moved.mean() - expected) < error + coarse
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 def test_without_a_perturbation_every_number_stays_what_it_is(dtype):
     w = jax.lax.bitcast_convert_type(jnp.arange(2**16, dtype=jnp.uint16), dtype)

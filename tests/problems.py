@@ -59,7 +59,8 @@ def _network_parameters(seed, dtype):
 @functools.cache
 def _network_loss(seed, dtype, x64):
     """One function for all that ask, so that what is made of it is compiled once."""
-    inputs, labels = _network_batches(seed, dtype)
+    with jax.ensure_compile_time_eval():  # also where the first that asks is traced
+        inputs, labels = _network_batches(seed, dtype)
 
     def loss(params, index=0):
         x, y = inputs[index], labels[index]

@@ -198,12 +198,7 @@ def simulate(
     keys = jax.random.split(key, (num_steps, substeps))
 
     def advance(state: State, keys: jax.Array) -> tuple[State, Any]:
-        state, info = one_step(keys[0], state, dt)
-        if substeps > 1:
-            state, infos = jax.lax.scan(
-                lambda s, k: one_step(k, s, dt), state, keys[1:]
-            )
-            info = jax.tree.map(lambda x: x[-1], infos)
-        return state, observe(state, info)
+        state, infos = jax.lax.scan(lambda s, k: one_step(k, s, dt), state, keys)
+        return state, observe(state, jax.tree.map(lambda x: x[-1], infos))
 
     return jax.lax.scan(advance, state, keys)

@@ -275,8 +275,7 @@ def _central_difference(
     leaves = jax.tree.leaves(params)
     eps = [jnp.finfo(jnp.result_type(x)).eps for x in leaves]  # type: ignore[no-untyped-call]
     step = float(max(eps, default=1)) ** (1 / 3)
-    length = tree_math.norm(vector)
-    direction = tree_math.scale(tree_math.safe_inverse(length), vector)
+    direction, length = tree_math.unit(vector)
 
     def at(distance: float) -> PyTree:
         moved = tree_math.add_scaled(params, distance, direction)

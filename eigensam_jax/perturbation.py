@@ -85,9 +85,7 @@ def asam(
       >>> eigensam_jax.perturbation.asam(g, w, rho=0.5, eta=1.0).epsilon
       Array([[0.6, 0.8]], dtype=float32)
     """
-    grad_norm = tree_math.norm(grads)
-    unit = tree_math.scale(tree_math.safe_inverse(grad_norm), grads)
-
+    unit, grad_norm = tree_math.unit(grads)
     inside = scaled(unit, params, eta, scale_biases=scale_biases)
     direction = scaled(inside, params, eta, scale_biases=scale_biases)
     squares = tree_math.vdots((inside, inside), (direction, direction))

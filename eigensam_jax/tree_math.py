@@ -181,6 +181,12 @@ def _norm_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return length, vdot(scale(safe_inverse(length), tree), rate)
 
 
+def unit(tree: Tree) -> tuple[Tree, jax.Array]:
+    """x/‖x‖, or zero for zero, in float32 or wider; and ‖x‖."""
+    length = norm(tree)
+    return scale(safe_inverse(length), tree), length
+
+
 def safe_inverse(x: jax.Array) -> jax.Array:
     """1/x where x is positive and finite, else 0."""
     return safe_divide(1, x)

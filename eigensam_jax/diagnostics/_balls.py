@@ -77,7 +77,7 @@ def sam_sharpness(
 
     def rise(params: PyTree, rho: jax.Array) -> Any:
         value, slope = jax.value_and_grad(value_at, argnums=1)(params, zero)
-        return value_at(params, tree_math.scale(rho, _unit(slope))) - value
+        return value_at(params, tree_math.scale(rho, tree_math.unit(slope)[0])) - value
 
     rho = jnp.asarray(rho, tree_math.accumulation_dtype(zero))
     outside = not programs.is_traced((params, rho))
@@ -146,7 +146,7 @@ def worst_case_sharpness(
         known, new = (search.best, search.highest), (search.x, value)
         is_better = (value > search.highest) & jnp.isfinite(value)
         best, highest = tree_math.where(is_better, new, known)
-        x = tree_math.add_scaled(search.x, size, _unit(slope))
+        x = tree_math.add_scaled(search.x, size, tree_math.unit(slope)[0])
         shrink = rho * tree_math.safe_inverse(jnp.maximum(tree_math.norm(x), rho))
         return _Search(tree_math.scale(shrink, x), value, best, highest)
 
@@ -168,8 +168,8 @@ def worst_case_sharpness(
     def ascent(i: jax.Array, search: _Search) -> Any:
         noise = random_vector(jax.random.fold_in(key, i), zero)
         half = tree_math.scale(jnp.where(i == 0, 1, 0), own)
-        between = tree_math.add_scaled(half, rho, _unit(noise))
-        search = search._replace(x=tree_math.scale(rho, _unit(between)))
+        between = tree_math.add_scaled(half, rho, tree_math.unit(noise)[0])
+        search = search._replace(x=tree_math.scale(rho, tree_math.unit(between)[0]))
         search = programs.repeat(host_loop, num_steps, step, search)
         return run(params, search, 0 * rho)
 
@@ -295,8 +295,3 @@ def _in_ball(
     zero, _, unravel = _raveled.raveled(True, space.select(params))
     displacement = lambda x: space.embed(scaled(params, unravel(x)), params)
     return lambda params, x: value_at(params, unravel(x)), zero, displacement
-
-
-def _unit(tree: PyTree) -> PyTree:
-    """x/‖x‖, or zero for zero."""
-    return tree_math.scale(tree_math.safe_inverse(tree_math.norm(tree)), tree)

@@ -37,8 +37,7 @@ def alignment(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def _cosine(a: PyTree, b: PyTree) -> jax.Array:
-    inverses = [tree_math.safe_inverse(tree_math.norm(x)) for x in (a, b)]
-    a, b = map(tree_math.scale, inverses, (a, b))
+    (a, _), (b, _) = map(tree_math.unit, (a, b))
     return jnp.clip(tree_math.vdot(a, b), -1, 1)
 
 

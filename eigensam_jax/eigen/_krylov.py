@@ -111,9 +111,8 @@ def combine(coefficients: jax.Array, basis: PyTree) -> PyTree:
 def extend(basis: PyTree, index: jax.Array | int, vector: PyTree) -> Extension:
     """Orthogonalises `vector` against `basis`, twice, and writes it at `index`."""
     vector = tree_math.cast_like(vector, basis)
-    norm = tree_math.norm(vector)
+    scaled, norm = tree_math.unit(vector)
     eps = rounding(basis)
-    scaled = tree_math.scale(tree_math.safe_inverse(norm), vector)
     num_vectors = jax.tree.leaves(basis)[0].shape[0]
     is_new = jnp.arange(num_vectors, dtype=jnp.int32) == index
 
@@ -173,8 +172,7 @@ def random_vector(key: jax.Array, like: PyTree) -> PyTree:
 
 def tridiagonal(v0: PyTree, num_matvecs: int) -> Tridiagonal:
     """The Krylov space of `v0` before the first of `num_matvecs` products."""
-    norm = tree_math.norm(v0)
-    unit = tree_math.scale(tree_math.safe_inverse(norm), v0)
+    unit, norm = tree_math.unit(v0)
     zeros = (jnp.zeros(num_matvecs, norm.dtype) for _ in range(2))
     return Tridiagonal(basis_of(unit, num_matvecs + 1), *zeros)
 

@@ -61,7 +61,7 @@ def power_iteration(
       `lanczos`, chapter 10.
     """
     arguments.check_positive_int("num_matvecs", num_matvecs, "matrix-vector products")
-    v0 = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v0)), v0)
+    v0, _ = tree_math.unit(v0)
     zero = jnp.zeros((), tree_math.accumulation_dtype(v0))
 
     def body(_: int, step: tuple[PyTree, PyTree, jax.Array]) -> tuple[PyTree, ...]:

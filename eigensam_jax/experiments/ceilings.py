@@ -18,7 +18,7 @@ def every_product(decay: float = 0.95) -> Tracker:
         new: EigenpairState = power.refresh(state, matvec)
         old = tree_math.scale(decay, state.eigenvector)
         v = tree_math.add_scaled(old, 1 - decay, new.eigenvector)
-        v = tree_math.scale(tree_math.safe_inverse(tree_math.norm(v)), v)
+        v, _ = tree_math.unit(v)
         return new._replace(eigenvector=v)
 
     return power._replace(refresh=refresh)

@@ -102,8 +102,7 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
         turns, turn = state.num_products >> 1, state.num_products & 1
         turn = jnp.where(tree_math.vdot(p, p) > 0, turn, 0)
         product = matvec(tree_math.where(turn == 0, v, p))
-        length = tree_math.norm(product)
-        unit = tree_math.scale(tree_math.safe_inverse(length), product)
+        unit, length = tree_math.unit(product)
         cosines = jnp.stack(tree_math.vdots((v, unit), (p, unit)))
         sine = scalars.safe_sqrt(1 - cosines[0] ** 2)
         # The mean of the first products, then an exponential average.

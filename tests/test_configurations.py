@@ -284,6 +284,7 @@ FUNCTIONS = {
     "tree_math.vdot": lambda p, v: tree_math.vdot(p, v),
     "tree_math.vdots": lambda p, v: tree_math.vdots((p, v), (p, p)),
     "tree_math.norm": lambda p, v: tree_math.norm(p),
+    "tree_math.unit": lambda p, v: tree_math.unit(p),
     "tree_math.safe_inverse": lambda p, v: tree_math.safe_inverse(p["b"]),
     "tree_math.safe_divide": lambda p, v: tree_math.safe_divide(2, p["b"]),
     "tree_math.scale": lambda p, v: tree_math.scale(2.0, p),

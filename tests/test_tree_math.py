@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +77,15 @@ def test_safe_inverse(x, expected):
     assert tree_math.safe_inverse(jnp.float32(x)) == expected
     of_infinity = tree_math.safe_divide(jnp.inf, jnp.float32(x))
     assert of_infinity == (jnp.inf if expected else 0)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 1.0, 1e30])
+def test_a_unit_vector_and_its_length(factor):
+    tree = {"a": factor * jnp.array([3.0, 0.0]), "b": factor * jnp.array(-4.0)}
+    unit, length = tree_math.unit(tree)
+    expected = {"a": np.array([0.6, 0.0]), "b": -0.8} if factor else tree
+    chex.assert_trees_all_close(unit, expected, rtol=1e-6)
+    np.testing.assert_allclose(length, 5 * factor, rtol=1e-6)
 
 
 def test_scale_and_add_scaled():

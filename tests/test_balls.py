@@ -9,6 +9,7 @@ import pytest
 from problems import dense_hessian, flatten, network, quadratic, symmetric
 
 from eigensam_jax import diagnostics, perturbation, tree_math
+from eigensam_jax._update import programs
 
 ALL = pytest.mark.parametrize(
     "measure",
@@ -195,6 +196,20 @@ def test_a_batch_within_a_jit_that_changes_is_not_stale(measure):
     data["x"] = 10 * data["x"]
     after = first(measure(value_fn, jnp.ones(2), 0.1))
     np.testing.assert_allclose(after, 10 * before, rtol=1e-4)
+
+
+def test_a_loss_that_is_jitted_over_its_batch_is_compiled_once():
+    data = jnp.array([1.0, 2.0])
+    loss = jax.jit(lambda w: jnp.sum(data * w**2))
+    value_fn = lambda w: loss(w)
+    compiled = [
+        programs.compiled(value_fn, jax.grad(value_fn), jnp.full(2, x))
+        for x in (1.0, 2.0)
+    ]
+    for x, function in zip((1.0, 2.0), compiled, strict=True):
+        np.testing.assert_allclose(function(jnp.full(2, x)), 2 * x * data)
+    (program,) = programs._PROGRAMS[value_fn].values()
+    assert program._cache_size() == 1
 
 
 @pytest.mark.parametrize("rho", [0.003, 0.05])

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.extend import core
 
 Carry = TypeVar("Carry")
-_PROGRAMS: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+_PROGRAMS: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]]
+_PROGRAMS = weakref.WeakKeyDictionary()
 
 
 def is_traced(tree: Any) -> bool:
@@ -81,22 +82,26 @@ def compiled(
     if any(isinstance(x, jax.core.Tracer) for x in outside):
         return None
     text = str(jaxpr)
-    kept: dict[str, Any] = {}
+    kept: dict[tuple[Any, ...], Any] = {}
     # An address identifies a Python function only while it lives; dots abbreviate
-    # numbers that JAX keeps in the program. Of a program within it, such as a `jit`,
-    # the text does not show the arrays.
-    if " at 0x" not in text and "..." not in text and not _holds_arrays(jaxpr):
+    # numbers that JAX keeps in the program.
+    if " at 0x" not in text and "..." not in text:
         try:
             kept = _PROGRAMS.setdefault(owner, kept)
         except TypeError:  # no weak reference, or no hash
             kept = {}
-    if text not in kept:
-        kept[text] = jax.jit(
+    # The text does not show the arrays of an inner program, such as a `jit`. The kept
+    # program holds them, so that no other has their addresses.
+    key = (text, *map(id, _arrays_within(jaxpr)))
+    if key not in kept:
+        for old in [x for x in kept if x[0] == text]:
+            del kept[old]
+        kept[key] = jax.jit(
             lambda outside, leaves: core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, outside))(
                 *leaves
             )
         )
-    program, structure = kept[text], jax.tree.structure(shapes)
+    program, structure = kept[key], jax.tree.structure(shapes)
 
     def call(*arguments: Any) -> Any:
         leaves = jax.tree.leaves(arguments)
@@ -105,13 +110,12 @@ def compiled(
     return call
 
 
-def _holds_arrays(jaxpr: Any) -> bool:
-    """Whether a program within `jaxpr` has arrays of its own, such as a batch."""
+def _arrays_within(jaxpr: Any) -> list[Any]:
+    """The arrays that inner programs of `jaxpr` hold, such as a batch."""
     is_program: Callable[[Any], bool] = lambda x: hasattr(x, "eqns")
-    inner = [
-        x
-        for equation in jaxpr.eqns
-        for x in jax.tree.leaves(equation.params, is_leaf=is_program)
-        if is_program(x)
-    ]
-    return any(getattr(x, "consts", ()) or _holds_arrays(x) for x in inner)
+    found = []
+    for equation in jaxpr.eqns:
+        for x in jax.tree.leaves(equation.params, is_leaf=is_program):
+            if is_program(x):
+                found += [*getattr(x, "consts", ()), *_arrays_within(x)]
+    return found

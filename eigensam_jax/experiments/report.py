@@ -42,7 +42,7 @@ def run(root: Path, only: str | None = None) -> list[Path]:
             f"--root {root} holds no results under {FOLDER}; name a clone's folder"
         )
     for name, document in found.items():
-        if not document["complete"]:
+        if only in (None, wing_of(document)) and not document["complete"]:
             raise UserError(
                 f"{FOLDER}/{name} is not complete; finish it: "
                 f"{document['commands'][-1]}"
@@ -64,10 +64,12 @@ def run(root: Path, only: str | None = None) -> list[Path]:
 
 def results_of(root: Path) -> dict[str, Document]:
     """The results files of a clone, by folder name."""
-    return {
-        path.parent.name: results.read(path)
-        for path in sorted(root.glob(f"{FOLDER}/*/{results.FILE}"))
-    }
+    found = {}
+    for path in sorted(root.glob(f"{FOLDER}/*/{results.FILE}")):
+        found[path.parent.name] = document = results.read(path)
+        if not {"commands", "complete", "runs"} <= document.keys():
+            raise UserError(f"{path} holds no results")
+    return found
 
 
 def pages_of(root: Path) -> Iterator[Path]:

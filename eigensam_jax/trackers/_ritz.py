@@ -52,8 +52,9 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
     eigenvector is v; before the first product, v is the top component. The state is a
     `RitzState`.
 
-    The first step is plain SAM. Non-finite values leave the state unchanged, and no
-    batch counts for more than three times the curvature known. Two
+    The first step is plain SAM. Non-finite values leave the state unchanged. A product
+    counts for at most three times the curvature known, so that a strong batch is soon
+    forgotten, and a lasting rise is followed by a factor of 1.4 a product. Two
     negative eigenvalues, each larger in magnitude than every positive one, can fill the
     plane. Then λ + residual < 0 and `eigen_sam` leaves v out. Derivatives do not pass
     through axes whose eigenvalues agree up to rounding.
@@ -105,16 +106,18 @@ def ritz(update_interval: int = 20, decay: float = 0.98, gain: float = 0.2) -> T
         unit, length = tree_math.unit(product)
         cosines = jnp.stack(tree_math.vdots((v, unit), (p, unit)))
         sine = scalars.safe_sqrt(1 - cosines[0] ** 2)
+        usable = (length > 0) & jnp.isfinite(length)
         # The mean of the first products, then an exponential average.
         rate = jnp.maximum(gain, 1 / (1 + turns).astype(length.dtype))
+        # By how much one batch counts. A rise of all curvature keeps the order of v and
+        # p, as each has its own limit.
+        known = jnp.abs(state.curvature)
+        most = jnp.maximum(3 * known[turn].max(), 2 * known.max())
+        length = jnp.where(most > 0, jnp.minimum(length, most), length)
         residual = jnp.where(turn == 0, length * sine, state.residual)
-        # No batch counts for more than three times the largest known entry.
-        most = 3 * jnp.abs(state.curvature).max()
-        seen = jnp.where(most > 0, jnp.minimum(length, most), length)
-        curvature = _averaged(state.curvature, turn, seen * cosines, rate)
+        curvature = _averaged(state.curvature, turn, length * cosines, rate)
         new = (curvature[0, 0], residual, curvature, state.num_products + 1)
         old = (state.eigenvalue, state.residual, state.curvature, state.num_products)
-        usable = (length > 0) & jnp.isfinite(length)
         value, residual, curvature, count = tree_math.where(usable, new, old)
         return RitzState(v, value, residual, p, state.scatter, curvature, count)
 

@@ -86,7 +86,9 @@ def test_the_command_writes_pages_and_plots(tmp_path, capsys):
     assert str(page) not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "\x00", '{"schema": 0}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", "\x00", '{"schema": 0}', '{"schema": 1}']
+)
 def test_a_damaged_file_is_named(content, tmp_path, capsys):
     folder = tmp_path / report.FOLDER / "compare_digits"
     folder.mkdir(parents=True)
@@ -105,6 +107,8 @@ def test_what_is_not_complete_is_refused_before_anything_is_written(tmp_path, ca
     error = error_of(["report", "--root", str(tmp_path)], capsys)
     assert "compare_digits is not complete; finish it: eigensam compare" in error
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    only = ["report", "--only", "spectrum", "--root", str(tmp_path)]
+    assert cli.main(only) == 0  # which it is no part of
 
 
 def test_a_folder_without_results_is_refused(tmp_path, capsys):

@@ -236,13 +236,35 @@ def test_one_strong_batch_is_soon_forgotten(at, strength):
         state = tracker.observe(
             state, hessian * (noise + state.eigenvector), None, None
         )
-        return state, (state.eigenvalue, jnp.abs(state.eigenvector[0]))
+        cosine = jnp.abs(state.eigenvector[0])
+        return state, (state.eigenvalue, state.residual, cosine)
 
     steps = jnp.arange(700), jax.random.split(jax.random.key(0), 700)
-    values, cosines = jax.lax.scan(step, tracker.init(spectrum), steps)[1]
+    values, residuals, cosines = jax.lax.scan(step, tracker.init(spectrum), steps)[1]
     assert values[at:].max() < 2.5 * 3
+    assert residuals[at:].max() < 3 * 3
     assert np.sum(cosines[at:] < 0.9) < 100
     assert cosines[-1] > 0.99
+
+
+def test_a_rise_that_lasts_is_followed_by_the_same_axes():
+    """A thousandfold, after products of almost no curvature."""
+    tracker, spectrum = trackers.ritz(update_interval=1), jnp.array([1.0, 3.0, 0.1])
+
+    def step(state, inputs):
+        i, key = inputs
+        hessian = jnp.where(i < 6, 1e-3, 1.0) * spectrum
+        state = tracker.refresh(state, lambda v: hessian * v)
+        change = hessian * jax.random.normal(key, (3,))
+        state = tracker.observe(state, change, None, None)
+        return state, (state.eigenvalue, jnp.abs(state.eigenvector[1]))
+
+    steps = jnp.arange(80), jax.random.split(jax.random.key(1), 80)
+    values, cosines = jax.lax.scan(step, tracker.init(spectrum), steps)[1]
+    assert np.all(np.diff(values[8:40:2]) > 0)
+    np.testing.assert_allclose(values[-1], 3, rtol=0.1)
+    assert cosines[10:].min() > 0.7
+    assert cosines[-1] > 0.95
 
 
 def test_bad_numbers_are_refused_with_name_and_value():

@@ -38,17 +38,16 @@ def characters(folder: Path | None) -> Dataset:
             f"{path} has {len(text)} characters; at least {_LEAST} are needed"
         )
     ends = [int(share * len(text)) for share in (0, *_SHARES, 1)]
-    count = (ends[1] - 1) // LENGTH
-    known = np.unique(text[1 : count * LENGTH + 1])  # the training labels
+    known = np.unique(_windows(text[: ends[1]])[1])  # among the training labels
     numbers = np.searchsorted(known, text) % len(known)
     numbers = np.where(known[numbers] == text, numbers, 0)
     parts = [_windows(numbers[first:last]) for first, last in pairwise(ends)]
-    (images, labels), (held, held_labels), (test, test_labels) = parts
-    return Dataset(images, labels, test, test_labels, held, held_labels)
+    train, held, test = ([jnp.asarray(x, jnp.int32) for x in part] for part in parts)
+    return Dataset(*train, *test, *held)
 
 
-def _windows(numbers: np.ndarray) -> tuple[jnp.ndarray, jnp.ndarray]:
-    count = (len(numbers) - 1) // LENGTH
-    both = (numbers[:-1], numbers[1:])
-    images, labels = (x[: count * LENGTH].reshape(count, LENGTH) for x in both)
-    return jnp.asarray(images, jnp.int32), jnp.asarray(labels, jnp.int32)
+def _windows(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Windows, and what follows each of their entries."""
+    count = (len(text) - 1) // LENGTH
+    first, second = (x[: count * LENGTH] for x in (text[:-1], text[1:]))
+    return first.reshape(count, LENGTH), second.reshape(count, LENGTH)

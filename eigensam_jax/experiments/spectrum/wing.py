@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eigensam_jax.experiments import options, registry
+from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.registry import METHODS, learning_rate
 
 Document = dict[str, Any]
@@ -37,7 +38,7 @@ def add_command(subparsers: Any) -> None:
     }
     options.add_counts(spectrum, counts, {"batch-size": 128})
     options.add_method(spectrum)
-    options.add_base(spectrum)
+    options.add_base(spectrum, "that of --optimizer, or sgd")
     options.add_no_augment(spectrum)
     products, vectors = usual["num_matvecs"], usual["num_samples"]
     counts = {
@@ -55,8 +56,13 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     from eigensam_jax.experiments.spectrum import run as spectrum
 
     chosen = options.filled(chosen, _USUAL, _SMOKE)
-    base = METHODS[chosen.optimizer].base or chosen.base_optimizer
-    chosen.base_optimizer = base
+    fixed, asked = METHODS[chosen.optimizer].base, chosen.base_optimizer
+    if fixed and asked not in (None, fixed):
+        raise UserError(
+            f"--base-optimizer {asked}: --optimizer {chosen.optimizer} is trained by "
+            f"{fixed}; leave it out"
+        )
+    chosen.base_optimizer = base = fixed or asked or "sgd"
     rate = learning_rate(chosen.optimizer, base, chosen.learning_rate)
     chosen.learning_rate, chosen.augment = rate, options.is_augmented(chosen)
     spectrum.run(chosen, command)

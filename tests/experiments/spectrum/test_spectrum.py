@@ -161,6 +161,7 @@ def test_figures_of_the_whole_spectrum():
         ("--examples 1438", "1438", "at most 1437"),
         ("--batch-size 9999", "9999", "at most 1437"),
         ("--dataset mnist", "needs --data-dir", "four idx files"),
+        ("--optimizer sgd --base-optimizer adamw", "adamw: --optimizer sgd", "leave"),
         ("--out pyproject.toml", "pyproject.toml", "name another folder"),
     ],
 )
@@ -220,7 +221,8 @@ def test_killed_in_training_it_comes_to_the_same(tmp_path, monkeypatch, capsys):
     ("options", "base"),
     [
         ("--optimizer adamw", "adamw"),
-        ("--optimizer sgd --base-optimizer adamw", "sgd"),
+        ("--optimizer adamw --base-optimizer adamw", "adamw"),
+        ("--optimizer sam", "sgd"),
         ("--optimizer sam --base-optimizer adamw", "adamw"),
     ],
 )

@@ -45,8 +45,8 @@ def sharpness(
       hvp_mode: as in `hessian.matvec`. "finite_difference" never reaches a `tol` below
         its errors.
       host_loop: True loops in Python around a compiled product and cannot be jitted;
-        False loops inside the program. None is True outside `jit` on a CPU. Elsewhere
-        each call outside `jit` compiles its loop anew; True then compiles once.
+        False loops inside the program, which each call outside `jit` compiles anew.
+        None is True outside `jit` on a CPU.
 
     Returns:
       One `eigen.Eigenpair`. Its residual is at most `tol`·|λ_max| unless `max_matvecs`

@@ -16,6 +16,7 @@ PACKAGES = ("eigensam_jax", "jax", "jaxlib", "optax", "flax", "numpy", "scipy")
 FILE = "results.json"
 SCHEMA = 1  # described in notebooks/results/README.md
 DIGITS = 6  # of a number, at least those of the tables
+FEW_DIGITS = 2  # of a residual, which says how many of another number hold
 
 
 def environment() -> dict[str, Any]:
@@ -74,17 +75,18 @@ def write(path: Path, document: dict[str, Any]) -> None:
     replace(path, (_text({"schema": SCHEMA, **document}) + "\n").encode())
 
 
-def rounded(figures: Any) -> Any:
+def rounded(figures: Any, digits: int = DIGITS) -> Any:
     """Figures with the digits that results files keep.
 
     Round before a later run uses them: then a resumed study gives the same figures.
     """
     if isinstance(figures, dict):
-        return {key: rounded(x) for key, x in figures.items()}
+        few = {key: FEW_DIGITS for key in figures if "residual" in key}
+        return {key: rounded(x, few.get(key, digits)) for key, x in figures.items()}
     if isinstance(figures, list | tuple):
-        return [rounded(x) for x in figures]
+        return [rounded(x, digits) for x in figures]
     if isinstance(figures, float) and not figures.is_integer():
-        return float(f"{figures:.{DIGITS}g}")
+        return float(f"{figures:.{digits}g}")
     return figures
 
 

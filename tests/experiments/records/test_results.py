@@ -72,6 +72,7 @@ def test_figures_keep_six_digits_and_whole_numbers_all():
     third = 1 / 3
     figures = {"loss": third, "step": 7, "operations": 2451595521.0, "last": None}
     figures |= {"time_s": [third], "curves": {"loss": [third, None, 12345678]}}
+    figures |= {"lambda_max_residual": third, "residuals": [third]}
     assert results.rounded(figures) == {
         "loss": 0.333333,
         "step": 7,
@@ -79,5 +80,7 @@ def test_figures_keep_six_digits_and_whole_numbers_all():
         "last": None,
         "time_s": [0.333333],
         "curves": {"loss": [0.333333, None, 12345678]},
+        "lambda_max_residual": 0.33,
+        "residuals": [0.33],
     }
     assert results.rounded(results.rounded(figures)) == results.rounded(figures)

@@ -138,6 +138,8 @@ def make_runs(
             **{key: curve[at] for key, curve in curves.items()},
             "alignment": float(np.mean(curves["alignment"])),
         }
+        if found["test_accuracy"] is None:
+            del found["test_accuracy"]
         if job.tuning:
             return {key: x for key, x in found.items() if key not in _NOT_OF_TRIALS}
         del curves["lambda_max_residual"]

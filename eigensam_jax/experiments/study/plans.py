@@ -194,7 +194,7 @@ def score(record: Record) -> float:
     """Validation accuracy of a trial, or minus its loss where that has none."""
     if "diverged" in record:
         return -math.inf
-    if record["test_accuracy"] is not None:
+    if record.get("test_accuracy") is not None:
         return float(record["test_accuracy"])
     return -float(record["test_loss"])
 

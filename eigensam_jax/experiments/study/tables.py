@@ -52,7 +52,8 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
 
 def quality(runs: Sequence[Record]) -> tuple[str, str]:
     """The figure to judge methods by: a record's field, and its name in words."""
-    if all(run["test_accuracy"] is None for run in runs if "diverged" not in run):
+    ended = [run for run in runs if "diverged" not in run]
+    if all(run.get("test_accuracy") is None for run in ended):
         return "test_loss", "test loss"
     return "test_accuracy", "test acc. %"
 

@@ -118,16 +118,13 @@ def make_measure(
 def summarise(points: list[Point[Look]]) -> dict[str, Any]:
     """The figures of a run for `results.json`: its end, means of its looks, curves."""
     *looks, end = ({"radius": x.radius, **x.measurement} for x in points)
-    curves: dict[str, list[Any]] = {}
-    if looks:
-        kept = [key for key in _CURVES if key in looks[0]]
-        curves = {key: [look[key] for look in looks] for key in kept}
-        curves = {"step": [point.step for point in points[:-1]], **curves}
-    ratios, cosines = curves.get("ratio", []), curves.get("cosine", [])
+    if not looks:
+        return end
+    curves = {key: [look[key] for look in looks] for key in _CURVES}
     return {
         **end,
-        "ratio": float(np.mean(ratios)) if ratios else None,
-        "worst_ratio": min(ratios, default=None),
-        "cosine": float(np.mean(cosines)) if cosines else None,
-        "curves": curves,
+        "ratio": float(np.mean(curves["ratio"])),
+        "worst_ratio": min(curves["ratio"]),
+        "cosine": float(np.mean(curves["cosine"])),
+        "curves": {"step": [point.step for point in points[:-1]], **curves},
     }

@@ -9,7 +9,7 @@ import numpy as np
 
 from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.registry import look
-from eigensam_jax.experiments.study.tables import by_row, quality
+from eigensam_jax.experiments.study.tables import FRONTIER, by_row, quality
 
 Record = dict[str, Any]
 
@@ -21,7 +21,6 @@ _LABELS = {
     "alignment": "alignment |cos(ε, v)|",
 }
 _ABLATED = {"rho": "ρ", "alpha": "α", "when": "steps", "norms": "norm layers"}
-_FRONTIER = {"steps": "the same steps", "gradients": "the same gradients"}
 _FEW = 5  # looks, of which no curve is drawn
 
 
@@ -69,7 +68,7 @@ def ablate(runs: Sequence[Record], title: str, path: Path) -> None:
 
 def frontier(runs: Sequence[Record], title: str, path: Path) -> None:
     """Draws accuracy and λ_max of each method at equal steps, then equal gradients."""
-    _by_table(runs, _FRONTIER, title, path)
+    _by_table(runs, {x: f"the same {x}" for x in FRONTIER}, title, path)
 
 
 DRAW: dict[str, Callable[[Sequence[Record], str, Path], None]] = {

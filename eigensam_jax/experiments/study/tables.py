@@ -120,8 +120,8 @@ def against(runs: Sequence[Record], what: str) -> list[list[str]]:
     table, _, name = what.partition(", ")
     found = by_row(runs, table)
     if not found:
-        tables = dict.fromkeys(run["table"] for run in runs)
-        raise UserError(f"against {what}: name a table of {', '.join(tables)}")
+        there = dict.fromkeys(run["table"] for run in runs)
+        raise UserError(f"against {what}: name a table of {', '.join(there)}")
     if name not in ("", *found):
         raise UserError(f"against {what}: name a row of {', '.join(found)}")
     base = name or next(iter(found))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from eigensam_jax import tree_math
 from eigensam_jax.tree_math import PyTree
@@ -21,7 +21,7 @@ from eigensam_jax.tree_math import PyTree
 _MANTISSA_BITS = 23  # of float32
 
 
-def add(weights: PyTree, epsilon: PyTree, count: jax.Array) -> PyTree:
+def add(weights: PyTree, epsilon: PyTree, count: ArrayLike = 0) -> PyTree:
     """The perturbed weights w + ε, in the dtypes of `weights`.
 
     In dtypes narrower than float32 x = w + ε is rounded to a neighbour at random, with
@@ -33,7 +33,7 @@ def add(weights: PyTree, epsilon: PyTree, count: jax.Array) -> PyTree:
       >>> from eigensam_jax._update import rounding
       >>> w = jnp.ones(10_000, jnp.bfloat16)  # the next number is 1.0078
       >>> epsilon = jnp.linspace(0, 0.002, 10_000)
-      >>> moved = rounding.add(w, epsilon, jnp.int32(0)) - w
+      >>> moved = rounding.add(w, epsilon) - w
       >>> bool(jnp.abs(moved.astype(jnp.float32).sum() / epsilon.sum() - 1) < 0.1)
       True
     """
@@ -44,7 +44,7 @@ def add(weights: PyTree, epsilon: PyTree, count: jax.Array) -> PyTree:
     )
 
 
-def cast(tree: PyTree, dtype: DTypeLike, count: jax.Array) -> PyTree:
+def cast(tree: PyTree, dtype: DTypeLike, count: ArrayLike) -> PyTree:
     """`tree` in another dtype, rounded as in `add`."""
     return jax.tree.map(lambda x: _rounded(x, jnp.dtype(dtype), count), tree)
 
@@ -70,7 +70,7 @@ def spread_like(tree: PyTree, seed: jax.Array) -> PyTree:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _rounded(x: jax.Array, dtype: jnp.dtype, count: jax.Array) -> jax.Array:
+def _rounded(x: jax.Array, dtype: jnp.dtype, count: ArrayLike) -> jax.Array:
     nearest = x.astype(dtype)
     if tree_math.accumulation_dtype(nearest) == dtype:
         return nearest
@@ -98,8 +98,8 @@ def _rounded_jvp(dtype: jnp.dtype, primals: Any, tangents: Any) -> tuple[Any, An
     return _rounded(primals[0], dtype, primals[1]), tangents[0].astype(dtype)
 
 
-def _hash(bits: jax.Array, count: jax.Array) -> jax.Array:
-    bits = bits + count.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
+def _hash(bits: jax.Array, count: ArrayLike) -> jax.Array:
+    bits = bits + jnp.asarray(count).astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
     for multiplier, shift in ((0x85EBCA6B, 15), (0xC2B2AE35, 13)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(multiplier)
     return bits ^ (bits >> 16)

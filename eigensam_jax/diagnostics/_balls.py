@@ -289,7 +289,7 @@ def _in_ball(
     def value_at(params: PyTree, x: PyTree) -> jax.Array:
         block = space.select(params)
         # Rounded as by `sam`: narrow weights would not move to the nearest number.
-        moved = rounding.add(block, scaled(params, x), jnp.zeros((), jnp.int32))
+        moved = rounding.add(block, scaled(params, x))
         return checked(space.merge(moved, params))
 
     zero, _, unravel = _raveled.raveled(True, space.select(params))

@@ -146,7 +146,7 @@ def loss_slice(
         shift = tree_math.zeros_like(params)
         for distance, direction in zip(point, directions, strict=True):
             shift = tree_math.add_scaled(shift, distance, direction)
-        return value(rounding.add(params, shift, jnp.zeros((), jnp.int32)))
+        return value(rounding.add(params, shift))
 
     points = jnp.stack(jnp.meshgrid(*grid, indexing="ij"), -1).reshape(-1, len(grid))
     host_loop, run = programs.host_loop_of(

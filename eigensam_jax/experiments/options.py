@@ -188,13 +188,14 @@ def add_number(
 def add_grid(
     parser: argparse.ArgumentParser, name: str, what: str, usual: Sequence[float]
 ) -> None:
-    """Adds an option for several numbers above 0."""
+    """Adds an option for several numbers above 0; usual learning rates are SGD's."""
+    whose = "sgd: " if name == "learning_rates" else ""
     parser.add_argument(
         f"--{name.replace('_', '-')}",
         metavar="X",
         nargs="+",
         type=number(float, above=0),
-        help=f"{what} [{' '.join(f'{x:g}' for x in usual)}]",
+        help=f"{what} [{whose}{' '.join(f'{x:g}' for x in usual)}]",
     )
 
 

@@ -171,7 +171,7 @@ def perturbed_gradient(
     value_fn: hessian.ValueFn, params: PyTree, step: Perturbation
 ) -> PyTree:
     """∇f(w + ε), in float32 or wider."""
-    perturbed = rounding.add(params, step.epsilon, jnp.zeros((), jnp.int32))
+    perturbed = rounding.add(params, step.epsilon)
     return tree_math.widen(jax.grad(value_fn)(perturbed))
 
 

@@ -80,7 +80,7 @@ def test_wide_dtypes_are_rounded_to_the_nearest():
         rng = np.random.default_rng(0)
         w = {name: rng.normal(size=100).astype(name) for name in ("float32", "float64")}
         epsilon = {name: 1e-3 * x for name, x in w.items()}
-        rounded = rounding.add(jax.tree.map(jnp.asarray, w), epsilon, jnp.int32(0))
+        rounded = rounding.add(jax.tree.map(jnp.asarray, w), epsilon)
         for name, x in rounded.items():
             assert x.dtype == name
             np.testing.assert_array_equal(np.asarray(x), w[name] + epsilon[name])

@@ -66,7 +66,7 @@ def add_command(subparsers: Any) -> None:
     counts["epochs"] = f"number of epochs [{_USUAL['epochs']}]"
     options.add_counts(parser, counts)
     what = "tried for the base optimizer; the others use the first"
-    options.add_grid(parser, "learning-rates", what, _USUAL["learning_rates"])
+    options.add_grid(parser, "learning_rates", what, _USUAL["learning_rates"])
     options.add_grid(parser, "rhos", "ρ", _USUAL["rhos"])
     options.add_number(parser, "alpha", 1.0, "α")
     options.add_label_noise(parser)

@@ -19,7 +19,6 @@ from eigensam_jax.experiments.training.steps import TrainState
 from eigensam_jax.tree_math import PyTree
 
 _UNSEEN = 0.15  # the share of steps before the first look
-_CURVES = ("lambda_max", "ratio", "cosine")  # that a results file keeps
 _MEASURED = ("train_loss", "test_accuracy", "lambda_max", "lambda_max_residual")
 
 Look = dict[str, Any]
@@ -116,15 +115,15 @@ def make_measure(
 
 
 def summarise(points: list[Point[Look]]) -> dict[str, Any]:
-    """The figures of a run for `results.json`: its end, means of its looks, curves."""
+    """The figures of a run for `results.json`: its end, means of its looks, a curve."""
     *looks, end = ({"radius": x.radius, **x.measurement} for x in points)
     if not looks:
         return end
-    curves = {key: [look[key] for look in looks] for key in _CURVES}
+    ratios = [look["ratio"] for look in looks]
     return {
         **end,
-        "ratio": float(np.mean(curves["ratio"])),
-        "worst_ratio": min(curves["ratio"]),
-        "cosine": float(np.mean(curves["cosine"])),
-        "curves": {"step": [point.step for point in points[:-1]], **curves},
+        "ratio": float(np.mean(ratios)),
+        "worst_ratio": min(ratios),
+        "cosine": float(np.mean([look["cosine"] for look in looks])),
+        "curves": {"step": [point.step for point in points[:-1]], "ratio": ratios},
     }

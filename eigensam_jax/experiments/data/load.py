@@ -72,7 +72,7 @@ def only_file(folder: Path | None, suffix: str) -> Path:
     """The file with this suffix in a folder; UserError unless there is one."""
     if folder is None:
         raise UserError(f"--data-dir is needed: the folder of one {suffix} file")
-    found = sorted(folder.glob(f"*{suffix}"))
+    found = sorted(x for x in folder.glob(f"*{suffix}") if x.is_file())
     if len(found) != 1:
         raise UserError(
             f"--data-dir {folder} must hold one {suffix} file, not {len(found)}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from eigensam_jax.experiments.data import load
+from eigensam_jax.experiments.data import integrity, load
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
 
@@ -86,7 +86,9 @@ def linear(folder: Path | None, horizon: int) -> Dataset:
 def _read(folder: Path | None) -> np.ndarray:
     path = load.only_file(folder, ".csv")
     try:
-        values = np.loadtxt(path, delimiter=",", skiprows=1, dtype=str, ndmin=2)
+        _, *lines = integrity.read(path).decode("utf-8").splitlines() or [""]
+        lines = [line for line in lines if line.strip()]
+        values = np.loadtxt(lines or [","], delimiter=",", dtype=str, ndmin=2)
         numbers = values[:, 1:].astype(np.float64)
     except ValueError as error:
         raise UserError(

@@ -1,12 +1,13 @@
 """Characters of a text, to be told from those before."""
 
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from eigensam_jax.experiments.data import load
+from eigensam_jax.experiments.data import integrity, load
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.errors import UserError
 
@@ -30,7 +31,8 @@ def characters(folder: Path | None) -> Dataset:
     """
     path = load.only_file(folder, ".txt")
     try:
-        text = np.array([*path.read_text("utf-8")])
+        lines = StringIO(integrity.read(path).decode("utf-8"), newline=None)
+        text = np.array([*lines.read()])
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text in UTF-8: {error}") from error
     if len(text) < _LEAST:

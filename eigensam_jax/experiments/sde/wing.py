@@ -55,10 +55,11 @@ def add_command(subparsers: Any) -> None:
 
 def run(chosen: argparse.Namespace, command: str) -> None:
     """Runs paths and checks; leaves `results.json` and three plots in `--out`."""
+    from eigensam_jax.experiments.records import results
     from eigensam_jax.experiments.sde import run as sde
 
     chosen = options.filled(chosen, _USUAL, _SMOKE)
-    chosen.rhos = tuple(sorted({*chosen.rho}))
+    chosen.rhos = tuple(sorted({*results.rounded(chosen.rho)}))
     sde.run(chosen, command)
 
 

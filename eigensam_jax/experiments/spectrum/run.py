@@ -52,6 +52,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     dimension = _check(chosen, dataset, model)
     chosen.examples = chosen.examples or min(EXAMPLES, available)
     results.make_folder(chosen.out)
+    method = methods.named(chosen.optimizer, chosen.rho, chosen.alpha)
+    chosen.rho, chosen.alpha = method.rho, method.alpha  # 0 where it uses none
     training = {
         **{key: getattr(chosen, key) for key in _TRAINING},
         **loop.protocol(dataset, chosen.base_optimizer, chosen.weight_decay),
@@ -89,6 +91,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
             top = eigen.top_eigenpairs(
                 *(counted(task), params, chosen.k),
                 tol=TOLERANCE,
+                max_matvecs=max(1_000, 20 * chosen.k),
+                thorough=True,  # the residuals are by products
                 host_loop=True,
             )
             seconds, products = time.perf_counter() - began, bar.tasks[task].completed

@@ -62,6 +62,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
             f"--base-optimizer {asked}: --optimizer {chosen.optimizer} is trained by "
             f"{fixed}; leave it out"
         )
+    if chosen.seed >= 2**32:
+        raise UserError(f"--seed {chosen.seed} has more than 32 bits; use fewer")
     chosen.base_optimizer = base = fixed or asked or "sgd"
     rate = learning_rate(chosen.optimizer, base, chosen.learning_rate)
     chosen.learning_rate, chosen.augment = rate, options.is_augmented(chosen)

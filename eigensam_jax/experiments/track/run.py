@@ -30,7 +30,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     dataset = registry.dataset(chosen.dataset, chosen.data_dir)
     dataset = load.first(dataset, TRAIN_EXAMPLES)
     available = len(dataset.train_labels)
-    loop.check_batch_size(BATCH_SIZE, chosen.dataset, available)
+    loop.check_batch_size(BATCH_SIZE, chosen.dataset, available, is_option=False)
     results.make_folder(chosen.out)
     path = chosen.out / results.FILE
     calls = {name: TRACKERS[name].call for name in chosen.trackers}

@@ -106,12 +106,16 @@ class Run(Protocol[Measurement]):
 Measure = Callable[[Setup, TrainState, Any], tuple[Measurement, Any]]
 
 
-def check_batch_size(batch_size: int, name: str, examples: int) -> None:
+def check_batch_size(
+    batch_size: int, name: str, examples: int, is_option: bool = True
+) -> None:
     """Raises UserError if a batch is larger than the training set."""
     if batch_size > examples:
+        option = "--batch-size" if is_option else "a batch of"
+        remedy = f"use at most {examples}" if is_option else "name a larger data set"
         raise UserError(
-            f"--batch-size {batch_size} is more than the {examples} training images of "
-            f"{name}; use at most {examples}"
+            f"{option} {batch_size} is more than the {examples} training images of "
+            f"{name}; {remedy}"
         )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from eigensam_jax import periodic
+from eigensam_jax import periodic, tree_math
 from eigensam_jax.experiments.entries import GRADIENTS
 from eigensam_jax.experiments.registry import METHODS, TRACKERS, matched
 from eigensam_jax.trackers import Tracker
@@ -75,10 +75,10 @@ class Setup(NamedTuple):
 
     def gradients(self, total_steps: int) -> float:
         """Mean gradient evaluations per step; a Hessian product counts as two."""
-        acting = sum(self.acts(step, total_steps) for step in range(total_steps))
-        products = 2 * self.num_products / self.update_interval
-        more = GRADIENTS - 1 + products
-        return 1 + acting / total_steps * more
+        acting = [x for x in range(total_steps) if self.acts(x, total_steps)]
+        refreshes = sum(self.refreshes(step, total_steps) for step in acting)
+        more = (GRADIENTS - 1) * len(acting) + 2 * self.num_products * refreshes
+        return 1 + more / total_steps
 
     @property
     def matched(self) -> "Setup | None":
@@ -137,14 +137,20 @@ def make_optimizer(
 def perturbation_direction(
     setup: Setup, grads: PyTree, params: PyTree, opt_state: Any
 ) -> PyTree:
-    """The perturbation's direction, from a batch's gradient; for SGD, the gradient."""
+    """The perturbation's direction, from a batch's gradient; for SGD, the gradient.
+
+    As in a step, v counts only while the tracker calls it usable.
+    """
     if setup.norms_only:
         mask = is_norm(params)
         grads = jax.tree.map(lambda g, inside: inside * g, grads, mask)
     direction = METHODS[setup.optimizer].direction
     if direction is None:
         return grads
-    v = optax.tree.get(opt_state, "eigenvector")
+    v = None
+    if setup.tracker:
+        tracked = optax.tree.get(opt_state, "tracker")
+        v = tree_math.scale(tracked.usable, tracked.eigenvector)
     return direction(grads, params, v, setup.alpha)
 
 

@@ -75,6 +75,20 @@ def test_what_is_no_series_is_refused(values, message, tmp_path):
         registry.dataset("series_96", tmp_path)
 
 
+@pytest.mark.parametrize("content", ["", "date,a\n", "\n\n"])
+def test_a_file_without_rows_is_refused(content, tmp_path):
+    (tmp_path / "series.csv").write_text(content)
+    with pytest.raises(UserError, match="not a table of numbers after a date"):
+        registry.dataset("series_96", tmp_path)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("series_96", "csv"), ("text", "txt")])
+def test_a_folder_is_no_file(name, kind, tmp_path):
+    (tmp_path / f"a.{kind}").mkdir()
+    with pytest.raises(UserError, match=rf"must hold one \.{kind} file, not 0"):
+        registry.dataset(name, tmp_path)
+
+
 def test_a_folder_without_one_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"must hold one \.csv file, not 0"):
         registry.dataset("series_96", tmp_path)

@@ -100,6 +100,17 @@ def test_the_smoke_run(tmp_path):
 
 
 @pytest.mark.usefixtures("drawn")
+def test_a_rho_of_many_digits_is_the_one_in_the_middle(without_work, tmp_path):
+    options = ["--rho", "0.0333333333", "0.033333333", "--out", str(tmp_path)]
+    assert cli.main(["sde", "--smoke", *options]) == 0
+    results = saved(tmp_path)
+    assert results["config"]["rhos"] == [0.0333333]
+    paths, _ = split(results)
+    measured = [run for run in paths if set(run["curves"]) >= RATES]
+    assert {run["optimizer"] for run in measured} == {"sam", "eigen_sam"}
+
+
+@pytest.mark.usefixtures("drawn")
 def test_every_path_is_there_and_the_command_says_what_came_out(
     without_work, tmp_path, capsys
 ):

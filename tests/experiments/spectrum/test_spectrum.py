@@ -29,7 +29,7 @@ SMOKE = argparse.Namespace(
     batch_size=128,
     learning_rate=0.05,
     rho=0.1,
-    alpha=0.2,
+    alpha=0.0,  # SAM has none
     augment=False,
     k=3,
     num_matvecs=8,
@@ -58,8 +58,14 @@ def _steps_are_compiled_once():
 
 
 @pytest.mark.usefixtures("drawn")
-def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
-    out = tmp_path / "results"
+def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys, monkeypatch):
+    out, found, search = tmp_path / "results", [], eigen.top_eigenpairs
+
+    def kept(matvec, *args, **options):
+        found.append((matvec, search(matvec, *args, **options)))
+        return found[-1][1]
+
+    monkeypatch.setattr(eigen, "top_eigenpairs", kept)
     assert cli.main([*OPTIONS.split(), str(out)]) == 0
     printed = capsys.readouterr().out.lstrip()
     lines = printed.splitlines()
@@ -79,6 +85,7 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     assert results["wall_time_s"] > run["top_wall_time_s"] > 0
 
     dataset = registry.dataset("digits")
+    monkeypatch.undo()
     trained = spectrum.train(SMOKE, dataset)
     for key in ("train_loss", "test_accuracy"):
         assert run[key] == records.rounded(trained[key])
@@ -92,6 +99,11 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
     assert values == sorted(values, reverse=True)
     assert len(values) == len(run["residuals"]) == 3
     assert max(run["residuals"]) <= spectrum.TOLERANCE * values[0]
+    ((product, pairs),) = found
+    for i, residual in enumerate(run["residuals"]):
+        v = jax.tree.map(lambda x, i=i: x[i], pairs.eigenvector)
+        error = ravel_pytree(product(v))[0] - pairs.eigenvalue[i] * ravel_pytree(v)[0]
+        np.testing.assert_allclose(residual, jnp.linalg.norm(error), rtol=0.1)
     assert np.shape(run["nodes"]) == np.shape(run["weights"]) == (2, 8)
     np.testing.assert_allclose(np.sum(run["weights"]), 1, rtol=1e-5)
     np.testing.assert_allclose(np.max(run["nodes"]), values[0], rtol=0.05)
@@ -102,7 +114,8 @@ def test_the_spectrum_is_that_of_the_trained_network(tmp_path, capsys):
 
 def test_training_is_that_of_compare():
     dataset = registry.dataset("digits")
-    chosen = argparse.Namespace(**{**vars(SMOKE), "optimizer": "eigen_sam"})
+    changed = {"optimizer": "eigen_sam", "alpha": 0.2}
+    chosen = argparse.Namespace(**{**vars(SMOKE), **changed})
     trained = spectrum.train(chosen, dataset)
     model = models.MLP(10)
     run = training.make_run(
@@ -158,6 +171,7 @@ def test_figures_of_the_whole_spectrum():
         ("--num-matvecs 1.5", "'1.5'", "whole number above 0"),
         ("--num-samples x", "'x'", "whole number above 0"),
         ("--seed -1", "'-1'", "whole number of at least 0"),
+        ("--seed 4294967296", "4294967296", "more than 32 bits"),
         ("--examples 1438", "1438", "at most 1437"),
         ("--batch-size 9999", "9999", "at most 1437"),
         ("--dataset mnist", "needs --data-dir", "four idx files"),

@@ -51,6 +51,9 @@ def test_the_top_eigenpair_is_that_of_the_dense_hessian(problem):
     v = ravel_pytree(top.eigenvector)[0]
     assert abs(v @ vectors[:, -1]) > 1 - 1e-4
     assert top.residual < 2 * measures.CURVATURE_TOLERANCE * top.eigenvalue
+    dense = dense_hessian(lambda p: loss(p, *batch), params)
+    error = np.linalg.norm(dense @ v - top.eigenvalue * v)
+    np.testing.assert_allclose(top.residual, error, rtol=0.05)
     again = top_of(loss, params, batch, top.eigenvector)
     np.testing.assert_allclose(again.eigenvalue, top.eigenvalue, rtol=1e-4)
 

@@ -31,8 +31,9 @@ def add_command(subparsers: Any) -> None:
         "track",
         help="measure how well each tracker follows the top eigenvector",
         description="Train a network with Eigen-SAM by each tracker, and SAM at the "
-        "radius of each run. Prints tables and leaves results.json and track.png in "
-        "--out. Run it again to resume, or to add a tracker, an α or a seed.",
+        "radius of each run; the last two trackers are bounds and have no such SAM. "
+        "Prints tables and leaves results.json and track.png in --out. Run it again "
+        "to resume, or to add a tracker, an α or a seed.",
     )
     small = {name: x.track_rate for name, x in MODELS.items() if x.track_rate}
     options.add_problem(track, tuple(small))

@@ -81,8 +81,11 @@ def test_the_top_eigenpair_is_arpacks(problem):
     model, dataset, params = problem
     loss = losses.evaluation_loss(model)
     batch = dataset.train_images, dataset.train_labels
-    dense = dense_hessian(lambda p: loss(p, *batch), params)
-    values, vectors = linalg.eigsh(np.asarray(dense, np.float64), k=1, which="LA")
+    with jax.enable_x64(True):
+        images, wide = jax.tree.map(jnp.float64, (dataset.train_images, params))
+        dense = dense_hessian(lambda p: loss(p, images, batch[1]), wide)
+    assert dense.dtype == np.float64
+    values, vectors = linalg.eigsh(np.asarray(dense), k=1, which="LA")
     top = top_of(loss, params, batch)
     np.testing.assert_allclose(top.eigenvalue, values[0], rtol=1e-4)
     assert abs(ravel_pytree(top.eigenvector)[0] @ vectors[:, 0]) > 1 - 1e-4

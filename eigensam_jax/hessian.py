@@ -100,7 +100,7 @@ def _noted() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if re.search("differentia|autodiff|jvp|vjp", str(error), re.IGNORECASE):
+        if re.search(r"differentia|autodiff|(?<!\.)\b(jvp|vjp)\b", str(error), re.I):
             error.add_note(
                 "An operation of the loss can't be differentiated twice in this "
                 "hvp_mode. 'reverse_over_reverse' needs no forward derivative, and "

@@ -1,5 +1,6 @@
 """Flax linen: a `TrainState` that passes the loss on to the transformation."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -79,7 +80,16 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
           extra_args: other arguments of the transformation, such as
             `{"refresh": True}`, or `{"value": loss}` for `reduce_on_plateau`.
           **fields: fields of the state to replace, such as `batch_stats`.
+
+        Raises:
+          TypeError: for what is no field of the state.
         """
+        for name in fields:
+            if name not in {field.name for field in dataclasses.fields(self)}:
+                raise TypeError(
+                    f"apply_gradients got {name}, which is no field of the state: give "
+                    f"arguments of the transformation as extra_args={{{name!r}: …}}."
+                )
         given = {"value_fn": value_fn, "grad_fn": grad_fn, "curvature_fn": curvature_fn}
         functions = {
             name: _of_perturbed(function, self.params)

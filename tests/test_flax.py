@@ -139,6 +139,12 @@ def test_linen_hands_extra_arguments_to_the_transformation_and_fields_to_replace
     assert state.step == 1
 
 
+def test_linen_says_where_arguments_of_the_transformation_go():
+    state = linen_state(optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"got value, .* as extra_args=\{'value': …\}"):
+        state.apply_gradients(grads=state.params, value=1.0)
+
+
 def test_linen_without_a_loss_is_flaxs_own():
     tx = optax.adam(0.1)
     state, own = linen_state(tx), linen_state(tx, train_state.TrainState)

@@ -391,6 +391,14 @@ def test_gauss_newton_modes_agree(mode):
         assert relative_error(product(mode), product(hessian.HVP_MODES[0])) < rtol
 
 
+def test_a_loss_that_is_no_scalar_gets_no_note():
+    f, w = (lambda w, x: (jnp.sum(w * x), 0)), jnp.ones(3)
+    matvec = hessian.mean_matvec(f, w, jnp.ones((1, 3)))
+    with pytest.raises(TypeError) as error:
+        matvec(w)
+    assert "trackers" not in " ".join(getattr(error.value, "__notes__", ()))
+
+
 def test_errors_that_are_no_missing_derivative_get_no_note():
     with pytest.raises(TypeError) as error:
         hessian.hvp(lambda w: jnp.sum(w, no_such_argument=1), W, V)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from problems import dense_hessian, flatten, network
 
 from eigensam_jax import diagnostics, hessian
@@ -53,6 +54,9 @@ def test_a_report_keeps_to_its_budget(budget, names, monkeypatch):
     jax.effects_barrier()
     assert len(made) == found.num_matvecs <= budget
     assert [*found.layers] == names
+    assert found.layers_left_out == 2 - len(names)
+    said = "λ_max of 2 layers left out: give more num_matvecs"
+    assert (said in str(found)) == (not names)
 
 
 def test_a_report_reads_as_a_table():
@@ -67,6 +71,12 @@ def test_a_report_reads_as_a_table():
 
 def test_what_can_not_be_reported():
     params, loss = network()
+    with pytest.raises(ValueError, match="must be") as error:
+        diagnostics.report(params, loss)
+    assert len(str(error.value)) < 200  # the weights are not in it
+    for mask in (nnx.Param, ...):
+        with pytest.raises(ValueError, match="mask must not be"):
+            diagnostics.sharpness(loss, params, mask=mask)
     with pytest.raises(ValueError, match=r"num_matvecs must be at least 8, got 7"):
         diagnostics.report(loss, params, num_matvecs=7)
     untouched = lambda params: pytest.fail("it was called")

@@ -101,6 +101,11 @@ def test_a_density_that_can_not_be_drawn():
         plotting.spectral_density(broken)
     with pytest.raises(ValueError, match="must be finite, got 1 values that are not"):
         plotting.spectral_density(DENSITY, eigenvalues=[jnp.inf])
+    for lost in (0, slice(None)):  # one sample, or all
+        broken = eigen.SpectralDensity(*(x.at[lost].set(jnp.nan) for x in DENSITY))
+        count = 2 * broken.nodes[lost].size
+        with pytest.raises(ValueError, match=f"got {count} values that are not"):
+            plotting.spectral_density(broken)
     for name, value in (("width", 0.0), ("width", -1.0), ("num_params", 0)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             plotting.spectral_density(DENSITY, **{name: value})
@@ -164,6 +169,10 @@ def test_a_second_run_goes_beside_the_first():
 def test_eigenvalues_below_zero_are_on_a_linear_axis():
     panels = plotting.training(infos_of([-1, 10, 2000]))
     assert panels[0].get_yscale() == "linear"
+    one = plotting.training(infos_of([-1, 2, 3]))
+    assert plotting.training(infos_of([1, 10, 3000]), one)[0].get_yscale() == "linear"
+    one = plotting.training(infos_of([1, 10, 300]))
+    assert plotting.training(infos_of([-5, -3, 2]), one)[0].get_yscale() == "linear"
 
 
 def test_training_of_a_link():

@@ -19,12 +19,16 @@ from eigensam_jax.hessian import GradFn, ValueFn
 from eigensam_jax.tree_math import PyTree
 
 _CALL = "tx.update(grads, opt_state, params, value_fn=lambda p: loss(p, batch))"
+_LONGEST = 300  # of a value in an error
 _GRAD_REMEDY = "Return the gradient, or (value, gradient) as jax.value_and_grad does."
 
 
 def require(valid: bool, name: str, value: Any, what: str, remedy: str = "") -> None:
     if not valid:
-        raise ValueError(f"{name} must be {what}, got {value!r}{remedy}.")
+        shown = repr(value)
+        if len(shown) > _LONGEST:
+            shown = f"a {type(value).__name__}"
+        raise ValueError(f"{name} must be {what}, got {shown}{remedy}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -64,6 +64,7 @@ def subspace(mask: Mask, params: PyTree) -> Subspace:
     """The subspace of `params` that `mask` selects, whatever its containers."""
     leaves, treedef = jax.tree.flatten(params)
     selected = (True,) * len(leaves)
+    check(mask)
     if mask is not None and leaves:
         arguments.check_params(params, (False,) * len(leaves))
         tree = _called(mask, params) if _is_function(mask) else mask

@@ -34,8 +34,9 @@ class Report(NamedTuple):
       sam: `sam_sharpness`.
       worst_case: `worst_case_sharpness`.
       average: `average_sharpness`.
-      layers: as of `sharpness_by_layer`; empty where the products did not suffice.
+      layers: as of `sharpness_by_layer`.
       num_matvecs: Hessian-vector products that were made.
+      layers_left_out: the layers for which the products did not suffice.
     """
 
     value: float
@@ -48,6 +49,7 @@ class Report(NamedTuple):
     average: Estimate
     layers: dict[str, Eigenpair]
     num_matvecs: int
+    layers_left_out: int = 0
 
     def __str__(self) -> str:
         rows = [
@@ -69,6 +71,9 @@ class Report(NamedTuple):
             + ("" if error is None else f" ± {error:.1g}")
             for name, value, error in rows
         ]
+        if self.layers_left_out:
+            left_out = f"λ_max of {self.layers_left_out} layers left out"
+            lines.append(f"{left_out}: give more num_matvecs")
         return "\n".join([*lines, f"{self.num_matvecs} Hessian-vector products"])
 
 
@@ -171,4 +176,5 @@ def report(
         average_sharpness(value_fn, params, rho, seed=seed),
         layers,
         spent,
+        len(masks) - len(layers),
     )

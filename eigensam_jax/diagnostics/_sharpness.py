@@ -41,7 +41,8 @@ def sharpness(
       params: w, a tree of real arrays.
       mask: as in `sam`, for λ_max of a block of the Hessian, such as a layer's.
       tol, max_matvecs: as in `eigen.top_eigenpairs`.
-      v0: the start, such as the v of Eigen-SAM or of the last call; by default random.
+      v0: the start, such as the v of Eigen-SAM; by default random. It saves nothing: at
+        least 20 products are made, as it may be near an unwanted eigenvector.
       hvp_mode: as in `hessian.matvec`. "finite_difference" never reaches a `tol` below
         its errors.
       host_loop: True loops in Python around a compiled product and cannot be jitted;
@@ -50,7 +51,8 @@ def sharpness(
 
     Returns:
       One `eigen.Eigenpair`. Its residual is at most `tol`·|λ_max| unless `max_matvecs`
-      ran out or rounding prevents it. NaN if a product is non-finite.
+      ran out or rounding prevents it. It does not see the rounding of products: compute
+      the loss in float32 at least. NaN if a product is non-finite.
 
     Raises:
       ValueError: for an invalid argument.

@@ -55,16 +55,18 @@ def spectral_density(
     if num_params is not None:
         arguments.check_positive_int("num_params", num_params, "eigenvalues")
     nodes, weights = (panels.values("density", x).ravel() for x in density)
-    nodes, weights = nodes[weights > 0], weights[weights > 0]
+    is_there = ~(weights <= 0)  # NaN too, to be refused
+    nodes, weights = nodes[is_there], weights[is_there]
     marks = getattr(
         eigenvalues, "eigenvalue", () if eigenvalues is None else eigenvalues
     )
     tops = panels.values("eigenvalues", marks).ravel()
     ends = np.concatenate([nodes, tops])
-    if not (len(nodes) and np.isfinite(ends).all()):
+    known = np.isfinite([*ends, *weights])
+    if not (len(nodes) and known.all()):
         raise ValueError(
             "density and eigenvalues must be finite, got "
-            f"{np.sum(~np.isfinite(ends))} values that are not: a product with the "
+            f"{np.sum(~known)} values that are not: a product with the "
             "matrix was not finite. Look at the loss and the parameters."
         )
     if width is None:

@@ -86,9 +86,12 @@ def training(
         marker = "o" if len(infos) < 30 else ""
         panel.plot(numbers, values, style, marker=marker, markersize=3, label=label)
         panel.set_ylabel(name)
-        if panels.spans_decades(values):
+        every = [line.get_ydata() for line in panel.lines]  # of earlier calls too
+        if panels.spans_decades(np.concatenate(every)):
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter(panels.plain)
+        else:
+            panel.set_yscale("linear")
     drawn[1].set_ylim(-0.03, 1.03)
     drawn[2].set_xlabel("step")
     if label is not None:

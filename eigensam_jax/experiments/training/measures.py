@@ -41,8 +41,8 @@ class Measurement(NamedTuple):
         several labels.
       held_loss: on the data set's own held-out examples; None if it has none.
       lambda_max: of the training loss's Hessian on the first training images.
-      lambda_max_residual: ‖Hv − λv‖ of that eigenpair, as the Lanczos recurrence has it:
-        too small below 1e-5·λ.
+      lambda_max_residual: ‖Hv − λv‖ of that eigenpair, by the Lanczos recurrence: too
+        small below 1e-5·λ.
       alignment: |cos| of v and the perturbation (for SGD, the gradient), the mean over
         `ALIGNMENT_BATCHES` training batches.
     """

@@ -38,7 +38,8 @@ def sharpness(
 
     Args:
       value_fn: f, a function of the parameters alone that returns a real scalar.
-      params: w, a tree of real arrays.
+      params: w, a tree of real arrays: of an nnx model `nnx.state(model, nnx.Param)`,
+        of linen's variables those of "params". Running statistics would count too.
       mask: as in `sam`, for λ_max of a block of the Hessian, such as a layer's.
       tol, max_matvecs: as in `eigen.top_eigenpairs`.
       v0: the start, such as the v of Eigen-SAM; by default random. It saves nothing: at

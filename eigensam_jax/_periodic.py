@@ -50,7 +50,9 @@ def periodic(
         q = (g′ − ⟨g′,u⟩u)/‖g′ − ⟨g′,u⟩u‖,   u = g₀/‖g₀‖.
 
     Norms and inner products run over all parameters, also if `link` has a mask. q is 0
-    if that part is rounding error; a zero or non-finite gradient leaves q unchanged.
+    if that part is rounding error by the dtypes of the gradients, so that in bfloat16
+    it must be 3% of g′. A zero or non-finite gradient leaves q unchanged, and q is not
+    added to one.
     Memory, with `reuse`: q, and g₀ during a perturbed step. Under `jax.vmap` over a
     state both kinds of steps are computed each time.
 
@@ -133,6 +135,7 @@ def periodic(
             if reuses:
                 norm = tree_math.norm(grads)
                 weight = jnp.asarray(reuse, norm.dtype) * norm
+                weight = jnp.where(jnp.isfinite(norm), weight, 0)
                 added = tree_math.add_scaled(grads, weight, q)
                 grads = tree_math.cast_like(added, grads)
             return grads, inner, q
@@ -153,17 +156,20 @@ def periodic(
 def _orthogonal(perturbed: PyTree, grads: PyTree, before: PyTree) -> PyTree:
     inverse = tree_math.safe_inverse(tree_math.norm(grads))
     unit, relative = (tree_math.scale(inverse, x) for x in (grads, perturbed))
-    along, squared = tree_math.vdots((relative, unit), (relative, relative))
+    errors = jax.tree.map(_last_bits, relative, perturbed)
+    along, squared = tree_math.vdots((relative, unit), (errors, errors))
     rest = tree_math.add_scaled(relative, -along, unit)
     length = tree_math.norm(rest)
-    precision = max(
-        float(jnp.finfo(x.dtype).eps)  # type: ignore[no-untyped-call]
-        for x in jax.tree.leaves(perturbed)
-    )
-    is_rounding = length <= _ROUNDING * precision * scalars.safe_sqrt(squared)
+    is_rounding = length <= _ROUNDING * scalars.safe_sqrt(squared)
     factor = jnp.where(is_rounding, 0, tree_math.safe_inverse(length))
     q = tree_math.cast_like(tree_math.scale(scalars.once(factor)[0], rest), before)
     return tree_math.where((inverse > 0) & jnp.isfinite(length), q, before)
+
+
+def _last_bits(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The rounding errors of x, which had the dtype of `like`."""
+    precision = float(jnp.finfo(like.dtype).eps)  # type: ignore[no-untyped-call]
+    return precision * x
 
 
 def _check_state(state: Any, reuses: bool) -> None:

@@ -49,10 +49,11 @@ def sam(
 ) -> optax.GradientTransformationExtraArgs:
     """Sharpness-aware minimization: ∇L(w) becomes ∇L(w + ρ·g/‖g‖).
 
-    First in the chain; one more gradient per step. The norm runs over all perturbed
-    parameters. Those in bfloat16 and float16 are rounded stochastically, since most of
-    ε is below a weight's last bit. `update` has forward and reverse derivatives. At a
-    zero gradient ε and its derivatives are 0.
+    First in the chain: clipping before it is lost, and `optax.MultiSteps` around it
+    perturbs by the last micro-batch alone. One more gradient per step. The norm runs
+    over all perturbed parameters. Those in bfloat16 and float16 are rounded
+    stochastically, since most of ε is below a weight's last bit. `update` has forward
+    and reverse derivatives. At a zero gradient ε and its derivatives are 0.
 
     Args:
       rho: radius ρ ≥ 0, or a schedule of the number of updates so far; its negative and
@@ -75,8 +76,9 @@ def sam(
       `info`. `update` needs `params` and, by keyword, `value_fn`: params -> scalar, the
       loss on the current batch; or `grad_fn`: params -> gradient tree or (value,
       gradient tree), for micro-batches or loss scaling. `grad_fn` is used if both are
-      given. Other arguments are ignored. The output has the structure of `params` and
-      the dtypes of the gradients passed in.
+      given. With `perturb=False`, a Python bool, this step takes no second gradient:
+      `updates` pass, and schedules do not count it. Other arguments are ignored. The
+      output has the structure of `params` and the dtypes of the gradients passed in.
 
     Raises:
       ValueError: for invalid options, for parameters that are not real floating-point

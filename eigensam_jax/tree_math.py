@@ -188,15 +188,17 @@ def unit(tree: Tree) -> tuple[Tree, jax.Array]:
 
 
 def safe_inverse(x: jax.Array) -> jax.Array:
-    """1/x where x is positive and finite, else 0."""
+    """1/x where x is positive, normal and finite, else 0."""
     return safe_divide(1, x)
 
 
 def safe_divide(x: ArrayLike, y: jax.Array) -> jax.Array:
-    """x/y where y is positive and finite, else 0."""
+    """x/y where y is positive, normal and finite, else 0."""
     # To scale a tree, prefer a quotient to a product with an inverse: XLA would repeat
     # the sum over all leaves in the loop over each leaf, and take minutes to compile.
-    usable = (y > 0) & jnp.isfinite(y)
+    # The inverse of a number below the smallest normal one can be infinite.
+    tiny = float(jnp.finfo(y.dtype).tiny)  # type: ignore[no-untyped-call]
+    usable = (y >= tiny) & jnp.isfinite(y)
     return jnp.where(usable, x / jnp.where(usable, y, 1), 0)
 
 

@@ -15,7 +15,7 @@ from links import LINKS
 from problems import SPECTRA, network, quadratic, symmetric
 from test_cost import FUSES, WIDE, compiled, loss, memory, operations, traffic
 
-from eigensam_jax import eigen_sam, info, linen, periodic, sam, trackers
+from eigensam_jax import eigen_sam, info, linen, periodic, sam, trackers, tree_math
 from eigensam_jax._periodic import PeriodicState
 
 slow = pytest.mark.slow
@@ -200,6 +200,41 @@ def test_narrow_parameters_keep_a_narrow_vector():
         q, expected = ravel_pytree(own.orthogonal)[0], ravel_pytree(wide.orthogonal)[0]
         assert q.dtype == dtype
         assert float(q.astype(jnp.float32) @ expected) > 0.9
+
+
+def test_one_narrow_leaf_does_not_hide_what_a_wide_one_has():
+    """Rounding is that of each leaf: 0.5% across g is some in float32 alone."""
+    params, value = network()
+    params["out"]["w"] = params["out"]["w"].astype(jnp.bfloat16)
+    value_fn = lambda p: value(p) + 20 * jnp.sum(p["hidden"]["w"])  # of a constant g
+    grads = jax.grad(value_fn)(params)
+    tx = reusing(sam(0.5), 2)
+    updates, state = tx.update(grads, tx.init(params), params, value_fn=value_fn)
+    g, own = (ravel_pytree(tree_math.widen(x))[0] for x in (grads, updates))
+    across = own - (own @ g) / (g @ g) * g
+    assert 1e-4 < jnp.linalg.norm(across) / jnp.linalg.norm(own) < 0.01
+    q = ravel_pytree(tree_math.widen(state.orthogonal))[0]
+    assert q @ across > 0.99 * jnp.linalg.norm(across)
+
+
+def test_one_infinite_entry_stays_where_it_is():
+    params, value = network()
+    tx = reusing(sam(0.5), 2)
+    grads = jax.grad(value)(params)
+    _, state = tx.update(grads, tx.init(params), params, value_fn=value)
+    for bad in (jnp.inf, jnp.nan):
+        grads["hidden"]["b"] = grads["hidden"]["b"].at[0].set(bad)
+        updates, _ = tx.update(grads, state, params, value_fn=value)
+        chex.assert_trees_all_equal(updates, grads)
+
+
+def test_without_parameters_nothing_happens():
+    tx = reusing(sam(), 2)
+    state = tx.init({})
+    for number in (1, 2):
+        updates, state = tx.update({}, state, {}, value_fn=lambda p: jnp.zeros(()))
+        assert updates == {}
+        assert int(state.num_steps) == number
 
 
 # --- where it runs --------------------------------------------------------------------

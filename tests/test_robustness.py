@@ -1,5 +1,6 @@
 """What trackers withstand inside `eigen_sam`: batches, scales, dtypes and callers."""
 
+import collections
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -245,10 +246,11 @@ class Kept(NamedTuple):
 
 
 @pytest.mark.parametrize(
-    ("refresh", "calls"),
-    [(None, [[0, 4, 8], [0, 3, 6]]), (True, [[*range(9)]] * 2), (False, [[], []])],
+    ("refresh", "refreshes"),
+    [(None, [0, 4, 8]), (True, [*range(9)]), (False, [])],
 )
-def test_a_tracker_is_called_when_it_is_due_and_sees_lists(refresh, calls):
+def test_a_tracker_is_called_when_it_is_due_and_sees_lists(refresh, refreshes):
+    """A refresh fixed at trace time leaves `observe`, of another interval, alone."""
     params, loss = network()
     mask = {"hidden": {"w": True, "b": False}, "out": True}
     chosen = [params["hidden"]["w"], params["out"]["w"]]
@@ -282,7 +284,37 @@ def test_a_tracker_is_called_when_it_is_due_and_sees_lists(refresh, calls):
             _, state = function(grads, state)
             for kind in np.flatnonzero(state.tracker.calls - before):
                 seen[kind].append(step)
-        assert seen == calls
+        assert seen == [refreshes, [0, 3, 6]]
+
+
+def test_a_fixed_refresh_fixes_what_is_observed_at_the_same_interval():
+    params, loss = network()
+    tx = eigen_sam(tracker=trackers.secant(update_interval=3))
+    grads, init = jax.grad(loss)(params), tx.init(params)
+    for refresh in (True, False):
+        text = jax.jit(
+            lambda g, s, p, due=refresh: tx.update(g, s, p, value_fn=loss, refresh=due)
+        ).lower(grads, init, params)
+        assert "stablehlo.case" not in text.as_text()
+        _, state = tx.update(grads, init, params, value_fn=loss, refresh=refresh)
+        assert jnp.any(state.tracker.eigenvector["out"]["w"] != 0) == refresh
+
+
+READ = ("eigenvector", "eigenvalue", "residual", "usable")
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_state_that_lacks_what_eigen_sam_reads_is_refused(name):
+    names = [x for x in READ if x != name]
+    Lacking = collections.namedtuple("Lacking", names)
+    init = lambda weights: Lacking(weights, *[jnp.zeros(())] * (len(names) - 1))
+    same = lambda state, *_: state
+    tx = eigen_sam(tracker=trackers.Tracker(init, same, same))
+    with pytest.raises(ValueError, match=rf"a Lacking without \['{name}'\]"):
+        tx.init(jnp.ones(2))
+    of_dict = trackers.Tracker(lambda weights: {"eigenvector": weights}, same, same)
+    with pytest.raises(ValueError, match="a dict without"):
+        eigen_sam(tracker=of_dict).init(jnp.ones(2))
 
 
 def test_intervals_of_a_tracker_are_checked():

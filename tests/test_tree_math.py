@@ -79,6 +79,14 @@ def test_safe_inverse(x, expected):
     assert of_infinity == (jnp.inf if expected else 0)
 
 
+@pytest.mark.parametrize("x", [1e-40, 1.1e-38, 1.2e-38])
+def test_no_inverse_is_infinite(x):
+    """Below the smallest normal number, 1.18e-38, it would be."""
+    for function in (tree_math.safe_inverse, jax.jit(tree_math.safe_inverse)):
+        inverse = function(jnp.float32(x))
+        np.testing.assert_allclose(inverse, 1 / x if x > 1.18e-38 else 0, rtol=1e-6)
+
+
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 1.0, 1e30])
 def test_a_unit_vector_and_its_length(factor):
     tree = {"a": factor * jnp.array([3.0, 0.0]), "b": factor * jnp.array(-4.0)}

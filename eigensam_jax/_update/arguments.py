@@ -210,9 +210,10 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
 
 
 def differentiable(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
-    """As `scalar_valued`, with an error also where a gradient is zero by structure.
+    """As `scalar_valued`, with errors also for gradients wrong by their structure.
 
-    Seen while tracing: it adds nothing to the program.
+    They are zero, or sums over devices. Seen while tracing: it adds nothing to the
+    program.
     """
     value_at = scalar_valued(name, value_fn, axes)
 
@@ -233,7 +234,17 @@ def differentiable(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
             change = jnp.zeros_like(primals[0])
         return primals[0], change
 
-    return lambda params: same(value_at(params), jax.tree.leaves(params))
+    def checked(params: PyTree) -> jax.Array:
+        value = value_at(params)
+        if where := devices.summed(value, params, axes):
+            raise ValueError(
+                f"{name} differs between devices of the axes {where} and params do not,"
+                " so its gradient is the sum over them: return the mean, "
+                f"{name}=lambda p: jax.lax.pmean(loss(p, batch), {where})."
+            )
+        return same(value, jax.tree.leaves(params))
+
+    return checked
 
 
 def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any:

@@ -54,6 +54,13 @@ def differing(tree: PyTree, axes: Axes) -> Axes:
     return tuple(a for a in axes if any(a in varies_over(x) for x in leaves))
 
 
+def summed(value: jax.Array, params: PyTree, axes: Axes) -> Axes:
+    """Other axes over which `value` varies and no leaf: gradients sum over them."""
+    leaves = jax.tree.leaves(params)
+    known = varies_over(value).difference(axes, *map(varies_over, leaves))
+    return tuple(sorted(known))
+
+
 def replicated(tree: PyTree, axes: Axes) -> Axes:
     """The axes over which some leaf is known to be the same on all devices."""
     # Without check_vma a cast does not make a value vary.

@@ -92,6 +92,7 @@ def sharpness_aware(
     def start(params: PyTree, space: Subspace) -> TrackerState:
         assert tracker is not None
         started, number = tracker.init(space.select(params)), jnp.zeros((), jnp.int32)
+        _check_tracker(started)
         return stored(started, vectors(space, params), space, params, number)
 
     def init_fn(params: PyTree) -> SharpnessAwareState:
@@ -201,7 +202,8 @@ def sharpness_aware(
 
             interval = tracker.observe_interval
             due = _is_due(number, interval)
-            if refresh is not None and interval not in (None, 1):
+            is_shared = tracker.refresh_interval in (None, interval)
+            if refresh is not None and interval not in (None, 1) and is_shared:
                 due = bool(refresh)
             tracked = scalars.branch(due, observed, lambda t: t, tracked)
             tracked = stored(tracked, wide, space, params, number)
@@ -245,6 +247,16 @@ def _check_state(state: Any, has_tracker: bool) -> None:
         "tx.init(params) of the same chain. With a checkpoint of another link, keep "
         "the rest: (tx.init(params)[0], *old_state[1:])."
     )
+
+
+def _check_tracker(state: Any) -> None:
+    names = ("_fields", "eigenvector", "eigenvalue", "residual", "usable")
+    if missing := [name for name in names if not hasattr(type(state), name)]:
+        raise ValueError(
+            "tracker.init(params) must return a NamedTuple with eigenvector, eigenvalue"
+            f", residual and usable, got a {type(state).__name__} without {missing}: "
+            "trackers.EigenpairState is the smallest."
+        )
 
 
 def _mean_matvec(

@@ -31,7 +31,8 @@ class Tracker(NamedTuple):
         beyond 10^±9 all three are divided by it, which leaves their ratios unchanged. A
         zero or non-finite d must leave the state unchanged; d is zero where ε is.
       refresh_interval: steps between refreshes, from step 0 on; None for never.
-      observe_interval: the same for `observe`.
+      observe_interval: the same for `observe`. The argument `refresh` of `update` fixes
+        this branch as well, unless the other has another interval.
 
     With `per_device`, `gradient_change` and `projection` are the means over devices of
     s·dᵢ and s·⟨εᵢ, v⟩ with s = sign⟨εᵢ, v⟩. The new state must be the same on all

@@ -529,6 +529,49 @@ def test_what_shard_map_knows_to_be_wrong_is_refused():
         meshes.by_shard_map(whole, params, batches, per_device=True)
 
 
+@pytest.mark.parametrize("name", ["value_fn", "curvature_fn"])
+def test_the_sum_over_devices_is_not_taken_for_the_mean(name):
+    """What a loss of one device's batch has for a gradient at shared parameters."""
+    params, batches = meshes.parameters(), meshes.batches(1)
+    tx = chain(trackers.power_iteration())
+
+    def updated(params, batch):
+        mean = lambda p: jax.lax.pmean(meshes.loss(p, batch), AXIS)
+        own = lambda p: meshes.loss(p, batch)
+        functions = {"value_fn": mean, name: own}
+        grads = jax.grad(mean)(params)
+        return tx.update(grads, tx.init(params), params, **functions)[0]
+
+    mapped = jax.shard_map(
+        updated, mesh=meshes.mesh(), in_specs=(P(), P(AXIS)), out_specs=P()
+    )
+    with pytest.raises(ValueError, match=rf"{name} differs .*'data'.*sum.*pmean"):
+        mapped(params, meshes.part(batches, 0))
+
+
+def test_each_device_may_train_parameters_of_its_own():
+    params, batches = meshes.parameters(), meshes.batches(3)
+    tx = chain(trackers.secant())
+
+    def train(params, batches):
+        carry = params, tx.init(params)
+        for number in range(3):
+            carry = meshes.step(tx, *carry, meshes.part(batches, number))
+        return carry
+
+    def mapped(params, batches):
+        own = jax.lax.pcast(params, AXIS, to="varying")
+        return jax.tree.map(lambda x: x[None], train(own, batches))
+
+    got = jax.shard_map(
+        mapped, mesh=meshes.mesh(), in_specs=(P(), P(None, AXIS)), out_specs=P(AXIS)
+    )(params, batches)
+    for device in (0, 7):
+        alone = jax.tree.map(lambda x, i=device: x[:, i], meshes.split(batches))
+        expected = train(params, alone)
+        assert_close(jax.tree.map(lambda x, i=device: x[i], got), expected, 1e-5)
+
+
 def test_two_axes_are_one_when_both_are_named():
     params, batches = meshes.parameters(), meshes.batches(3)
     axes = ("host", "chip")

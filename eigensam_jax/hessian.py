@@ -214,8 +214,9 @@ def num_batches(batches: PyTree) -> int:
             f"got {type(batches).__name__} of leaves with the leading axes "
             f"{sorted(axes)}: stack batches of one size, as in "
             "jax.tree.map(lambda *x: jnp.stack(x), *batches). hessian.mean_matvec also "
-            "takes a list of batches, a loader, or a function that returns an iterable "
-            "of them: lambda: batches, where an iterator would be used up."
+            "takes a list of batches that are tuples or dicts, a loader, or a function "
+            "that returns an iterable of batches: lambda: batches, where an iterator "
+            "would be used up."
         )
     return int(axes.pop()[0])
 

@@ -737,7 +737,8 @@ def test_steps_scan():
 
 @each_factory
 @pytest.mark.parametrize(
-    "value", [-0.1, float("nan"), float("inf"), "0.1", None, np.float32(-1), np.ones(2)]
+    "value",
+    [-0.1, np.nan, np.inf, "0.1", None, np.float32(-1), np.ones(2), np.array(True)],
 )
 def test_bad_rho_is_refused_with_name_and_value(factory, value):
     with pytest.raises(ValueError, match=re.escape(f"got {value!r}")):

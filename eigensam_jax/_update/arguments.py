@@ -51,6 +51,7 @@ def check_scalar(name: str, value: Any, *, schedule: bool) -> None:
     if is_traced or (schedule and callable(value)):
         return
     is_array = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
+    is_array = is_array and value.dtype != bool
     valid = (is_array or _is_number(value)) and 0 <= float(value) < float("inf")
     others = ", a scalar array or a schedule" if schedule else " or a scalar array"
     require(valid, name, value, f"a finite number of at least 0{others}")

@@ -28,6 +28,11 @@ def while_loop(
     if not host_loop:
         last: Carry = jax.lax.while_loop(cond, body, carry)
         return last
+    if is_traced(cond(carry)):
+        raise ValueError(
+            "host_loop=True loops in Python, so it can't be inside jit, vmap or grad: "
+            "leave host_loop out there, or call this outside."
+        )
     while cond(carry):
         carry = body(carry)
     return carry

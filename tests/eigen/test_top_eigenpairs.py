@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import SPECTRA, dense_hessian, network, symmetric
 from scipy.sparse import linalg
 
-from eigensam_jax import eigen, hessian
+from eigensam_jax import eigen, hessian, sharpness
 from eigensam_jax.eigen import _krylov
 
 NAMES = {"algebraic": "LA", "magnitude": "LM"}
@@ -341,6 +341,19 @@ def test_the_hosts_loop_is_over_one_array(host_loop, dtypes, leaves, monkeypatch
     }
     np.testing.assert_allclose(abs(found["a"]), np.eye(6)[[5, 4]], atol=1e-3)
     np.testing.assert_allclose(found["b"], 0, atol=1e-3)
+
+
+def test_the_hosts_loop_is_refused_inside_jit():
+    w, matvec = jnp.ones(3), lambda v: 2 * v
+    value_fn = lambda w: jnp.sum(w**4)
+    for search in (
+        lambda w: eigen.top_eigenpairs(matvec, w, 1, host_loop=True),
+        lambda w: eigen.trace(matvec, w, num_matvecs=4, host_loop=True),
+        lambda w: eigen.spectral_density(matvec, w, host_loop=True),
+        lambda w: sharpness(value_fn, w, host_loop=True),
+    ):
+        with pytest.raises(ValueError, match=r"host_loop=True .* can't be inside jit"):
+            jax.jit(search)(w)
 
 
 def test_a_second_search_of_the_hosts_loop_compiles_nothing(caplog):

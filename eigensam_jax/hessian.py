@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eigensam_jax import tree_math
+from eigensam_jax._update import programs
 from eigensam_jax.tree_math import PyTree
 
 ValueFn = Callable[[PyTree], jax.Array]
@@ -161,8 +162,8 @@ def mean_matvec(
 
         return scanned
 
-    # One jit for all products: the caller cannot jit this loop.
-    jitted = jax.jit(add)
+    # The caller cannot jit this loop: one program for batches of one kind.
+    known: dict[Any, Callable[..., PyTree]] = {}
 
     def on_the_host(vector: PyTree) -> PyTree:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vector)):
@@ -176,7 +177,11 @@ def mean_matvec(
             jax.block_until_ready(total)  # type: ignore[no-untyped-call]
             first, *_ = (*jax.tree.leaves(batch), 0)
             weight = (*np.shape(first), 1)[0]
-            total, count = jitted(total, params, vector, batch, weight), count + weight
+            given = (total, params, vector, batch, weight)
+            kind = jax.tree.structure(given), *map(jax.typeof, jax.tree.leaves(given))
+            if kind not in known:
+                known[kind] = programs.compiled(value_fn, add, *given) or add
+            total, count = known[kind](*given), count + weight
         if count == 0:
             raise ValueError(
                 "batches() must return at least one batch each time it is called, got "

@@ -171,7 +171,7 @@ def test_batches_of_unequal_size_weigh_by_it(form):
         for _ in range(2):
             found = product(random_like(params, 0))
             chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="a list of batches, a loader, or a function"):
+    with pytest.raises(ValueError, match=r"a list of .* loader, or a function"):
         hessian.mean_matvec(by_pair, params, iter(pairs))
     with pytest.raises(ValueError, match="stack batches of one size"):
         hessian.num_batches(pairs[:2])
@@ -221,6 +221,28 @@ def test_bfloat16_products_are_summed_in_float32():
         product = hessian.mean_matvec(value_fn, weights, batches)(jnp.ones(2))
         assert product.dtype == jnp.float32
         np.testing.assert_allclose(product, jnp.ones(2), rtol=1e-6)
+
+
+def test_products_at_other_parameters_compile_nothing(caplog):
+    params, loss, data = regression()
+    parts = [data, jax.tree.map(lambda x: x[:3], data)]  # the last one is smaller
+    closure = {}
+
+    def value_fn(params, batch):
+        return closure["factor"] * loss(params, batch)
+
+    products, compilations = [], []
+    for factor, at in ((1, params), (1, optax.tree.scale(2, params)), (3, params)):
+        closure["factor"] = factor
+        caplog.clear()
+        with jax.log_compiles():
+            products.append(hessian.mean_matvec(value_fn, at, parts)(params))
+        kinds = [x for x in caplog.messages if x.startswith("Compiling")]
+        compilations.append(len(kinds))
+    assert compilations[1] == 0 < compilations[2]  # the closure is another one there
+    chex.assert_trees_all_close(
+        products[2], optax.tree.scale(3, products[0]), rtol=1e-5
+    )
 
 
 def test_batches_that_make_no_mean_are_refused():

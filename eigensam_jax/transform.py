@@ -6,9 +6,9 @@ Each replaces ∇L(w) by ∇L(w + ε) and must be the first link of an `optax.ch
 
 `grads` must be the gradient of `value_fn` at `params`, with the same batch, dropout
 mask and loss scale. Links before it, such as clipping, have no lasting effect: the
-output is a new gradient at w + ε. `optax.MultiSteps` around the chain keeps only the
-last micro-batch's perturbation. Pass the gradient of the whole batch instead, and a
-`grad_fn` that loops over micro-batches.
+output is a new gradient at w + ε. `optax.MultiSteps` around the chain takes that
+gradient on the last micro-batch alone. Pass the gradient of the whole batch instead,
+and a `grad_fn` that loops over micro-batches.
 
 Under `jax.jit` with sharded arrays nothing is needed, nor under `jax.shard_map` if the
 loss is the mean over the devices, `jax.lax.pmean(loss, axis)`. Under `jax.pmap`, under
@@ -50,10 +50,10 @@ def sam(
     """Sharpness-aware minimization: ∇L(w) becomes ∇L(w + ρ·g/‖g‖).
 
     First in the chain: clipping before it is lost, and `optax.MultiSteps` around it
-    perturbs by the last micro-batch alone. One more gradient per step. The norm runs
-    over all perturbed parameters. Those in bfloat16 and float16 are rounded
-    stochastically, since most of ε is below a weight's last bit. `update` has forward
-    and reverse derivatives. At a zero gradient ε and its derivatives are 0.
+    takes the new gradient on the last micro-batch alone. One more gradient per step.
+    The norm runs over all perturbed parameters. Those in bfloat16 and float16 are
+    rounded stochastically, since most of ε is below a weight's last bit. `update` has
+    forward and reverse derivatives. At a zero gradient ε and its derivatives are 0.
 
     Args:
       rho: radius ρ ≥ 0, or a schedule of the number of updates so far; its negative and

@@ -237,15 +237,19 @@ def differentiable(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
 
     def checked(params: PyTree) -> jax.Array:
         value = value_at(params)
-        if where := devices.summed(value, params, axes):
-            raise ValueError(
-                f"{name} differs between devices of the axes {where} and params do not,"
-                " so its gradient is the sum over them: return the mean, "
-                f"{name}=lambda p: jax.lax.pmean(loss(p, batch), {where})."
-            )
+        _check_mean(name, value, params, axes)
         return same(value, jax.tree.leaves(params))
 
     return checked
+
+
+def _check_mean(name: str, value: jax.Array, params: PyTree, axes: Axes) -> None:
+    if where := devices.summed(value, params, axes):
+        raise ValueError(
+            f"the value of {name} differs between devices of the axes {where} and "
+            "params do not, so its gradient is the sum over them: make it that of the "
+            f"mean, lambda p: jax.lax.pmean(loss(p, batch), {where})."
+        )
 
 
 def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any:
@@ -302,6 +306,7 @@ def gradient_function(
             first, rest = result
             if _shapes(first) == [("", ())]:
                 value, result = jnp.asarray(first), rest
+                _check_mean("grad_fn", value, params, axes)
         return value, like_params("grad_fn(params)", result, params, _GRAD_REMEDY)
 
     return value_and_gradient

@@ -250,7 +250,7 @@ def extras() -> Iterator[None]:
         if name == "eigensam_jax":
             raise
         raise UserError(
-            f"{name} is not installed; pip install 'eigensam_jax[experiments]'"
+            f"{name} is not installed; in a clone, pip install '.[experiments]'"
         ) from error
 
 

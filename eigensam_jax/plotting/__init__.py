@@ -8,7 +8,7 @@ try:
     import matplotlib.pyplot  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "eigensam_jax.plotting needs matplotlib: pip install 'eigensam_jax[plotting]'"
+        "eigensam_jax.plotting needs matplotlib: pip install matplotlib"
     ) from error
 
 from eigensam_jax.plotting._slice import loss_slice

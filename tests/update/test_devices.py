@@ -529,7 +529,7 @@ def test_what_shard_map_knows_to_be_wrong_is_refused():
         meshes.by_shard_map(whole, params, batches, per_device=True)
 
 
-@pytest.mark.parametrize("name", ["value_fn", "curvature_fn"])
+@pytest.mark.parametrize("name", ["value_fn", "curvature_fn", "grad_fn"])
 def test_the_sum_over_devices_is_not_taken_for_the_mean(name):
     """What a loss of one device's batch has for a gradient at shared parameters."""
     params, batches = meshes.parameters(), meshes.batches(1)
@@ -538,7 +538,8 @@ def test_the_sum_over_devices_is_not_taken_for_the_mean(name):
     def updated(params, batch):
         mean = lambda p: jax.lax.pmean(meshes.loss(p, batch), AXIS)
         own = lambda p: meshes.loss(p, batch)
-        functions = {"value_fn": mean, name: own}
+        wrong = jax.value_and_grad(own) if name == "grad_fn" else own
+        functions = {"value_fn": mean, name: wrong}
         grads = jax.grad(mean)(params)
         return tx.update(grads, tx.init(params), params, **functions)[0]
 

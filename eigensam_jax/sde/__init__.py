@@ -39,15 +39,15 @@ References:
   Algorithms", ICML 2017.
 """
 
-from eigensam_jax.sde.equation import diffusion, drift
-from eigensam_jax.sde.expansion import Order, expanded_gradient, third_derivative
-from eigensam_jax.sde.sharpness import (
+from eigensam_jax.sde._equation import diffusion, drift
+from eigensam_jax.sde._expansion import Order, expanded_gradient, third_derivative
+from eigensam_jax.sde._sharpness import (
     SharpnessRates,
     eigenvalue_curvature,
     eigenvalue_gradient,
     sharpness_rates,
 )
-from eigensam_jax.sde.simulation import Info, State, make_step, simulate, start
+from eigensam_jax.sde._simulation import Info, State, make_step, simulate, start
 
 __all__ = [
     "Info",

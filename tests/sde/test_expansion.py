@@ -7,7 +7,7 @@ from jax.flatten_util import ravel_pytree
 from problems import dense_hessian, flatten, network
 
 from eigensam_jax import hessian, sde, tree_math
-from eigensam_jax.sde import expansion
+from eigensam_jax.sde import _expansion
 
 
 def dense_third_derivative(value_fn, params):
@@ -91,7 +91,7 @@ def test_the_mean_over_batches_keeps_the_sum_alone():
     def temporary(count):
         def mean(w, batches):
             gradient = jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 2))
-            return expansion.batch_mean(lambda x: gradient(w, x), batches)
+            return _expansion.batch_mean(lambda x: gradient(w, x), batches)
 
         shapes = (
             jax.ShapeDtypeStruct((64, 64), "float32"),
@@ -106,7 +106,7 @@ def test_the_mean_over_batches_keeps_the_sum_alone():
 def test_the_mean_is_of_every_leaf():
     batches = {"x": jnp.arange(4.0), "y": jnp.ones((4, 2))}
     mean = jax.jit(
-        lambda b: expansion.batch_mean(
+        lambda b: _expansion.batch_mean(
             lambda batch: (batch["x"], tree_math.scale(2, batch["y"])), b
         )
     )(batches)
@@ -116,7 +116,7 @@ def test_the_mean_is_of_every_leaf():
 
 def test_the_mean_of_narrow_numbers_is_summed_in_float32():
     ones = jnp.ones(1000, jnp.bfloat16)  # whose sum in bfloat16 is 256
-    mean = expansion.batch_mean(lambda x: x, ones)
+    mean = _expansion.batch_mean(lambda x: x, ones)
     assert mean.dtype == jnp.float32
     assert mean == 1
 

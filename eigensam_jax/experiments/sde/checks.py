@@ -12,7 +12,7 @@ from eigensam_jax import hessian, perturbation, sde, tree_math
 from eigensam_jax.experiments.sde.paths import ORDERS, make_advance, sam_gradient, start
 from eigensam_jax.experiments.sde.problem import Problem
 from eigensam_jax.experiments.training import programs
-from eigensam_jax.sde import expansion
+from eigensam_jax.sde import _expansion
 from eigensam_jax.tree_math import PyTree
 
 RADII = (0.0005, 0.001, 0.002, 0.004)
@@ -39,7 +39,7 @@ def one_step(problem: Problem, alpha: float) -> list[Record]:
             step = perturbation.eigen_sam(jax.grad(f)(params), v, rho, alpha)
             return jax.grad(f)(tree_math.add_scaled(params, 1, step.epsilon))
 
-        exact = expansion.batch_mean(perturbed, batches)
+        exact = _expansion.batch_mean(perturbed, batches)
         kwargs = {"alpha": alpha, "eigenvector": v}
         drifts = [
             sde.drift(problem.value_fn, params, batches, rho, order, **kwargs)
@@ -142,7 +142,7 @@ def costs(problem: Problem, rho: float) -> list[Record]:
 
     def gradient(params: PyTree, batches: PyTree) -> PyTree:
         of_batch = lambda batch: jax.grad(lambda p: problem.value_fn(p, batch))(params)
-        return expansion.batch_mean(of_batch, batches)
+        return _expansion.batch_mean(of_batch, batches)
 
     def drift(order: sde.Order, params: PyTree, batches: PyTree) -> PyTree:
         return sde.drift(problem.value_fn, params, batches, rho, order)

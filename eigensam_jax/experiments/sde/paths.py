@@ -14,7 +14,7 @@ from eigensam_jax import eigen_sam, perturbation, sam, sde, trackers, tree_math
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.experiments.sde.problem import NUM_BATCHES, Problem
 from eigensam_jax.hessian import ValueFn
-from eigensam_jax.sde import expansion
+from eigensam_jax.sde import _expansion
 from eigensam_jax.tree_math import PyTree
 
 ORDERS: dict[str, sde.Order] = {"order_1": 1, "order_2": 2, "order_3": 3}
@@ -191,7 +191,7 @@ def make_advance(problem: Problem, method: str, eta: float, num_steps: int) -> A
             of_batch = lambda batch: sam_gradient(
                 lambda p: value_fn(p, batch), params, rho
             )
-            return tree_math.scale(-1, expansion.batch_mean(of_batch, batches))
+            return tree_math.scale(-1, _expansion.batch_mean(of_batch, batches))
 
         def step(params: PyTree, _: None) -> tuple[PyTree, None]:
             return tree_math.add_scaled(params, eta, drift(params)), None

@@ -10,7 +10,7 @@ from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.models.small import MLP
 from eigensam_jax.experiments.training import losses
-from eigensam_jax.sde import equation
+from eigensam_jax.sde import _equation
 from eigensam_jax.tree_math import PyTree
 
 NUM_BATCHES = 16
@@ -58,6 +58,6 @@ def make_problem(dataset: Dataset) -> Problem:
 
     @jax.jit
     def top_eigenpair(params: PyTree, v0: PyTree) -> Eigenpair:
-        return equation.top_eigenpair(value_fn, params, batches, TOLERANCE, v0)
+        return _equation.top_eigenpair(value_fn, params, batches, TOLERANCE, v0)
 
     return Problem(init, value_fn, batches, whole, top_eigenpair)

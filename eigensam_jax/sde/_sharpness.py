@@ -11,8 +11,8 @@ from jax.typing import ArrayLike
 from eigensam_jax import diagnostics, hessian, tree_math
 from eigensam_jax._update import arguments
 from eigensam_jax.eigen import Eigenpair
-from eigensam_jax.sde import equation, expansion
-from eigensam_jax.sde.expansion import BatchValueFn
+from eigensam_jax.sde import _equation, _expansion
+from eigensam_jax.sde._expansion import BatchValueFn
 from eigensam_jax.tree_math import PyTree
 
 _MAX_ITERATIONS = 500  # of conjugate gradients; each is a product of all batches
@@ -71,9 +71,9 @@ def eigenvalue_gradient(
 
     def at(batch: PyTree) -> PyTree:
         f = lambda p: value_fn(p, batch)
-        return expansion.third_derivative(f, params, eigenvector, eigenvector)
+        return _expansion.third_derivative(f, params, eigenvector, eigenvector)
 
-    return expansion.batch_mean(at, batches)
+    return _expansion.batch_mean(at, batches)
 
 
 def eigenvalue_curvature(
@@ -109,14 +109,14 @@ def eigenvalue_curvature(
     v, a = eigenvector, direction
 
     def derivatives(batch: PyTree) -> tuple[jax.Array, PyTree]:
-        along = expansion.directional(lambda p: value_fn(p, batch), v)
+        along = _expansion.directional(lambda p: value_fn(p, batch), v)
         fourth = along
         for towards in (v, a, a):
-            fourth = expansion.directional(fourth, towards)
-        third = jax.grad(expansion.directional(along, a))(params)
+            fourth = _expansion.directional(fourth, towards)
+        third = jax.grad(_expansion.directional(along, a))(params)
         return fourth(params), tree_math.widen(third)
 
-    fourth, third = expansion.batch_mean(derivatives, batches)
+    fourth, third = _expansion.batch_mean(derivatives, batches)
     matvec = hessian.mean_matvec(value_fn, params, batches)
 
     def orthogonal(x: PyTree) -> PyTree:
@@ -141,7 +141,7 @@ def sharpness_rates(
     eta: ArrayLike,
     alpha: ArrayLike = 0.0,
     eigenpair: Eigenpair | None = None,
-    tol: ArrayLike = equation.TOLERANCE,
+    tol: ArrayLike = _equation.TOLERANCE,
     curvature_tol: ArrayLike = 1e-2,
 ) -> SharpnessRates:
     """The parts of dE[λ_max]/dt under the equation of order 3, by Itô's formula:
@@ -171,21 +171,23 @@ def sharpness_rates(
       >>> print(f"{rates.first:.1f} {rates.third:.2f}")  # u = v, ∇λ = 24, E[∇f_γ] = 4
       -96.0 -2.88
     """
-    equation.check(params, batches, rho, 3, alpha)
+    _equation.check(params, batches, rho, 3, alpha)
     arguments.check_scalar("eta", eta, schedule=False)
     if eigenpair is None:
-        eigenpair = equation.top_eigenpair(value_fn, params, batches, tol)
+        eigenpair = _equation.top_eigenpair(value_fn, params, batches, tol)
     v = eigenpair.eigenvector
     slope = eigenvalue_gradient(value_fn, params, batches, v)
-    used = None if equation.is_sam(alpha) else v
+    used = None if _equation.is_sam(alpha) else v
 
     def parts(batch: PyTree) -> tuple[PyTree, tuple[jax.Array, ...]]:
-        f, _, grads, step = equation.at_batch(value_fn, params, batch, rho, alpha, used)
+        f, _, grads, step = _equation.at_batch(
+            value_fn, params, batch, rho, alpha, used
+        )
         epsilon = step.epsilon
-        along = expansion.directional(f, slope)
-        second = expansion.directional(along, epsilon)
-        third = expansion.directional(second, epsilon)
-        return equation.perturbed_gradient(f, params, step), (
+        along = _expansion.directional(f, slope)
+        second = _expansion.directional(along, epsilon)
+        third = _expansion.directional(second, epsilon)
+        return _equation.perturbed_gradient(f, params, step), (
             tree_math.vdot(slope, grads),
             second(params),
             third(params) / 2,
@@ -194,18 +196,18 @@ def sharpness_rates(
             diagnostics.alignment(epsilon, v),
         )
 
-    mean_gradient, means = expansion.batch_mean(parts, batches)
+    mean_gradient, means = _expansion.batch_mean(parts, batches)
     first, second, third, half_square, alignment, perturbed_alignment = means
 
     def curvature(batch: PyTree) -> jax.Array:
-        f, _, _, step = equation.at_batch(value_fn, params, batch, rho, alpha, used)
-        gradient = equation.perturbed_gradient(f, params, step)
+        f, _, _, step = _equation.at_batch(value_fn, params, batch, rho, alpha, used)
+        gradient = _equation.perturbed_gradient(f, params, step)
         centred, value = tree_math.add_scaled(gradient, -1, mean_gradient), eigenpair[1]
         return eigenvalue_curvature(
             value_fn, params, batches, centred, v, value, tol=curvature_tol
         )
 
-    trace = expansion.batch_mean(curvature, batches)
+    trace = _expansion.batch_mean(curvature, batches)
     return SharpnessRates(
         eigenvalue=eigenpair.eigenvalue,
         residual=eigenpair.residual,

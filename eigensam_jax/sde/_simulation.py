@@ -13,8 +13,8 @@ from jax.typing import ArrayLike
 
 from eigensam_jax import hessian, tree_math
 from eigensam_jax._update import arguments
-from eigensam_jax.sde import equation
-from eigensam_jax.sde.expansion import BatchValueFn, Order
+from eigensam_jax.sde import _equation
+from eigensam_jax.sde._expansion import BatchValueFn, Order
 from eigensam_jax.tree_math import PyTree
 
 
@@ -66,7 +66,7 @@ def start(params: PyTree, alpha: ArrayLike = 0.0) -> State:
       Array(0., dtype=float32)
     """
     arguments.check_params(params)
-    eigenvector = None if equation.is_sam(alpha) else tree_math.zeros_like(params)
+    eigenvector = None if _equation.is_sam(alpha) else tree_math.zeros_like(params)
     time = jnp.zeros((), tree_math.accumulation_dtype(params))
     return State(params, time, eigenvector)
 
@@ -79,7 +79,7 @@ def make_step(
     eta: ArrayLike,
     order: Order = 3,
     alpha: ArrayLike = 0.0,
-    tol: ArrayLike = equation.TOLERANCE,
+    tol: ArrayLike = _equation.TOLERANCE,
 ) -> Step:
     """Builds one_step(key, state, dt) -> (state, info), by Euler and Maruyama's method:
 
@@ -105,12 +105,12 @@ def make_step(
     """
     count = hessian.num_batches(batches)
     arguments.check_scalar("eta", eta, schedule=False)
-    equation.check_method(rho, order, alpha)
+    _equation.check_method(rho, order, alpha)
 
     def one_step(key: jax.Array, state: State, dt: ArrayLike) -> tuple[State, Info]:
         params = state.params
         arguments.check_params(params)
-        if (state.eigenvector is None) != equation.is_sam(alpha):
+        if (state.eigenvector is None) != _equation.is_sam(alpha):
             raise ValueError(
                 f"state must be started for alpha={alpha!r}, got one "
                 f"with{'out' if state.eigenvector is None else ''} an eigenvector: "
@@ -118,12 +118,12 @@ def make_step(
             )
         eigenvector = eigenvalue = residual = None
         if state.eigenvector is not None:
-            eigenvector, eigenvalue, residual = equation.top_eigenpair(
+            eigenvector, eigenvalue, residual = _equation.top_eigenpair(
                 value_fn, params, batches, tol, state.eigenvector
             )
         dtype = tree_math.accumulation_dtype(params)
         increments = jax.random.normal(key, (count,), dtype)
-        value, drift, noise = equation.coefficients(
+        value, drift, noise = _equation.coefficients(
             value_fn, params, batches, rho, increments, order, alpha, eigenvector
         )
         dt = jnp.asarray(dt, dtype)
@@ -149,7 +149,7 @@ def simulate(
     order: Order = 3,
     alpha: ArrayLike = 0.0,
     substeps: int = 1,
-    tol: ArrayLike = equation.TOLERANCE,
+    tol: ArrayLike = _equation.TOLERANCE,
     observe: Callable[[State, Info], Any] = lambda _, info: info,
 ) -> tuple[State, Any]:
     """A path over the time of `num_steps` steps of SAM, under `jax.lax.scan`.

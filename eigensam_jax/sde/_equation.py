@@ -12,8 +12,8 @@ from eigensam_jax import eigen, hessian, perturbation, tree_math
 from eigensam_jax._update import arguments, rounding
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.perturbation import Perturbation
-from eigensam_jax.sde import expansion
-from eigensam_jax.sde.expansion import BatchValueFn, Order
+from eigensam_jax.sde import _expansion
+from eigensam_jax.sde._expansion import BatchValueFn, Order
 from eigensam_jax.tree_math import PyTree
 
 TOLERANCE = 1e-5
@@ -141,12 +141,12 @@ def coefficients(
         )
         expanded = noisy = grads
         if order != 1:
-            expanded = expansion.expanded_gradient(f, params, step.epsilon, order)
+            expanded = _expansion.expanded_gradient(f, params, step.epsilon, order)
             noisy = perturbed_gradient(f, params, step)
         drift, noise = tree_math.scale(-1, expanded), tree_math.scale(weight, noisy)
         return select(Coefficients(value, drift, noise))
 
-    return expansion.batch_mean(at, (batches, weights))
+    return _expansion.batch_mean(at, (batches, weights))
 
 
 def at_batch(
@@ -206,7 +206,7 @@ def check_method(rho: ArrayLike, order: Order, alpha: ArrayLike) -> None:
     """Refuses an invalid `rho`, `alpha` or `order`."""
     arguments.check_scalar("rho", rho, schedule=False)
     arguments.check_scalar("alpha", alpha, schedule=False)
-    expansion.check_order(order)
+    _expansion.check_order(order)
 
 
 def _eigenvector(

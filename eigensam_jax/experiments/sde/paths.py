@@ -1,4 +1,8 @@
-"""Paths of discrete SAM and of its equations, with the looks along them."""
+"""Paths of discrete SAM and of its equations, with the looks along them.
+
+Not by `training`: batches are drawn at random, independently, as the equations assume,
+and a path of an equation has no batches at all.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import cache

@@ -30,6 +30,7 @@ def test_results_are_complete_and_in_a_table_with_their_command(folder):
     for command in document["commands"]:
         assert f"`{command}`" in pages
         assert f"results/{folder}" in command
+        assert " /" not in command, "a path of the machine that ran it"
 
 
 def test_rows_are_replaced_and_headers_are_not():

@@ -1,6 +1,6 @@
 """Checks of users' arguments, with errors that name the remedy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from eigensam_jax import tree_math
 from eigensam_jax._update import devices
 from eigensam_jax._update.devices import Axes, AxisName
 from eigensam_jax.hessian import GradFn, ValueFn
@@ -20,7 +18,6 @@ from eigensam_jax.tree_math import PyTree
 
 _CALL = "tx.update(grads, opt_state, params, value_fn=lambda p: loss(p, batch))"
 _LONGEST = 300  # of a value in an error
-_GRAD_REMEDY = "Return the gradient, or (value, gradient) as jax.value_and_grad does."
 
 
 def require(valid: bool, name: str, value: Any, what: str, remedy: str = "") -> None:
@@ -178,103 +175,9 @@ def check_params(params: PyTree, selected: Sequence[bool] | None = None) -> None
         )
 
 
-def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
-    """`value_fn`, with an error unless it returns the scalar of this device's batch."""
-
-    def checked(params: PyTree) -> jax.Array:
-        value: Any = _called(name, value_fn, params)
-        shapes = [jnp.shape(x) for x in jax.tree.leaves(value)]
-        is_array = jax.tree_util.all_leaves([value])
-        if not is_array or shapes != [()]:
-            if value is None:
-                got, remedy = "None", "let it return the loss"
-            elif is_array:
-                got = f"an array of the shape {shapes[0]}"
-                remedy = f"average the losses, {name}=lambda p: loss(p, batch).mean()"
-            else:
-                got = f"a {type(value).__name__} with the shapes {shapes}"
-                remedy = (
-                    "return the loss alone. If the loss has auxiliary output, take the "
-                    f"first part, {name}=lambda p: loss(p, batch)[0]"
-                )
-            raise ValueError(f"{name} must return a scalar, got {got}: {remedy}.")
-        if where := devices.replicated(value, axes):
-            raise ValueError(
-                f"{name} is the same on all devices of the axes {where}, so it averages"
-                " over them itself: return the loss of each device's own batch, as its "
-                "gradients are averaged here, or omit axis_name."
-            )
-        scalar: jax.Array = value
-        return scalar
-
-    return checked
-
-
-def differentiable(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
-    """As `scalar_valued`, with errors also for gradients wrong by their structure.
-
-    They are zero, or sums over devices. Seen while tracing: it adds nothing to the
-    program.
-    """
-    value_at = scalar_valued(name, value_fn, axes)
-
-    @jax.custom_jvp
-    def same(value: jax.Array, leaves: list[jax.Array]) -> jax.Array:
-        return value
-
-    @partial(same.defjvp, symbolic_zeros=True)
-    def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        change, of_leaves = tangents
-        if isinstance(change, SymbolicZero):
-            # Else it may depend on those leaves that are not differentiated.
-            if not any(isinstance(x, SymbolicZero) for x in of_leaves):
-                raise ValueError(
-                    f"{name} ignores its argument, so its gradient is zero: use it, "
-                    f"{name}=lambda p: loss(p, batch) and not loss(params, batch)."
-                )
-            change = jnp.zeros_like(primals[0])
-        return primals[0], change
-
-    def checked(params: PyTree) -> jax.Array:
-        value = value_at(params)
-        _check_mean(name, value, params, axes)
-        return same(value, jax.tree.leaves(params))
-
-    return checked
-
-
-def _check_mean(name: str, value: jax.Array, params: PyTree, axes: Axes) -> None:
-    if where := devices.summed(value, params, axes):
-        raise ValueError(
-            f"the value of {name} differs between devices of the axes {where} and "
-            "params do not, so its gradient is the sum over them: make it that of the "
-            f"mean, lambda p: jax.lax.pmean(loss(p, batch), {where})."
-        )
-
-
-def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any:
-    """`function(params)`; errors get a note on how it was called."""
-    try:
-        return function(params)
-    except Exception as error:
-        example = "jax.grad(loss)(p, batch)" if name == "grad_fn" else "loss(p, batch)"
-        error.add_note(
-            f"{name} was called with the parameters alone. Put other arguments, such "
-            f"as the batch, into a closure, {name}=lambda p: {example}. If the "
-            "parameters have another structure than yours, a wrapper such as "
-            "optax.flatten is around this transformation: put it around the links "
-            "after this one. With a Flax nnx model, make value_fn by "
-            "eigensam_jax.nnx.value_fn, with the wrt of the optimizer and the nnx.Rngs "
-            "of the loss as an argument. With an equinox module, combine it again, "
-            f"{name}=lambda p: "
-            f"{example.replace('p,', 'eqx.combine(p, static),')}."
-        )
-        raise
-
-
 def like_params(name: str, tree: PyTree, params: PyTree, remedy: str) -> PyTree:
     """`tree` in the containers of `params`, if names and shapes agree."""
-    got, expected = _shapes(tree), _shapes(params)
+    got, expected = shapes(tree), shapes(params)
     if got != expected:
         raise ValueError(
             f"{name} must be a tree like params, with leaves of the shapes "
@@ -283,30 +186,7 @@ def like_params(name: str, tree: PyTree, params: PyTree, remedy: str) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(tree))
 
 
-def _shapes(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
+def shapes(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
     name = partial(jax.tree_util.keystr, simple=True, separator="/")
     leaves = jax.tree.leaves_with_path(tree)
     return [(name(path), getattr(leaf, "shape", ())) for path, leaf in leaves]
-
-
-def gradient_function(
-    value_fn: ValueFn | None, grad_fn: GradFn | None, axes: Axes = ()
-) -> Callable[[PyTree], tuple[jax.Array, PyTree]]:
-    """`params -> (value, gradient)`; the value is 0 where `grad_fn` gives none."""
-    if grad_fn is None:
-        assert value_fn is not None  # by check_update
-        return jax.value_and_grad(differentiable("value_fn", value_fn, axes))
-
-    def value_and_gradient(params: PyTree) -> tuple[jax.Array, PyTree]:
-        value = jnp.zeros((), tree_math.accumulation_dtype(params))
-        result = _called("grad_fn", grad_fn, params)
-        # A result unlike params must be such a pair. No tree is both.
-        is_pair = isinstance(result, tuple | list) and len(result) == 2
-        if is_pair and _shapes(result) != _shapes(params):
-            first, rest = result
-            if _shapes(first) == [("", ())]:
-                value, result = jnp.asarray(first), rest
-                _check_mean("grad_fn", value, params, axes)
-        return value, like_params("grad_fn(params)", result, params, _GRAD_REMEDY)
-
-    return value_and_gradient

@@ -9,7 +9,14 @@ import optax
 from jax.typing import DTypeLike
 
 from eigensam_jax import hessian, tree_math
-from eigensam_jax._update import arguments, devices, masking, rounding, scalars
+from eigensam_jax._update import (
+    arguments,
+    devices,
+    functions,
+    masking,
+    rounding,
+    scalars,
+)
 from eigensam_jax._update.devices import Axes, AxisName
 from eigensam_jax._update.masking import Mask, Subspace
 from eigensam_jax.hessian import GradFn, HvpMode, Matvec, ValueFn
@@ -132,7 +139,7 @@ def sharpness_aware(
         arguments.check_varying(space.select(updates), axes, per_device)
         if perturb is not None and not perturb:
             return devices.mean(updates, axes if per_device else ()), state
-        own_value_and_grad = arguments.gradient_function(value_fn, grad_fn, axes)
+        own_value_and_grad = functions.gradient_function(value_fn, grad_fn, axes)
         number = state.num_updates
         grads, weights = space.select(updates), space.select(params)
 
@@ -155,7 +162,7 @@ def sharpness_aware(
             curvature_grad = lambda p: own_value_and_grad(p)[1]
             if curvature_fn is not None:
                 curvature_grad = jax.grad(
-                    arguments.differentiable("curvature_fn", curvature_fn, axes)
+                    functions.differentiable("curvature_fn", curvature_fn, axes)
                 )
             matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
             # No use inside a `cond`, where convolutions are slow anyway.

@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from eigensam_jax import perturbation, tree_math
-from eigensam_jax._update import arguments, masking, programs, rounding
+from eigensam_jax._update import arguments, functions, masking, programs, rounding
 from eigensam_jax._update.masking import Mask
 from eigensam_jax.eigen import Estimate, _krylov, _raveled
 from eigensam_jax.hessian import ValueFn
@@ -278,7 +278,7 @@ def _in_ball(
     arguments.check_scalar("rho", rho, schedule=False)
     if eta is not None:
         arguments.check_scalar("eta", eta, schedule=False)
-    checked = arguments.scalar_valued("value_fn", value_fn)
+    checked = functions.scalar_valued("value_fn", value_fn)
 
     def scaled(params: PyTree, x: PyTree) -> PyTree:
         if eta is None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from eigensam_jax import tree_math
-from eigensam_jax._update import arguments
+from eigensam_jax._update import arguments, functions
 from eigensam_jax.hessian import GradFn, ValueFn
 from eigensam_jax.tree_math import PyTree
 
@@ -91,7 +91,7 @@ def check_gradient(
         rtol = 0.03 if narrow else 1e-3
     arguments.check_scalar("rtol", rtol, schedule=False)
     _check_values(updates, params)
-    _, gradient = arguments.gradient_function(value_fn, grad_fn)(params)
+    _, gradient = functions.gradient_function(value_fn, grad_fn)(params)
     _check_values(gradient)
     difference = tree_math.add_scaled(updates, -1, gradient)
     distance, size, expected = (

@@ -7,7 +7,7 @@ import jax
 from jax.typing import ArrayLike
 
 from eigensam_jax import eigen, hessian, tree_math
-from eigensam_jax._update import arguments, masking, programs
+from eigensam_jax._update import arguments, functions, masking, programs
 from eigensam_jax._update.masking import Mask, Subspace
 from eigensam_jax.eigen import Eigenpair, _krylov
 from eigensam_jax.hessian import HvpMode, Matvec, ValueFn
@@ -121,7 +121,7 @@ def block(
     space = masking.subspace(mask, params)
     arguments.check_params(params, space.selected)
     arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
-    gradient = jax.grad(arguments.differentiable("value_fn", value_fn))
+    gradient = jax.grad(functions.differentiable("value_fn", value_fn))
 
     def product(params: PyTree, vector: list[jax.Array]) -> list[jax.Array]:
         of_block = lambda w: space.select(gradient(space.merge(w, params)))

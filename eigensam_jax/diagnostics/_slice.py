@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from eigensam_jax import tree_math
-from eigensam_jax._update import arguments, programs, rounding
+from eigensam_jax._update import arguments, functions, programs, rounding
 from eigensam_jax.eigen import _krylov
 from eigensam_jax.hessian import ValueFn
 from eigensam_jax.tree_math import PyTree
@@ -140,7 +140,7 @@ def loss_slice(
         trees = _checked_trees("path", path, params)
         coordinates = _coordinates(trees, params, directions).astype(dtype)
 
-    value = arguments.scalar_valued("value_fn", value_fn)
+    value = functions.scalar_valued("value_fn", value_fn)
 
     def at(params: PyTree, directions: list[PyTree], point: jax.Array) -> jax.Array:
         shift = tree_math.zeros_like(params)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from eigensam_jax import eigen, hessian, perturbation, tree_math
-from eigensam_jax._update import arguments, rounding
+from eigensam_jax._update import arguments, functions, rounding
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.perturbation import Perturbation
 from eigensam_jax.sde import _expansion
@@ -158,7 +158,7 @@ def at_batch(
     eigenvector: PyTree | None,
 ) -> tuple[hessian.ValueFn, jax.Array, PyTree, Perturbation]:
     """f_γ of a batch, its value and gradient, and ε_γ; SAM's without an eigenvector."""
-    f = arguments.scalar_valued("value_fn", lambda p: value_fn(p, batch))
+    f = functions.scalar_valued("value_fn", lambda p: value_fn(p, batch))
     value, grads = jax.value_and_grad(f)(params)
     grads = tree_math.widen(grads)
     if eigenvector is None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from eigensam_jax import eigen_sam, hessian
-from eigensam_jax._update import arguments
+from eigensam_jax._update import arguments, functions
 
 
 class Pair(NamedTuple):
@@ -41,7 +41,7 @@ def test_a_gradient_and_a_pair_are_told_apart(name):
     params = PARAMS[name]
     gradient = jax.grad(value_fn)
     expected = jax.tree.map(lambda x: 3 * (x + 1) ** 2, params)
-    alone = arguments.gradient_function(None, gradient)(params)
+    alone = functions.gradient_function(None, gradient)(params)
     chex.assert_trees_all_close(alone, (jnp.zeros(()), expected))
     # With the value, as a pair of any kind, and as a Python number too.
     for value, grad_fn in (
@@ -49,7 +49,7 @@ def test_a_gradient_and_a_pair_are_told_apart(name):
         (value_fn(params), lambda p: [value_fn(p), gradient(p)]),
         (2.5, lambda p: (2.5, gradient(p))),
     ):
-        pair = arguments.gradient_function(None, grad_fn)(params)
+        pair = functions.gradient_function(None, grad_fn)(params)
         chex.assert_trees_all_close(pair, (jnp.asarray(value), expected))
         assert isinstance(pair[0], jax.Array)
         chex.assert_trees_all_equal_structs(pair[1], params)
@@ -65,12 +65,12 @@ def test_what_is_neither_is_refused(name):
         lambda p: (value_fn(p), (gradient(p), jnp.ones(7))),
     ):
         with pytest.raises(ValueError, match=r"Return the gradient, or \(value, grad"):
-            arguments.gradient_function(None, grad_fn)(params)
+            functions.gradient_function(None, grad_fn)(params)
 
 
 def test_the_hessian_of_a_function_that_returns_both():
     params = PARAMS["dict"]
-    made = arguments.gradient_function(None, jax.value_and_grad(value_fn))
+    made = functions.gradient_function(None, jax.value_and_grad(value_fn))
     product = hessian.matvec(lambda p: made(p)[1], params)(params)
     expected = jax.tree.map(lambda x: 6 * (x + 1) * x, params)
     chex.assert_trees_all_close(product, expected)

@@ -49,7 +49,7 @@ class Report(NamedTuple):
     average: Estimate
     layers: dict[str, Eigenpair]
     num_matvecs: int
-    layers_left_out: int = 0
+    layers_left_out: int
 
     def __str__(self) -> str:
         rows = [

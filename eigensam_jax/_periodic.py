@@ -52,9 +52,8 @@ def periodic(
     Norms and inner products run over all parameters, also if `link` has a mask. q is 0
     if that part is rounding error by the dtypes of the gradients, so that in bfloat16
     it must be 3% of g′. A zero or non-finite gradient leaves q unchanged, and q is not
-    added to one.
-    Memory, with `reuse`: q, and g₀ during a perturbed step. Under `jax.vmap` over a
-    state both kinds of steps are computed each time.
+    added to one. Memory, with `reuse`: q, and g₀ during a perturbed step. Under
+    `jax.vmap` over a state both kinds of steps are computed each time.
 
     Args:
       link: what `sam`, `asam` or `eigen_sam` returns. Its schedules and its tracker's

@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -186,16 +187,21 @@ def add_number(
 
 
 def add_grid(
-    parser: argparse.ArgumentParser, name: str, what: str, usual: Sequence[float]
+    parser: argparse.ArgumentParser,
+    name: str,
+    what: str,
+    usual: Sequence[float] | str,
 ) -> None:
     """Adds an option for several numbers above 0; usual learning rates are SGD's."""
     whose = "sgd: " if name == "learning_rates" else ""
+    if not isinstance(usual, str):
+        usual = " ".join(f"{x:g}" for x in usual)
     parser.add_argument(
         f"--{name.replace('_', '-')}",
         metavar="X",
         nargs="+",
         type=number(float, above=0),
-        help=f"{what} [{whose}{' '.join(f'{x:g}' for x in usual)}]",
+        help=f"{what} [{whose}{usual}]",
     )
 
 
@@ -275,8 +281,9 @@ class Parser(argparse.ArgumentParser):
     """A parser without abbreviations, whose usage and errors are one line."""
 
     def __init__(self, **kwargs: Any):
+        shaped = partial(argparse.HelpFormatter, max_help_position=25)
         usual: Any = {"usage": "%(prog)s [options]", "allow_abbrev": False}
-        super().__init__(**(usual | kwargs))
+        super().__init__(**(usual | {"formatter_class": shaped} | kwargs))
 
     def error(self, message: str) -> NoReturn:
         """Ends the command with one line."""

@@ -140,6 +140,7 @@ def frontier(
     alpha: float,
     seeds: int,
     plain: str = "sgd",
+    asam_rhos: Sequence[float] | None = None,
 ) -> Plan:
     """Tunes each method by as many trials, then trains at equal steps and gradients.
 
@@ -156,6 +157,8 @@ def frontier(
             if METHODS[name].radius_of:
                 continue
             grid = [METHODS[name].rho_factor * rho for rho in rhos]
+            if name == "asam":
+                grid = list(asam_rhos or grid)
             make = lambda x, name=name: (named(name, x, alpha), rate)
             yield from tuned(name, grid, make)
             setups[name] = named(name, chosen[name], alpha)

@@ -159,11 +159,14 @@ def _add_frontier(subparsers: Any) -> None:
         "resume.",
     )
     names = [x for x in METHODS if METHODS[x].link is not None]
-    usual = " ".join(_ON_THE_FRONTIER)
-    options.add_choices(frontier, "optimizers", names, f" [{usual}]")
+    few = " ".join(_ON_THE_FRONTIER)
+    options.add_choices(frontier, "optimizers", names, f" [{few}]")
     options.add_runs(frontier, _USUAL["frontier"])
-    for name, what in (("rhos", "ρ"), ("learning_rates", "of the base optimizer")):
-        options.add_grid(frontier, name, what, _USUAL["frontier"][name])
+    usual = _USUAL["frontier"]
+    options.add_grid(frontier, "rhos", "ρ", usual["rhos"])
+    options.add_grid(frontier, "asam_rhos", "ρ of ASAM", "10 times --rhos")
+    rates = usual["learning_rates"]
+    options.add_grid(frontier, "learning_rates", "of the base optimizer", rates)
     options.add_number(frontier, "alpha", 1.0, "α", 0)
     options.add_out(frontier, "quick check: 1 seed, 1 epoch, one trial")
 
@@ -209,11 +212,15 @@ def _tuned(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
 def _frontier(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
     names = list(dict.fromkeys(chosen.optimizers or _ON_THE_FRONTIER))
     trials = {"learning_rates": chosen.learning_rates, "rhos": chosen.rhos}
-    if len(chosen.rhos) != len(chosen.learning_rates):
-        raise UserError(
-            f"--rhos: {len(chosen.rhos)} trials and {len(chosen.learning_rates)} of "
-            "--learning-rates; give as many of each"
-        )
+    if chosen.asam_rhos is not None:
+        trials["asam_rhos"] = chosen.asam_rhos
+    rates = len(chosen.learning_rates)
+    for name, grid in trials.items():
+        if len(grid) != rates:
+            raise UserError(
+                f"--{name.replace('_', '-')}: {len(grid)} trials and {rates} of "
+                "--learning-rates; give as many of each"
+            )
     options.check_radii(names)
     named = {"alpha": chosen.alpha, **trials}
     plan = plans.frontier(

@@ -107,6 +107,13 @@ def test_on_the_frontier_each_method_has_as_many_trials_and_sams_gradients():
     assert {e.job.learning_rate for e in entries if e.row != "sgd"} == {0.5}
     asam = [e.job.method.rho for e in tuning if e.row == "asam"]
     assert asam == [1.0, 2.0, 4.0]  # ten times SAM's, as its usual ρ is
+    own = plans.frontier(names, rates, rhos, 2.0, seeds=2, asam_rhos=(0.3, 0.6, 0.9))
+    entries_own = followed(own, lambda job: job.learning_rate * (job.method.rho + 1))
+    chosen = [e.job.method.rho for e in entries_own if e.row == "asam"]
+    assert chosen == [0.3, 0.6, 0.9, 0.9, 0.9]
+    assert [e for e in entries_own if e.row != "asam" and e.job.tuning] == [
+        e for e in tuning if e.row != "asam"
+    ]
     by_steps = [e for e in entries if e.table == "steps" and e.job.seed == 1]
     assert [(e.row, e.job.method, e.job.longer) for e in by_steps] == [
         ("sgd", Setup("sgd"), 1),

@@ -259,6 +259,15 @@ def test_rates_of_sgd_are_not_tried_for_another_base(tmp_path, capsys):
     assert "around 0.001" in error
 
 
+@pytest.mark.parametrize(
+    ("option", "others"), [("--rhos", ()), ("--asam-rhos", ("--rhos", "0.1", "0.2"))]
+)
+def test_each_method_has_as_many_trials(option, others, tmp_path, capsys):
+    command = ["frontier", "--learning-rates", "0.1", "0.2", option, "0.3", *others]
+    error = error_of([*command, "--out", str(tmp_path)], capsys)
+    assert f"{option}: 1 trials and 2 of --learning-rates" in error
+
+
 def test_a_batch_larger_than_what_is_tuned_on_is_refused(tmp_path, capsys):
     command = [*ACCURACY, "--batch-size", "1400", "--out", str(tmp_path)]
     assert "--batch-size 1400 is more than the 1293" in error_of(command, capsys)

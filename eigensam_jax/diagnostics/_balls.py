@@ -278,7 +278,7 @@ def _in_ball(
     arguments.check_scalar("rho", rho, schedule=False)
     if eta is not None:
         arguments.check_scalar("eta", eta, schedule=False)
-    checked = functions.scalar_valued("value_fn", value_fn)
+    checked = functions.differentiable("value_fn", value_fn)
 
     def scaled(params: PyTree, x: PyTree) -> PyTree:
         if eta is None:

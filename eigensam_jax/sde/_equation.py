@@ -158,7 +158,7 @@ def at_batch(
     eigenvector: PyTree | None,
 ) -> tuple[hessian.ValueFn, jax.Array, PyTree, Perturbation]:
     """f_γ of a batch, its value and gradient, and ε_γ; SAM's without an eigenvector."""
-    f = functions.scalar_valued("value_fn", lambda p: value_fn(p, batch))
+    f = functions.differentiable("value_fn", lambda p: value_fn(p, batch))
     value, grads = jax.value_and_grad(f)(params)
     grads = tree_math.widen(grads)
     if eigenvector is None:

@@ -14,7 +14,16 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import AXIS, DEVICES, MODES
 
-from eigensam_jax import asam, eigen_sam, perturbation, sam, trackers, tree_math
+from eigensam_jax import (
+    asam,
+    diagnostics,
+    eigen_sam,
+    perturbation,
+    sam,
+    sde,
+    trackers,
+    tree_math,
+)
 from eigensam_jax.experiments.training import collectives
 
 TRACKERS = {
@@ -548,6 +557,28 @@ def test_the_sum_over_devices_is_not_taken_for_the_mean(name):
     )
     with pytest.raises(ValueError, match=rf"{name} differs .*'data'.*sum.*pmean"):
         mapped(params, meshes.part(batches, 0))
+
+
+MEASURES = {
+    "sharpness": lambda f, w, _: diagnostics.sharpness(f, w),
+    "worst_case": lambda f, w, _: diagnostics.worst_case_sharpness(f, w, 0.1),
+    "drift": lambda _, w, batches: sde.drift(meshes.loss, w, batches, 0.1, order=2),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_no_measure_takes_the_sum_over_devices_for_the_mean(name):
+    params, batches = meshes.parameters(), meshes.batches(2)
+
+    def measured(params, batches):
+        own = lambda p: meshes.loss(p, meshes.part(batches, 0))
+        return MEASURES[name](own, params, batches)
+
+    mapped = jax.shard_map(
+        measured, mesh=meshes.mesh(), in_specs=(P(), P(None, AXIS)), out_specs=P()
+    )
+    with pytest.raises(ValueError, match=r"value_fn differs .*'data'.*sum.*pmean"):
+        mapped(params, batches)
 
 
 def test_each_device_may_train_parameters_of_its_own():

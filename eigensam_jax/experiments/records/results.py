@@ -117,7 +117,7 @@ def _text(value: Any, indent: str = "\n") -> str:
     elif isinstance(value, list) and any(map(_is_nested, value)):
         items = [("", x) for x in value]
     else:
-        return json.dumps(value, allow_nan=False)
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
     inside, text, line = indent + " ", "", True
     for key, x in items:  # plain values go on in the line of the last one
         line = line or _is_nested(x)

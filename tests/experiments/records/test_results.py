@@ -46,8 +46,8 @@ def test_what_is_written_is_read(tmp_path):
     results.write(path, document)
     assert results.read(path) == {"schema": results.SCHEMA, **document}
     lines = path.read_text().splitlines()
-    assert '    "step": [1, 2],' in lines
-    assert "  [1, 2]," in lines
+    assert '    "step": [1,2],' in lines
+    assert "  [1,2]," in lines
     results.write(path, results.read(path))
     assert path.read_text().splitlines() == lines
 

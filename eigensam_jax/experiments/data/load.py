@@ -88,6 +88,18 @@ def first(dataset: Dataset, examples: int | None) -> Dataset:
     )
 
 
+def in_random_order(dataset: Dataset) -> Dataset:
+    """The training examples mixed, so that the first few are a sample of all.
+
+    Those of a series follow, and may overlap, each other.
+    """
+    order = np.random.default_rng(0).permutation(len(dataset.train_labels))
+    return dataset._replace(
+        train_images=dataset.train_images[order],
+        train_labels=dataset.train_labels[order],
+    )
+
+
 def with_label_noise(dataset: Dataset, share: float) -> Dataset:
     """Redraws a `share` of the training labels, uniformly from all classes."""
     if not share:

@@ -26,7 +26,7 @@ def forecasting(folder: Path | None, horizon: int) -> Dataset:
 
     Returns:
       Standardised float32 images (windows, `LENGTH`, series) and labels (windows,
-      `horizon`, series).
+      `horizon`, series); those for training in random order.
 
     Raises:
       UserError: if the folder has no single CSV file, or it is invalid or too short.
@@ -44,7 +44,8 @@ def forecasting(folder: Path | None, horizon: int) -> Dataset:
         for first, last in zip(starts, ends, strict=True)
     ]
     (images, labels), (held, held_labels), (test, test_labels) = parts
-    return Dataset(images, labels, test, test_labels, held, held_labels)
+    found = Dataset(images, labels, test, test_labels, held, held_labels)
+    return load.in_random_order(found)
 
 
 def linear(folder: Path | None, horizon: int) -> Dataset:

@@ -24,7 +24,8 @@ def characters(folder: Path | None) -> Dataset:
     training labels count as the first.
 
     Returns:
-      int32 images and labels of shape (windows, `LENGTH`), without overlap.
+      int32 images and labels of shape (windows, `LENGTH`), without overlap; those for
+      training in random order.
 
     Raises:
       UserError: if the folder has no single .txt file, or it is not UTF-8 or too short.
@@ -45,7 +46,7 @@ def characters(folder: Path | None) -> Dataset:
     numbers = np.where(known[numbers] == text, numbers, 0)
     parts = [_windows(numbers[first:last]) for first, last in pairwise(ends)]
     train, held, test = ([jnp.asarray(x, jnp.int32) for x in part] for part in parts)
-    return Dataset(*train, *test, *held)
+    return load.in_random_order(Dataset(*train, *test, *held))
 
 
 def _windows(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

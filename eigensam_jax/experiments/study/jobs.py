@@ -15,7 +15,7 @@ from eigensam_jax.experiments.data.load import Dataset
 from eigensam_jax.experiments.models.pretrained import Pretrained
 from eigensam_jax.experiments.records import checkpoints, results, resumption
 from eigensam_jax.experiments.study.plans import Job, Record
-from eigensam_jax.experiments.training import loop, losses, measures
+from eigensam_jax.experiments.training import loop, losses, measures, validation
 from eigensam_jax.experiments.training.measures import Measurement
 from eigensam_jax.experiments.training.methods import Setup
 from eigensam_jax.experiments.training.steps import TrainState
@@ -24,6 +24,7 @@ from eigensam_jax.tree_math import PyTree
 LOOK_EXAMPLES = 1_000
 TOLERANCE = 1e-2
 CHECKPOINT = "checkpoint.msgpack"
+_OF_LOOKS = {"step", "radius", "held_loss"}  # known at each, of the weights then
 _NOT_OF_TRIALS = ("train_loss", "lambda_max", "lambda_max_residual", "alignment")
 
 Curves = dict[str, list[Any]]
@@ -64,9 +65,7 @@ def make_runs(
     unfinished = resumption.unfinished(path, described)
 
     @cache
-    def run_of(
-        rate: float, tuning: bool, longer: float
-    ) -> tuple[loop.Run[Measurement], int]:
+    def run_of(rate: float, tuning: bool, longer: float) -> tuple[loop.Run[Any], int]:
         """The training and its steps, shared by jobs of the same rate and data."""
         used = load.for_tuning(dataset) if tuning else dataset
         used = load.first(used, config.train_examples)
@@ -101,10 +100,13 @@ def make_runs(
         ) -> tuple[Measurement, PyTree]:
             if tuning:  # three products tell whether the Hessian is zero
                 return alive(setup, state, None)
-            is_end = dataset.held_images is not None or int(state.step) == steps
-            return (end if is_end else look)(setup, state, start)
+            return (end if int(state.step) == steps else look)(setup, state, start)
 
-        return loop.make_run(model, used, measure, settings), steps
+        at_look: loop.Measure[Any] = measure
+        if dataset.held_images is not None:
+            whole, means = alive if tuning else end, measures.make_means(model)
+            at_look = validation.at_best(whole, means, used, steps)
+        return loop.make_run(model, used, at_look, settings), steps
 
     def figures(job: Job, say: Say) -> Record:
         curves: Curves = {"step": [], "radius": []}
@@ -117,26 +119,27 @@ def make_runs(
         loss, share = "", 0.0
         tell = lambda doing: say(doing + loss, share)
         for point in run(job.method, job.seed, saved, begin, tell):
-            loss, share = (
-                f", loss {point.measurement.train_loss:.3g}",
-                point.step / steps,
-            )
             looked = {**point._asdict(), **point.measurement._asdict()}
+            shown = looked.get("train_loss", looked["held_loss"])
+            loss, share = f", loss {shown:.3g}", point.step / steps
             for key, curve in curves.items():
-                curve.append(looked[key])
+                curve.append(looked.get(key))
             if point.step < steps:
                 progress = serialization.to_state_dict(point.progress)
                 kept = {"job": job.record, "curves": curves, "progress": progress}
                 checkpoints.write(path, {"described": json.dumps(described), **kept})
         held = curves["held_loss"]
-        at = -1 if None in held else int(np.argmin(held))
+        at = -1 if None in held else int(np.argmin(held))  # else at all looks
         if None in held:
             del curves["held_loss"]
+        chosen = {key: curves[key][at] for key in _OF_LOOKS & curves.keys()}
+        aligned = [x for x in curves["alignment"] if x is not None]
         found = {
             "gradients": job.method.gradients(steps),
             "training_time_s": point.progress.seconds,
-            **{key: curve[at] for key, curve in curves.items()},
-            "alignment": float(np.mean(curves["alignment"])),
+            **{key: curve[-1] for key, curve in curves.items()},
+            **chosen,
+            "alignment": float(np.mean(aligned)),
         }
         if found["test_accuracy"] is None:
             del found["test_accuracy"]

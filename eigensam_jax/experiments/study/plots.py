@@ -27,7 +27,8 @@ _FEW = 5  # looks, of which no curve is drawn
 def compare(runs: Sequence[Record], title: str, path: Path) -> None:
     """Draws all that was measured over training, or at its end if looks are few."""
     found = by_row(runs, "main")
-    if any(len(of_row[0]["curves"]["step"]) < _FEW for of_row in found.values()):
+    known = [of_row[0]["curves"] for of_row in found.values()]
+    if any(len(x["step"]) < _FEW or {*_keys(runs)} - x.keys() for x in known):
         ends(runs, title, path)
         return
     count = max(map(len, found.values()))

@@ -30,6 +30,7 @@ from eigensam_jax.experiments.training.methods import Setup
 
 _OVER_TRAINING = "main"  # the table whose records have curves, once for each job
 _USUAL = Job(Setup(""), 0.0, 0).fields  # omitted in records
+_MEASURED = "at the look with the lowest validation loss"
 
 
 def run(config: Config, plan: Plan, kind: str, command: str) -> None:
@@ -128,6 +129,7 @@ def _protocol(
         "look_examples": min(examples, config.curvature_examples, LOOK_EXAMPLES),
         "curvature_tolerance": TOLERANCE,
         "alignment_batches": measures.ALIGNMENT_BATCHES,
+        **({} if dataset.held_labels is None else {"measured": _MEASURED}),
     }
 
 
@@ -151,7 +153,7 @@ def _records(
                 figures = done.get(job) or do(job, say)
                 found = {"table": table, "row": row, **figures}
                 found |= {"table": table, "row": row}
-                if job in done or table != _OVER_TRAINING:
+                if table != _OVER_TRAINING:
                     found.pop("curves", None)
                 yield found
             done[job] = found

@@ -46,11 +46,22 @@ def test_windows_are_followed_by_what_is_forecast(made):
         assert images.shape == (count, LENGTH, 2)
         assert images.dtype == np.float32
         assert labels.shape == (count, HORIZON, 2)
+        order = np.argsort(images[:, 0, 0])  # of hours, which grow
+        assert (order == np.arange(count)).all() == (name != "train")
         for i in (0, 17, count - 1):
             at = first + i
-            np.testing.assert_array_equal(images[i], scaled[at : at + LENGTH])
+            np.testing.assert_array_equal(images[order[i]], scaled[at : at + LENGTH])
             after = scaled[at + LENGTH : at + LENGTH + HORIZON]
-            np.testing.assert_array_equal(labels[i], after)
+            np.testing.assert_array_equal(labels[order[i]], after)
+
+
+def test_the_first_windows_are_a_sample_of_all(made):
+    found, _ = made
+    starts = np.searchsorted(
+        np.sort(found.train_images[:, 0, 0]), found.train_images[:64, 0, 0]
+    )
+    assert len({*(starts // LENGTH)}) > 10  # of 16 stretches without overlap
+    np.testing.assert_allclose(starts.mean() / len(found.train_images), 0.5, atol=0.12)
 
 
 def test_trials_are_judged_on_what_the_data_hold_out(made):

@@ -1,5 +1,6 @@
 """`eigensam accuracy` and `eigensam ablate`: what they measure, and how they go on."""
 
+import itertools
 import json
 
 import flax.linen as nn
@@ -155,33 +156,74 @@ def test_label_noise_changes_its_share_of_the_training_labels_alone():
     np.testing.assert_array_equal(clean.train_labels, digits.train_labels)
 
 
-def test_the_best_look_on_the_way_is_measured_as_the_last(tmp_path, monkeypatch):
-    class Bigrams(nn.Module):
-        num_classes: int
+class Bigrams(nn.Module):
+    num_classes: int
 
-        @nn.compact
-        def __call__(self, characters):
-            return nn.Embed(self.num_classes, self.num_classes)(characters)
+    @nn.compact
+    def __call__(self, characters):
+        return nn.Embed(self.num_classes, self.num_classes)(characters)
+
+
+@pytest.fixture
+def of_text(tmp_path, monkeypatch):
+    """A command that trains on a text, which has validation data of its own."""
+    gpt = entries.Network(Bigrams, kind="text")
+    monkeypatch.setitem(registry.MODELS, "gpt", gpt)
+    (tmp_path / "book.txt").write_text("ab cd " * 2000, "utf-8")
+    command = "frontier --smoke --dataset text --model gpt --looks 3 --batch-size 16"
+    return [*command.split(), "--optimizers", "sam", "--data-dir", str(tmp_path)]
+
+
+def test_the_weights_of_the_best_look_are_measured_once(of_text, tmp_path, monkeypatch):
+    measured, losses = [], itertools.cycle([2.0, 1.0, 3.0])
 
     def make_measure(*_, loss_examples=None, **__):
         def measure(setup, state, start):
-            seen = dict.fromkeys(measures.Measurement._fields, 1.0)
-            seen |= {"test_accuracy": None, "held_loss": float(state.step)}
-            seen["train_loss"] = -1.0 if loss_examples is None else loss_examples
-            return measures.Measurement(**seen), start
+            measured.append(int(state.step))
+            found = dict.fromkeys(measures.Measurement._fields, 1.0)
+            found |= {"test_accuracy": None}
+            found["train_loss"] = -1.0 if loss_examples is None else loss_examples
+            return measures.Measurement(**found), start
 
         return measure
 
+    means = lambda *_: (next(losses), 0.0)
     monkeypatch.setattr(measures, "make_measure", make_measure)
-    monkeypatch.setitem(registry.MODELS, "gpt", entries.Network(Bigrams, kind="text"))
-    (tmp_path / "book.txt").write_text("ab cd " * 2000, "utf-8")
-    command = "frontier --smoke --dataset text --model gpt --looks 2 --batch-size 16"
-    command = [*command.split(), "--optimizers", "sam", "--out", str(tmp_path / "out")]
-    assert cli.main([*command, "--data-dir", str(tmp_path)]) == 0
-    steps = [run for run in figures(tmp_path / "out") if run["table"] == "steps"]
-    for run in steps:
-        assert run["step"] == 4  # of 9: the lowest validation loss
+    monkeypatch.setattr(measures, "make_means", lambda _: means)
+    assert cli.main([*of_text, "--out", str(tmp_path / "out")]) == 0
+    runs = figures(tmp_path / "out")
+    assert [run["step"] for run in runs] == measured == [6, 12, 6]  # of 9, 18 and 9
+    for run in runs:
         assert run["train_loss"] == -1  # of all examples
+        assert run["held_loss"] == 1
+
+
+def test_a_best_look_comes_out_of_a_checkpoint(of_text, tmp_path, monkeypatch):
+    make_means, write = measures.make_means, checkpoints.write
+
+    def turned(model):  # the first look is the best
+        means = make_means(model)
+        return lambda *args: (10 - means(*args)[0], 0.0)
+
+    monkeypatch.setattr(measures, "make_means", turned)
+    assert cli.main([*of_text, "--out", str(tmp_path / "whole")]) == 0
+
+    def killing(path, tree):
+        write(path, tree)
+        raise Killed
+
+    monkeypatch.setattr(checkpoints, "write", killing)
+    command, kills = [*of_text, "--out", str(tmp_path / "parts")], 0
+    while True:
+        try:
+            cli.main(command)
+            break
+        except Killed:
+            kills += 1
+    assert kills == 6  # two looks on the way of each run
+    runs = figures(tmp_path / "parts")
+    assert [run["step"] for run in runs] == [3, 6, 3]
+    assert runs == figures(tmp_path / "whole")
 
 
 def test_a_candidate_that_diverges_is_not_chosen(tmp_path):

@@ -163,10 +163,11 @@ def mean_matvec(
         return scanned
 
     # The caller cannot jit this loop: one program for batches of one kind.
+    params = programs.on_device(params)
     known: dict[Any, Callable[..., PyTree]] = {}
 
     def on_the_host(vector: PyTree) -> PyTree:
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vector)):
+        if programs.is_traced(vector):
             raise ValueError(
                 "a product with batches that stay on the host can't be traced: call it "
                 "outside jit, by a solver with host_loop=True, or give arrays."

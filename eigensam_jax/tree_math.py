@@ -108,10 +108,11 @@ def _vdots_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:
-    if x.shape != y.shape:
+    shape = getattr(y, "shape", f"a {type(y).__name__}")
+    if x.shape != shape:
         raise ValueError(
             "an inner product needs trees of the same shapes, got leaves of "
-            f"{x.shape} and {y.shape}: give two trees like the parameters."
+            f"{x.shape} and {shape}: give two trees like the parameters."
         )
     dtype = accumulation_dtype((x, y))
     return x.astype(dtype) * y.astype(dtype)

@@ -266,6 +266,23 @@ def test_a_value_that_is_not_finite_is_not_the_worst_case():
         assert found.perturbation[0] <= 0.05
 
 
+def test_a_slope_that_is_not_finite_at_w_does_not_end_the_search():
+    loss = lambda w: jnp.sqrt(jnp.abs(w[0])) + w[1] ** 2
+    found = diagnostics.worst_case_sharpness(loss, jnp.array([0.0, 1.0]), 0.1)
+    corner = jnp.array([0.05, 0.0866])
+    assert found.value > loss(jnp.array([0.0, 1.0]) + corner) - 1
+    assert found.value > 0.2
+
+
+def test_a_batch_of_numpy_is_moved_once():
+    data = np.ones(3, np.float32)
+    value_fn = lambda w: jnp.sum(data * w**2)
+    product = programs.compiled(value_fn, jax.grad(value_fn), jnp.ones(3))
+    x = jnp.ones(3)
+    with jax.transfer_guard("disallow"):
+        product(x)
+
+
 @ALL
 def test_narrow_parameters(measure):
     f = lambda w: jnp.sum(w.astype(jnp.float32) ** 2)

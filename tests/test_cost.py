@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from links import LINKS
@@ -30,6 +31,7 @@ def batch_of(size, inputs):
     )
 
 
+HEAD = {"frozen": False, "head": True}
 WIDE = shapes((784, 1024, 1024, 10)), batch_of(256, 784)
 DEEP = shapes((128,) * 9), batch_of(2048, 128)
 # The compiler before takes more passes over memory, for SAM too.
@@ -139,6 +141,32 @@ def test_part_of_the_batch_bounds_the_memory_of_products(tracker, part):
     assert in_part <= 1.5 * plain
     # Of the whole batch a product needs two or three times that, not once for each.
     assert whole <= 3 * plain
+
+
+def narrow_or_not(tracker):
+    return [
+        memory(compiled(WIDE, eigen_sam(0.1, 0.2, tracker, eigenvector_dtype=dtype)))
+        for dtype in (None, "bfloat16")
+    ]
+
+
+def test_a_narrow_eigenvector_is_not_widened_between_its_steps():
+    plain, narrow = narrow_or_not(trackers.secant(0.9, update_interval=5))
+    assert narrow <= 1.001 * plain
+
+
+@pytest.mark.parametrize("link", [sam(0.1, mask=HEAD), eigen_sam(0.1, 0.2, mask=HEAD)])
+def test_frozen_parameters_are_neither_read_nor_written(link):
+    params = {"frozen": jax.ShapeDtypeStruct((1000, 1000), "float32")}
+    params["head"] = jax.ShapeDtypeStruct((10,), "float32")
+    value_fn = lambda p: jnp.sum(p["head"] ** 4)
+
+    def step(grads, state, params):
+        return link.update(grads, state, params, value_fn=value_fn)[1]
+
+    state = jax.eval_shape(link.init, params)
+    program = jax.jit(step, donate_argnums=1).lower(params, state, params).compile()
+    assert traffic(program) < 100_000  # bytes; a frozen leaf has 4,000,000
 
 
 def test_programs_grow_in_proportion_to_the_leaves():

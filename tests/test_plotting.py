@@ -175,6 +175,16 @@ def test_eigenvalues_below_zero_are_on_a_linear_axis():
     assert plotting.training(infos_of([-5, -3, 2]), one)[0].get_yscale() == "linear"
 
 
+def test_alignments_are_on_a_linear_axis_however_small():
+    infos = [
+        x._replace(alignment=jnp.float32(alignment))
+        for x, alignment in zip(infos_of([1, 2, 3]), (0, 0.001, 0.6), strict=True)
+    ]
+    axes = plotting.training(infos)[1]
+    assert axes.get_yscale() == "linear"
+    assert axes.get_ylim()[0] < 0
+
+
 def test_training_of_a_link():
     tx, w = eigensam_jax.eigen_sam(0.1), jnp.array([1.0, 2.0])
     state, infos, loss = tx.init(w), [], lambda w: jnp.sum(w**4)

@@ -59,6 +59,8 @@ def test_a_tree_without_leaves_has_norm_zero():
 def test_trees_of_different_structure_are_refused():
     with pytest.raises(ValueError, match=r"structure|keys"):
         tree_math.vdot({"a": jnp.ones(2)}, {"b": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"leaves of \(2,\) and a dict"):
+        tree_math.vdots((jnp.ones(2), {"a": jnp.ones(2)}))
 
 
 def test_leaves_are_not_broadcast():

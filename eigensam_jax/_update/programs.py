@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 Carry = TypeVar("Carry")
@@ -16,6 +17,16 @@ _PROGRAMS = weakref.WeakKeyDictionary()
 def is_traced(tree: Any) -> bool:
     """Whether any leaf is traced. Outside `jit` none is, and a loop compiles anew."""
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def on_device(tree: Any) -> Any:
+    """`tree` with NumPy's arrays on the device, where each call would move them."""
+
+    def moved(x: Any) -> Any:
+        is_elsewhere = hasattr(x, "dtype") and not isinstance(x, jax.Array)
+        return jax.device_put(np.asarray(x)) if is_elsewhere else x
+
+    return jax.tree.map(moved, tree)
 
 
 def while_loop(
@@ -84,8 +95,9 @@ def compiled(
     """
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*example)
     outside, jaxpr = list(traced.consts), traced.jaxpr
-    if any(isinstance(x, jax.core.Tracer) for x in outside):
+    if is_traced(outside):
         return None
+    outside = on_device(outside)
     text = str(jaxpr)
     kept: dict[tuple[Any, ...], Any] = {}
     # An address identifies a Python function only while it lives; dots abbreviate

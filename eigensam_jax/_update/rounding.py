@@ -46,7 +46,10 @@ def add(weights: PyTree, epsilon: PyTree, count: ArrayLike = 0) -> PyTree:
 
 def cast(tree: PyTree, dtype: DTypeLike, count: ArrayLike) -> PyTree:
     """`tree` in another dtype, rounded as in `add`."""
-    return jax.tree.map(lambda x: _rounded(x, jnp.dtype(dtype), count), tree)
+    dtype = jnp.dtype(dtype)
+    return jax.tree.map(
+        lambda x: x if x.dtype == dtype else _rounded(x, dtype, count), tree
+    )
 
 
 def spread_like(tree: PyTree, seed: jax.Array) -> PyTree:

@@ -1,6 +1,6 @@
 """The update that SAM, ASAM and Eigen-SAM share, around a rule for the perturbation."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +58,9 @@ class SharpnessAwareState(NamedTuple):
     info: Info
 
 
+_Step = Callable[[TrackerState], TrackerState]
+
+
 def sharpness_aware(
     rule: Callable[..., Perturbation],
     tracker: Tracker | None,
@@ -83,24 +86,34 @@ def sharpness_aware(
             if _shapes(field) == _shapes(weights)
         }
 
-    def stored(
-        tracked: TrackerState,
-        names: Iterable[str],
-        space: Subspace,
-        params: PyTree,
-        number: jax.Array,
+    def narrow(
+        tracked: TrackerState, wide: dict[str, PyTree], number: jax.Array
     ) -> TrackerState:
-        """The state as it is kept: vectors of the whole space, in their own dtype."""
-        whole = {name: space.embed(getattr(tracked, name), params) for name in names}
-        if eigenvector_dtype is not None:
-            whole = rounding.cast(whole, eigenvector_dtype, number)
-        return tracked._replace(**whole)
+        """The state with its vectors in the dtype in which they are kept."""
+        kept = {name: getattr(tracked, name) for name in wide}
+        if eigenvector_dtype is None:
+            return tracked._replace(**tree_math.cast_like(kept, wide))
+        return tracked._replace(**rounding.cast(kept, eigenvector_dtype, number))
+
+    def in_full(step: _Step, wide: dict[str, PyTree], number: jax.Array) -> _Step:
+        """`step`, which sees the vectors in their full dtype, between conversions."""
+
+        def taken(tracked: TrackerState) -> TrackerState:
+            kept = {name: getattr(tracked, name) for name in wide}
+            full = tree_math.cast_like(kept, wide)
+            return narrow(step(tracked._replace(**full)), wide, number)
+
+        return taken
 
     def start(params: PyTree, space: Subspace) -> TrackerState:
         assert tracker is not None
         started, number = tracker.init(space.select(params)), jnp.zeros((), jnp.int32)
         _check_tracker(started)
-        return stored(started, vectors(space, params), space, params, number)
+        wide = vectors(space, params)
+        whole = {name: space.embed(getattr(started, name), params) for name in wide}
+        if eigenvector_dtype is not None:
+            whole = rounding.cast(whole, eigenvector_dtype, number)
+        return started._replace(**whole)
 
     def init_fn(params: PyTree) -> SharpnessAwareState:
         space = masking.subspace(mask, params)
@@ -152,13 +165,9 @@ def sharpness_aware(
                 "It belongs to another tracker or to other parameters: make it by "
                 "tx.init(params), and keep the state of the rest of the chain.",
             )
-            # The tracker sees vectors of the subspace in their full dtype.
-            wide = vectors(space, params)
-            own = {
-                name: tree_math.cast_like(space.select(getattr(tracked, name)), like)
-                for name, like in wide.items()
-            }
-            tracked = tracked._replace(**own)
+            wide, whole = vectors(space, params), tracked
+            own = {name: space.select(getattr(whole, name)) for name in wide}
+            tracked = narrow(tracked._replace(**own), wide, number)
             curvature_grad = lambda p: own_value_and_grad(p)[1]
             if curvature_fn is not None:
                 curvature_grad = jax.grad(
@@ -171,7 +180,7 @@ def sharpness_aware(
                 due = _is_due(number, tracker.refresh_interval)
                 tracked = scalars.branch(
                     due if refresh is None else bool(refresh),
-                    lambda t: tracker.refresh(t, matvec),
+                    in_full(lambda t: tracker.refresh(t, matvec), wide, number),
                     lambda t: t,
                     tracked,
                 )
@@ -212,8 +221,14 @@ def sharpness_aware(
             is_shared = tracker.refresh_interval in (None, interval)
             if refresh is not None and interval not in (None, 1) and is_shared:
                 due = bool(refresh)
-            tracked = scalars.branch(due, observed, lambda t: t, tracked)
-            tracked = stored(tracked, wide, space, params, number)
+            step_of = in_full(observed, wide, number)
+            tracked = scalars.branch(due, step_of, lambda t: t, tracked)
+            # What is not in the subspace stays as it is, and is not written.
+            merged = {
+                name: space.merge(getattr(tracked, name), getattr(whole, name))
+                for name in wide
+            }
+            tracked = tracked._replace(**merged)
         dtype = tree_math.accumulation_dtype(params)
         info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)
         after = SharpnessAwareState(optax.safe_increment(number), tracked, info)

@@ -146,7 +146,9 @@ def worst_case_sharpness(
         known, new = (search.best, search.highest), (search.x, value)
         is_better = (value > search.highest) & jnp.isfinite(value)
         best, highest = tree_math.where(is_better, new, known)
-        x = tree_math.add_scaled(search.x, size, tree_math.unit(slope)[0])
+        towards, length = tree_math.unit(slope)
+        moved = tree_math.add_scaled(search.x, size, towards)
+        x = tree_math.where(jnp.isfinite(length), moved, search.x)
         shrink = rho * tree_math.safe_inverse(jnp.maximum(tree_math.norm(x), rho))
         return _Search(tree_math.scale(shrink, x), value, best, highest)
 
@@ -194,7 +196,7 @@ def average_sharpness(
     The x have independent entries of standard deviation ρ/√n in n dimensions and come
     in pairs x, −x, so that the gradient cancels. At a small ρ it is ½ρ²·tr(THT)/n.
 
-    Cost: 2 `num_samples` + 1 values.
+    Cost: 2 `num_samples` + 2 values.
 
     Args:
       value_fn, params, rho, eta, scale_biases, mask: as in `sam_sharpness`.

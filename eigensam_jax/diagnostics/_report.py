@@ -6,14 +6,13 @@ import jax
 
 from eigensam_jax import eigen, tree_math
 from eigensam_jax._update import arguments, masking, programs
-from eigensam_jax._update.masking import Mask
 from eigensam_jax.diagnostics._balls import (
     WorstCase,
     average_sharpness,
     sam_sharpness,
     worst_case_sharpness,
 )
-from eigensam_jax.diagnostics._sharpness import Block, block
+from eigensam_jax.diagnostics._sharpness import block
 from eigensam_jax.eigen import Eigenpair, Estimate
 from eigensam_jax.hessian import HvpMode, ValueFn
 from eigensam_jax.tree_math import PyTree
@@ -91,7 +90,7 @@ def report(
     Of the `num_matvecs` Hessian-vector products, half at most go to λ_max, a quarter to
     the trace, and what is left, shared evenly, to λ_max of the layers, which are left
     out where there are fewer than five products for each. The measures in a ball take
-    25 gradients and 66 values beside. Call it outside `jit`.
+    25 gradients and 67 values beside. Call it outside `jit`.
 
     Args:
       value_fn, params: as in `sharpness`. In `value_fn`, use the network as
@@ -100,7 +99,7 @@ def report(
       rho: ρ, the radius of the ball.
       num_matvecs: the most products, at least 8.
       hvp_mode: as in `hessian.matvec`.
-      seed: of the random vectors.
+      seed: of the random vectors of the trace and of the balls.
 
     Returns:
       A `Report`. Its eigenvalues stand with their residuals, within which there is a
@@ -135,22 +134,18 @@ def report(
         raise ValueError("report needs values, got traced params: call it outside jit.")
     spent = 0
 
-    def of_mask(mask: Mask) -> Block:
-        """The block, whose products are counted."""
-        found = block(value_fn, params, mask, hvp_mode, True)
-        if not found.host_loop:
-            raise ValueError(
-                "report needs values, got a traced value_fn: call it outside jit."
-            )
+    found = block(value_fn, params, None, hvp_mode, True)
+    if not found.host_loop:
+        raise ValueError(
+            "report needs values, got a traced value_fn: call it outside jit."
+        )
 
-        def counted(vector: PyTree) -> PyTree:
-            nonlocal spent
-            spent += 1
-            return found.matvec(vector)
+    def counted(vector: PyTree) -> PyTree:
+        nonlocal spent
+        spent += 1
+        return found.matvec(vector)
 
-        return found._replace(matvec=counted)
-
-    whole = of_mask(None)
+    whole = found._replace(matvec=counted)
     top = whole.top_eigenpair(_TOLERANCE, num_matvecs // 2)
     options: Any = {"num_matvecs": num_matvecs // 4, "seed": seed, "host_loop": True}
     trace = eigen.trace(whole.matvec, whole.like, **options)
@@ -158,7 +153,7 @@ def report(
     share = (num_matvecs - spent) // max(len(masks), 1)
     if share >= _FEWEST:
         layers = {
-            name: of_mask(mask).top_eigenpair(_TOLERANCE, share)
+            name: whole.of_mask(mask, params).top_eigenpair(_TOLERANCE, share)
             for name, mask in masks.items()
         }
     _, value_and_grad = programs.host_loop_of(

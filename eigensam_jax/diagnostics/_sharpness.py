@@ -107,6 +107,17 @@ class Block(NamedTuple):
         first: Eigenpair = programs.jitted(self.host_loop, _krylov.get)(pairs, 0)
         return first
 
+    def of_mask(self, mask: Mask, params: PyTree) -> "Block":
+        """A block within this one, that of all parameters, by the same program."""
+        space = masking.subspace(mask, params)
+        whole = self.space.treedef.unflatten(self.like)
+
+        def matvec(vector: list[jax.Array]) -> list[jax.Array]:
+            leaves = jax.tree.leaves(space.merge(vector, whole))
+            return space.select(self.space.treedef.unflatten(self.matvec(leaves)))
+
+        return Block(space, self.host_loop, matvec, space.select(whole))
+
 
 def block(
     value_fn: ValueFn,
@@ -131,7 +142,8 @@ def block(
 
     like = tree_math.zeros_like(space.select(params))
     by_host, run = programs.host_loop_of(host_loop, value_fn, product, params, like)
-    return Block(space, by_host, partial(run, params), like)
+    weights = programs.on_device(params) if by_host else params
+    return Block(space, by_host, partial(run, weights), like)
 
 
 def sharpness_by_layer(
@@ -174,9 +186,8 @@ def sharpness_by_layer(
     References:
       Zhang, Bengio, Singer, "Are All Layers Created Equal?", JMLR 2022.
     """
+    whole = block(value_fn, params, None, hvp_mode, host_loop)
     return {
-        name: block(value_fn, params, mask, hvp_mode, host_loop).top_eigenpair(
-            tol, max_matvecs
-        )
+        name: whole.of_mask(mask, params).top_eigenpair(tol, max_matvecs)
         for name, mask in masking.layers(params).items()
     }

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+
+from eigensam_jax._update import programs
 
 
 def new(axes: Axes | None, height: float = 4.2) -> Axes:
@@ -28,7 +29,7 @@ def spans_decades(values: np.ndarray) -> bool:
 
 def values(name: str, value: Any) -> np.ndarray:
     """`value` in float64, if it is known."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)):
+    if programs.is_traced(value):
         raise ValueError(
             f"{name} must be known to be drawn, got traced arrays: plot outside jit, "
             "from what the jitted function returns."

@@ -87,7 +87,7 @@ def training(
         panel.plot(numbers, values, style, marker=marker, markersize=3, label=label)
         panel.set_ylabel(name)
         every = [line.get_ydata() for line in panel.lines]  # of earlier calls too
-        if panels.spans_decades(np.concatenate(every)):
+        if panel is not drawn[1] and panels.spans_decades(np.concatenate(every)):
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter(panels.plain)
         else:

@@ -180,11 +180,10 @@ def top_eigenpair(
     params: PyTree,
     batches: PyTree,
     tol: ArrayLike,
-    v0: PyTree | None = None,
 ) -> Eigenpair:
     """The top eigenpair of the Hessian of E[f_γ]."""
     matvec = hessian.mean_matvec(value_fn, params, batches)
-    pairs = eigen.top_eigenpairs(matvec, params, 1, tol=tol, v0=v0)
+    pairs = eigen.top_eigenpairs(matvec, params, 1, tol=tol)
     return Eigenpair(*jax.tree.map(lambda x: x[0], pairs))
 
 

@@ -91,7 +91,8 @@ def eigenvalue_curvature(
         ∇²λ[a, a] = ∇⁴f[v, v, a, a] + 2 ⟨z, (λ − H)⁺ z⟩,    z = ∇³f[v, a], f = E[f_γ]
 
     (λ − H)⁺z, orthogonal to v, is found by conjugate gradients, in a few times
-    √((λ − λ_min)/(λ − λ₂)) products. Reference: that of `eigenvalue_gradient`.
+    √((λ − λ_min)/(λ − λ₂)) products. The result is NaN if 500 are not enough for twice
+    `tol`. Reference: that of `eigenvalue_gradient`.
 
     Args:
       value_fn, params, batches: as in `drift`.
@@ -129,7 +130,9 @@ def eigenvalue_curvature(
     third = orthogonal(third)
     solve: Callable[..., tuple[PyTree, None]] = cg
     solution, _ = solve(shifted, third, tol=tol, maxiter=_MAX_ITERATIONS)
-    return fourth + 2 * tree_math.vdot(third, solution)
+    left = tree_math.norm(tree_math.add_scaled(third, -1, shifted(solution)))
+    is_solved = left <= 2 * tol * tree_math.norm(third)
+    return jnp.where(is_solved, fourth + 2 * tree_math.vdot(third, solution), jnp.nan)
 
 
 def sharpness_rates(
@@ -175,7 +178,12 @@ def sharpness_rates(
     arguments.check_scalar("eta", eta, schedule=False)
     if eigenpair is None:
         eigenpair = _equation.top_eigenpair(value_fn, params, batches, tol)
-    v = eigenpair.eigenvector
+    v = arguments.like_params(
+        "eigenpair.eigenvector",
+        eigenpair.eigenvector,
+        params,
+        "Take the first of several: jax.tree.map(lambda x: x[0], pairs).",
+    )
     slope = eigenvalue_gradient(value_fn, params, batches, v)
     used = None if _equation.is_sam(alpha) else v
 

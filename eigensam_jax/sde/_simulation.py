@@ -119,7 +119,7 @@ def make_step(
         eigenvector = eigenvalue = residual = None
         if state.eigenvector is not None:
             eigenvector, eigenvalue, residual = _equation.top_eigenpair(
-                value_fn, params, batches, tol, state.eigenvector
+                value_fn, params, batches, tol
             )
         dtype = tree_math.accumulation_dtype(params)
         increments = jax.random.normal(key, (count,), dtype)

@@ -7,6 +7,7 @@ from problems import dense_hessian, flatten, network
 
 from eigensam_jax import perturbation, sde, tree_math
 from eigensam_jax.eigen import Eigenpair
+from eigensam_jax.sde import _sharpness
 
 BATCHES, RHO = jnp.arange(5), 0.05
 
@@ -201,3 +202,21 @@ def test_numbers_that_can_not_be_meant_are_refused(change, message):
     quadratic, w, x = (lambda w, x: x * jnp.sum(w**2)), jnp.ones(2), jnp.ones(2)
     with pytest.raises(ValueError, match=message):
         sde.sharpness_rates(quadratic, w, x, **{"rho": 0.1, "eta": 0.1, **change})
+
+
+def test_a_system_that_is_not_solved_is_no_number(monkeypatch):
+    params, batches = jnp.array([1.0, 0.9, 0.3, 0.2]), jnp.ones(1)
+    f = lambda w, x: x * (jnp.sum(w**4) + jnp.prod(jnp.sin(w)))
+    values, vectors = jnp.linalg.eigh(jax.hessian(f)(params, 1.0))
+    top = {"eigenvector": vectors[:, -1], "eigenvalue": values[-1]}
+    given = f, params, batches, jnp.arange(1.0, 5)
+    assert np.isfinite(sde.eigenvalue_curvature(*given, **top))
+    monkeypatch.setattr(_sharpness, "_MAX_ITERATIONS", 1)
+    assert np.isnan(sde.eigenvalue_curvature(*given, **top, tol=1e-5))
+
+
+def test_several_eigenpairs_are_refused_for_one():
+    quadratic, w, x = (lambda w, x: x * jnp.sum(w**2)), jnp.ones(2), jnp.ones(2)
+    pairs = Eigenpair(jnp.ones(1), jnp.ones((1, 2)), jnp.zeros(1))
+    with pytest.raises(ValueError, match=r"eigenpair\.eigenvector must be .*the first"):
+        sde.sharpness_rates(quadratic, w, x, rho=0.1, eta=0.1, eigenpair=pairs)

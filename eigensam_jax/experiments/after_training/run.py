@@ -52,7 +52,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         held_images=split.test_images,
         held_labels=split.test_labels,
     )
-    loop.check_batch_size(BATCH_SIZE, chosen.dataset, len(dataset.train_labels))
+    _check_size(chosen.dataset, dataset)
     following = _next(chosen, dataset)
     results.make_folder(chosen.out)
     path = chosen.out / results.FILE
@@ -111,6 +111,10 @@ def jobs(chosen: argparse.Namespace) -> list[Record]:
 def _next(chosen: argparse.Namespace, dataset: Dataset) -> Dataset | None:
     """The data that the networks learn next, of the same shape."""
     if not chosen.next_dataset:
+        if chosen.next_dir is not None:
+            raise UserError(
+                f"--next-dir {chosen.next_dir}: name --next-dataset, or leave it out"
+            )
         return None
     try:
         found = registry.dataset(chosen.next_dataset, chosen.next_dir)
@@ -123,7 +127,13 @@ def _next(chosen: argparse.Namespace, dataset: Dataset) -> Dataset | None:
             f"--next-dataset {chosen.next_dataset} has images and classes {shapes[1]}, "
             f"and {chosen.dataset} has {shapes[0]}; use one of the same"
         )
+    _check_size(chosen.next_dataset, found)
     return found
+
+
+def _check_size(name: str, dataset: Dataset) -> None:
+    examples = len(dataset.train_labels)
+    loop.check_batch_size(BATCH_SIZE, name, examples, is_option=False)
 
 
 def _with_params(variables: PyTree, params: PyTree) -> PyTree:

@@ -13,6 +13,7 @@ from eigensam_jax.experiments.records import checkpoints, results
 
 # Values in older files, which do not record them.
 _ONCE = {"base_optimizer": "sgd", "weight_decay": 0.0}
+_NOT_ONCE = ("train_crc32",)  # whose values then are not known
 
 
 def of_runs(
@@ -127,6 +128,8 @@ def missing(
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises UserError if `before` and `now` differ, other than in paths of folders."""
     for key in {**before, **now}:
+        if key in _NOT_ONCE and key not in before:
+            continue
         one, other = before.get(key, _ONCE.get(key)), now.get(key, _ONCE.get(key))
         if isinstance(one, dict) and isinstance(other, dict):
             check_same(out, one, other)

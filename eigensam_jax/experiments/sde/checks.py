@@ -177,8 +177,7 @@ def costs(problem: Problem, rho: float) -> list[Record]:
 
 def _eigenvector(problem: Problem) -> PyTree:
     """The top eigenvector before training, from seed 0."""
-    params = problem.init(0)
-    return problem.top_eigenpair(params, tree_math.zeros_like(params)).eigenvector
+    return problem.top_eigenpair(problem.init(0)).eigenvector
 
 
 def _errors(

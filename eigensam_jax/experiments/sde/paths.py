@@ -104,7 +104,7 @@ def make_run(
         method = optimizer.removesuffix("_again")
         scalars = jnp.float32(job["rho"]), jnp.float32(job["alpha"])
         state = start(method, params)
-        v0, done = tree_math.zeros_like(params), 0
+        done = 0
         for stop in stops:
             if stop > done:
                 key, of_stretch = jax.random.split(key)
@@ -114,8 +114,7 @@ def make_run(
             look = {name: float(x) for name, x in look_at(params).items()}
             if not np.isfinite(look["train_loss"]):
                 raise FloatingPointError(f"the training loss is {look['train_loss']}")
-            top = problem.top_eigenpair(params, v0)
-            v0 = top.eigenvector
+            top = problem.top_eigenpair(params)
             look["lambda_max"] = float(top.eigenvalue)
             look["lambda_max_residual"] = float(top.residual)
             if optimizer in ("sam", "eigen_sam") and job["rho"] == measured_rho:

@@ -27,14 +27,14 @@ class Problem(NamedTuple):
       value_fn: (params, batch) -> the batch's mean cross-entropy.
       batches: images and labels, with a leading axis over `NUM_BATCHES` batches.
       whole: images and labels of all batches.
-      top_eigenpair: (params, start) -> the top eigenpair over all batches.
+      top_eigenpair: params -> the top eigenpair over all batches.
     """
 
     init: Callable[[int], PyTree]
     value_fn: Callable[[PyTree, PyTree], jax.Array]
     batches: PyTree
     whole: tuple[jax.Array, jax.Array]
-    top_eigenpair: Callable[[PyTree, PyTree], Eigenpair]
+    top_eigenpair: Callable[[PyTree], Eigenpair]
 
 
 def make_problem(dataset: Dataset) -> Problem:
@@ -57,7 +57,7 @@ def make_problem(dataset: Dataset) -> Problem:
         return loss(params, *batch)
 
     @jax.jit
-    def top_eigenpair(params: PyTree, v0: PyTree) -> Eigenpair:
-        return _equation.top_eigenpair(value_fn, params, batches, TOLERANCE, v0)
+    def top_eigenpair(params: PyTree) -> Eigenpair:
+        return _equation.top_eigenpair(value_fn, params, batches, TOLERANCE)
 
     return Problem(init, value_fn, batches, whole, top_eigenpair)

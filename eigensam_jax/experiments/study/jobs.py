@@ -65,10 +65,14 @@ def make_runs(
     unfinished = resumption.unfinished(path, described)
 
     @cache
+    def data_of(tuning: bool) -> Dataset:
+        used = load.for_tuning(dataset) if tuning else dataset
+        return load.first(used, config.train_examples)
+
+    @cache
     def run_of(rate: float, tuning: bool, longer: float) -> tuple[loop.Run[Any], int]:
         """The training and its steps, shared by jobs of the same rate and data."""
-        used = load.for_tuning(dataset) if tuning else dataset
-        used = load.first(used, config.train_examples)
+        used = data_of(tuning)
         steps = loop.num_steps(used, config.batch_size, config.epochs)
         steps = round(longer * steps)
         is_short = tuning and dataset.held_images is None  # else the best look counts

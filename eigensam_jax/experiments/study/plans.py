@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from eigensam_jax.experiments.entries import GRADIENTS
+from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.registry import METHODS, matched
 from eigensam_jax.experiments.training.methods import Setup, named
 
@@ -184,13 +185,22 @@ def best(
     grid: Sequence[float],
     make: Callable[[float], tuple[Setup, float]],
 ) -> Iterator[Entry]:
-    """The trials of a grid; puts the best into `chosen`."""
+    """The trials of a grid; puts the best into `chosen`.
+
+    UserError is raised if all diverge.
+    """
     jobs = {value: Job(*make(value), TUNING_SEED, True) for value in grid}
     chosen[row] = grid[0]
     if len(grid) > 1:
         for job in jobs.values():
             yield Entry("tuning", row, job)
-        chosen[row] = max(grid, key=lambda x: score(done[jobs[x]]))
+        scores = {value: score(done[job]) for value, job in jobs.items()}
+        if max(scores.values()) == -math.inf:
+            raise UserError(
+                f"{row}: training diverged in each trial, of "
+                f"{', '.join(f'{x:g}' for x in grid)}; give smaller values"
+            )
+        chosen[row] = max(grid, key=scores.__getitem__)
 
 
 def score(record: Record) -> float:

@@ -28,7 +28,7 @@ from eigensam_jax.experiments.study.plans import Job, Plan, Record
 from eigensam_jax.experiments.training import loop, measures
 from eigensam_jax.experiments.training.methods import Setup
 
-_OVER_TRAINING = "main"  # the table whose records have curves, once for each job
+_OVER_TRAINING = "main"  # the table whose records have curves
 _USUAL = Job(Setup(""), 0.0, 0).fields  # omitted in records
 _MEASURED = "at the look with the lowest validation loss"
 

@@ -45,7 +45,11 @@ def all_tables(runs: Sequence[Record], title: str) -> list[Table]:
             make, above = frontier, ("", "grad.", "time", "ρ", *headers[1:-1])
         rows = [[x.replace(" ± ", "±") for x in row] for row in make(runs, name)]
         result.append(tables.table(heading, above, rows))
-        if pairs := paired(runs, name) or against(runs, name):
+        pairs = paired(runs, name)
+        if name in FRONTIER or not pairs:
+            first = against(runs, name)
+            pairs = first + [row for row in pairs if row not in first]
+        if pairs:
             result.append(tables.table("differences", headers, pairs))
     return result
 
@@ -75,7 +79,8 @@ def summary(runs: Sequence[Record], table: str) -> list[list[str]]:
 def paired(runs: Sequence[Record], table: str) -> list[list[str]]:
     """A row per pair of methods by `PAIRED_HEADERS`: differences paired by seed."""
     rows, found = [], by_row(runs, table)
-    plain = [name for name, method in METHODS.items() if method.link is None]
+    names = dict.fromkeys(row.partition(",")[0] for row in found)
+    plain = [x for x in names if x in METHODS and METHODS[x].link is None]
     for row in found:
         name, comma, rest = row.partition(",")
         baseline = METHODS[name].baseline if name in METHODS else ""

@@ -213,6 +213,10 @@ def _frontier(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
     names = list(dict.fromkeys(chosen.optimizers or _ON_THE_FRONTIER))
     trials = {"learning_rates": chosen.learning_rates, "rhos": chosen.rhos}
     if chosen.asam_rhos is not None:
+        if "asam" not in names:
+            raise UserError(
+                "--asam-rhos: name asam among --optimizers, or leave it out"
+            )
         trials["asam_rhos"] = chosen.asam_rhos
     rates = len(chosen.learning_rates)
     for name, grid in trials.items():

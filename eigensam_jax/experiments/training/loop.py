@@ -1,6 +1,7 @@
 """Training runs: steps on the device, with measurements between them."""
 
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -8,6 +9,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import serialization
 
@@ -128,6 +130,7 @@ def protocol(dataset: Dataset, base: str, weight_decay: float) -> dict[str, Any]
         "schedule": "cosine to 0",
         "train_examples": len(dataset.train_images),
         "test_examples": len(dataset.test_images),
+        "train_crc32": zlib.crc32(np.asarray(dataset.train_images).data),
     }
 
 

@@ -277,6 +277,7 @@ def test_ranks_are_kendalls_tau_within_each_seed():
     [
         ("--next-dataset mnist", "--next-dataset mnist", "--next-dir"),
         ("--dataset digits --next-dataset fashion_mnist", "--next-dataset", "digits"),
+        ("--next-dir .", "--next-dir .", "name --next-dataset"),
         ("--out pyproject.toml", "pyproject.toml", "another folder"),
         ("--optimizers sam sam_matched", "sam_matched", "name eigen_sam too"),
         ("--label-noise 1.5", "--label-noise 1.5", "at most 1"),

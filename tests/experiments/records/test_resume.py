@@ -195,6 +195,21 @@ def test_another_configuration_is_refused_by_name(
     assert "name another folder" in error
 
 
+def test_other_data_of_the_same_size_are_refused(unfinished, capsys, monkeypatch):
+    digits = registry.dataset("digits")
+    others = digits._replace(train_images=digits.train_images[::-1])
+    monkeypatch.setattr(registry, "dataset", lambda *_: others)
+    error = untouched(unfinished, SMALL, capsys, monkeypatch)
+    assert "(train_crc32 " in error
+
+
+def test_a_file_from_before_data_had_a_checksum_goes_on(tmp_path):
+    now, other = ({"config": {"epochs": 1, "train_crc32": x}} for x in (5, 6))
+    resumption.check_same(tmp_path, {"config": {"epochs": 1}}, now)
+    with pytest.raises(UserError, match="train_crc32 6, now 5"):
+        resumption.check_same(tmp_path, other, now)
+
+
 @pytest.mark.parametrize("damage", ["cut off", "changed", "empty"])
 def test_a_damaged_checkpoint_is_refused(
     damage, unfinished, tmp_path, capsys, monkeypatch

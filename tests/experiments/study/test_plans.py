@@ -2,6 +2,7 @@
 
 import pytest
 
+from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.study import ablations, plans
 from eigensam_jax.experiments.study.plans import Grids
 from eigensam_jax.experiments.training.methods import Setup, named
@@ -52,6 +53,16 @@ def test_on_a_tie_the_first_is_chosen():
     entries = followed(plans.accuracy(GRIDS, seeds=1), lambda job: 0.5)
     (sam,) = (e for e in entries if e.table == "main" and e.row == "sam")
     assert sam.job == plans.Job(Setup("sam", 0.1), 0.1, 0)
+
+
+def test_a_method_that_diverges_in_each_trial_ends_the_study():
+    done = {}
+    entries = plans.accuracy(GRIDS, seeds=1)(done)
+    for _ in GRIDS.learning_rates:
+        job = next(entries).job
+        done[job] = {"test_accuracy": 0.0, "diverged": "the training loss is nan"}
+    with pytest.raises(UserError, match=r"sgd: training diverged.*0\.1, 0\.3"):
+        next(entries)
 
 
 @pytest.mark.parametrize("table", ablations.ABLATIONS)

@@ -310,6 +310,20 @@ def test_each_method_has_as_many_trials(option, others, tmp_path, capsys):
     assert f"{option}: 1 trials and 2 of --learning-rates" in error
 
 
+def test_rates_of_a_method_that_is_not_trained_are_refused(tmp_path, capsys):
+    command = ["frontier", "--asam-rhos", "1", "--out", str(tmp_path)]
+    assert "--asam-rhos: name asam in --optimizers" in error_of(command, capsys)
+
+
+def test_where_no_perturbation_differs_each_row_has_its_curves(tmp_path):
+    command = ["compare", "--smoke", "--looks", "5", "--rho", "0", "--out"]
+    names = ["--optimizers", "sam", "eigen_sam", "sam_matched"]
+    assert cli.main([*command, str(tmp_path), *names]) == 0
+    assert (tmp_path / "compare.png").exists()
+    curves = {run["row"]: run["curves"] for run in figures(tmp_path)}
+    assert curves["sam"] == curves["sam_matched"]
+
+
 def test_a_batch_larger_than_what_is_tuned_on_is_refused(tmp_path, capsys):
     command = [*ACCURACY, "--batch-size", "1400", "--out", str(tmp_path)]
     assert "--batch-size 1400 is more than the 1293" in error_of(command, capsys)

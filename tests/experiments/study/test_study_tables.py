@@ -63,6 +63,12 @@ def test_an_ablation_is_paired_within_its_setting():
     assert found[:2] == ["eigen_sam, α 1 − sam_matched, α 1", "-10.00"]
 
 
+def test_sam_is_paired_with_the_first_that_does_not_perturb():
+    runs = [run("main", row, 0, 0.5) for row in ("adamw", "sgd", "sam")]
+    (found,) = study_tables.paired(runs, "main")
+    assert found[0] == "sam − adamw"
+
+
 def test_where_nothing_is_matched_all_are_held_against_the_first():
     accuracies = {"sam": (0.5, 0.75), "secant": (0.75, 0.5), "ritz": (0.75, 1.0)}
     runs = [
@@ -170,6 +176,12 @@ def test_the_frontier_says_what_was_spent_and_what_it_came_to(tmp_path):
     assert found == ["1.50", "1.75", "0.1", "50.00 ± 0.00"]
     titles = [table.title for table in study_tables.all_tables(runs, "it")]
     assert titles == ["steps: it", "differences", "gradients: it", "differences"]
+    eigen = [run("steps", name, 0, 0.5) for name in ("sgd", "sam", "eigen_sam")]
+    timed = [x | {"training_time_s": 1.0} for x in eigen]
+    console = Console(width=120, record=True)
+    console.print(study_tables.all_tables(timed, "it")[1])
+    text = console.export_text()
+    assert text.count("sam − sgd") == 2  # with eigen_sam, whose ‖ε‖ no SAM has
     study_plots.DRAW["frontier"](runs, "it", tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 

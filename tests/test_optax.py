@@ -17,7 +17,7 @@ import pytest
 from links import LINKS
 from problems import flatten, network, quadratic, symmetric
 
-from eigensam_jax import diagnostics, sam, tree_math
+from eigensam_jax import diagnostics, periodic, sam, tree_math
 
 PARAMS, LOSS = network()
 each_link = pytest.mark.parametrize("name", LINKS)
@@ -355,6 +355,14 @@ def test_apply_if_finite_leaves_out_the_step_of_a_bad_batch(name):
             w = minus(w, 0.1, g)
     assert_same_run(run, (w, state))
     assert int(run[1].total_notfinite) == 1
+
+
+def test_inject_hyperparams_needs_to_be_told_what_is_static():
+    make = optax.inject_hyperparams(periodic)
+    with pytest.raises(ValueError, match="name interval in static_args"):
+        make(link=sam(0.1), interval=5).init(jnp.ones(2))
+    static = optax.inject_hyperparams(periodic, static_args="interval")
+    static(link=sam(0.1), interval=5).init(jnp.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_positive_int(name: str, value: int, meaning: str) -> None:
+def check_positive_int(name: str, value: Any, meaning: str) -> None:
     valid = isinstance(value, int | np.integer) and _is_number(value) and value >= 1
     remedy = f": the number of {meaning}"
-    require(valid, name, value, "an integer of at least 1", remedy)
+    if isinstance(value, jax.Array):  # as optax.inject_hyperparams makes of an int
+        remedy += f"; name {name} in static_args of optax.inject_hyperparams"
+    require(bool(valid), name, value, "an integer of at least 1", remedy)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

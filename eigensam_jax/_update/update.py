@@ -221,14 +221,12 @@ def sharpness_aware(
             is_shared = tracker.refresh_interval in (None, interval)
             if refresh is not None and interval not in (None, 1) and is_shared:
                 due = bool(refresh)
-            step_of = in_full(observed, wide, number)
-            tracked = scalars.branch(due, step_of, lambda t: t, tracked)
+            observe = in_full(observed, wide, number)
+            tracked = scalars.branch(due, observe, lambda t: t, tracked)
             # What is not in the subspace stays as it is, and is not written.
-            merged = {
-                name: space.merge(getattr(tracked, name), getattr(whole, name))
-                for name in wide
-            }
-            tracked = tracked._replace(**merged)
+            for name in wide:
+                merged = space.merge(getattr(tracked, name), getattr(whole, name))
+                tracked = tracked._replace(**{name: merged})
         dtype = tree_math.accumulation_dtype(params)
         info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)
         after = SharpnessAwareState(optax.safe_increment(number), tracked, info)

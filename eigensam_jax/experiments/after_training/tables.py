@@ -146,7 +146,7 @@ def differences(runs: Sequence[Record], kind: str) -> list[list[str]]:
         less = [
             np.array(run["after"][key]) - of_seed[run["seed"]] for run in found[one]
         ]
-        cells = [tables.mean_and_interval(x, 1, 100) for x in zip(*less, strict=True)]
+        cells = [tables.mean_and_interval(x, 2, 100) for x in zip(*less, strict=True)]
         rows.append([f"{one} − {other}", *cells])
     return rows
 

@@ -15,7 +15,11 @@ from eigensam_jax.experiments.training.steps import TrainState
 
 
 class HeldLoss(NamedTuple):
-    """A look at a network on the way: the validation loss alone."""
+    """A look at a network on the way.
+
+    Attributes:
+      held_loss: the validation loss.
+    """
 
     held_loss: float
 

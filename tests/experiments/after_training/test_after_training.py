@@ -251,8 +251,8 @@ def test_each_method_is_shown_at_what_was_best_on_what_is_held_out():
     after = {row[0]: row[1:] for row in tables.after(runs, "pruned")}
     assert [x.split()[0] for x in after["SGD"]] == ["70.5", "60.5", "50.5", "40.5"]
     less = {row[0]: row[1:] for row in tables.differences(runs, "noise")}
-    assert less[f"{ours} − {sam}"] == ["+20.0 ± 0.0"] * 4
-    assert less[f"{ours} − SGD"][0].startswith("+20.5 ± 6.")
+    assert less[f"{ours} − {sam}"] == ["+20.00 ± 0.00"] * 4
+    assert less[f"{ours} − SGD"][0].startswith("+20.50 ± 6.")
 
 
 def test_ranks_are_kendalls_tau_within_each_seed():

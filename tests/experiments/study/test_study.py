@@ -46,9 +46,8 @@ class Killed(BaseException):
     """What nothing catches, as SIGKILL."""
 
 
-def test_killed_after_every_checkpoint_it_comes_to_the_same(
-    unbroken, tmp_path, monkeypatch
-):
+def kills_until_done(command, monkeypatch):
+    """How often the command is killed, right after each checkpoint."""
     write = checkpoints.write
 
     def killing(path, tree):
@@ -59,11 +58,16 @@ def test_killed_after_every_checkpoint_it_comes_to_the_same(
     kills = 0
     while True:
         try:
-            assert cli.main([*ACCURACY, "--out", str(tmp_path)]) == 0
-            break
+            assert cli.main(command) == 0
+            return kills
         except Killed:
             kills += 1
-    assert kills == 7
+
+
+def test_killed_after_every_checkpoint_it_comes_to_the_same(
+    unbroken, tmp_path, monkeypatch
+):
+    assert kills_until_done([*ACCURACY, "--out", str(tmp_path)], monkeypatch) == 7
     assert figures(tmp_path) == figures(unbroken)
 
 
@@ -199,7 +203,7 @@ def test_the_weights_of_the_best_look_are_measured_once(of_text, tmp_path, monke
 
 
 def test_a_best_look_comes_out_of_a_checkpoint(of_text, tmp_path, monkeypatch):
-    make_means, write = measures.make_means, checkpoints.write
+    make_means = measures.make_means
 
     def turned(model):  # the first look is the best
         means = make_means(model)
@@ -208,19 +212,7 @@ def test_a_best_look_comes_out_of_a_checkpoint(of_text, tmp_path, monkeypatch):
     monkeypatch.setattr(measures, "make_means", turned)
     command = [*of_text, "--batch-size", "12", "--out"]  # 12 steps, no kept program
     assert cli.main([*command, str(tmp_path / "whole")]) == 0
-
-    def killing(path, tree):
-        write(path, tree)
-        raise Killed
-
-    monkeypatch.setattr(checkpoints, "write", killing)
-    kills = 0
-    while True:
-        try:
-            cli.main([*command, str(tmp_path / "parts")])
-            break
-        except Killed:
-            kills += 1
+    kills = kills_until_done([*command, str(tmp_path / "parts")], monkeypatch)
     assert kills == 6  # two looks on the way of each run
     runs = figures(tmp_path / "parts")
     assert [run["step"] for run in runs] == [4, 8, 4]

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from eigensam_jax._update import arguments
 from eigensam_jax.hessian import ValueFn
 from eigensam_jax.tree_math import PyTree
 
@@ -51,6 +52,9 @@ def value_fn(
       ...     optimizer.update(model, grads, value_fn=at_clean_pass)
       >>> train_step(model, optimizer, rngs, jnp.ones((4, 2)))
     """
+    is_loss = callable(loss_fn) and not isinstance(loss_fn, nnx.Module)
+    what, remedy = "a function of the model and *args", ": the model comes before it"
+    arguments.require(is_loss, "loss_fn", loss_fn, what, remedy)
     parts: Any = nnx.split(model, wrt, ...)
     graphdef, _, rest = parts
     rest = jax.tree.map(lambda x: x, rest)  # copies of the model's variables

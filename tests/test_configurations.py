@@ -161,7 +161,7 @@ def path(p, alpha):
     return sde.simulate(
         jax.random.key(0),
         loss,
-        sde.start(p, alpha),
+        sde.start(p),
         make_batches(),
         rho=0.1,
         eta=0.1,
@@ -251,7 +251,7 @@ FUNCTIONS = {
     "perturbation.eigen_sam (zero)": lambda p, v: perturbation.eigen_sam(
         jax.tree.map(jnp.zeros_like, p), v, 0.1, 0.5
     ),
-    "sde.start": lambda p, v: sde.start(p, 0.5),
+    "sde.start": lambda p, v: sde.start(p),
     "sde.make_step": lambda p, v: one_step(p),
     "sde.simulate": lambda p, v: path(p, 0.0),
     "sde.simulate (Eigen-SAM)": lambda p, v: path(p, 0.5),

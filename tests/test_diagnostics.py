@@ -221,6 +221,9 @@ def test_sharpness_refuses_what_it_cannot_use():
         sharpness(loss, params, v0=params["out"])
     with pytest.raises(ValueError, match="value_fn must be a function of the param"):
         sharpness(params, loss)
+    for nothing in ({}, {"w": jnp.ones((0, 2))}):
+        with pytest.raises(ValueError, match="params must have an entry"):
+            sharpness(lambda p: jnp.zeros(()), nothing)
 
 
 def test_sharpness_by_layer_is_that_of_the_dense_blocks():
@@ -247,6 +250,7 @@ def test_sharpness_by_layer_is_that_of_the_dense_blocks():
         ({"params": {"a": {"c": {"w": 1.0}}, "d": 2.0}}, ["params/a/c", "params"]),
         (nnx.state(nnx.List([nnx.Linear(1, 1, rngs=nnx.Rngs(0))])), ["0"]),
         (1.0, [""]),
+        ({"none": jnp.ones((0, 2)), "w": 1.0}, ["w"]),
     ],
 )
 def test_layers_are_named_by_what_holds_them(params, names):

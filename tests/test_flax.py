@@ -343,6 +343,14 @@ def test_nnx_value_fn_leaves_the_live_model_alone_and_repeats_itself():
     assert of_batch(params) == first  # whatever the live model has done since
 
 
+@pytest.mark.parametrize("swap", [True, False])
+def test_nnx_value_fn_refuses_what_is_no_loss(swap):
+    model = NnxNetwork(nnx.Rngs(0))
+    given = (nnx_loss, model) if swap else (model, nnx_loss(model, 0))
+    with pytest.raises(ValueError, match="loss_fn must be a function of the model"):
+        value_fn(*given)
+
+
 def test_nnx_parameters_of_another_kind():
     model = NnxNetwork(nnx.Rngs(0))
     only_last = nnx.All(nnx.Param, nnx.PathContains("last"))

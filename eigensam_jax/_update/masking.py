@@ -76,15 +76,20 @@ def subspace(mask: Mask, params: PyTree) -> Subspace:
 
 
 def layers(params: PyTree) -> dict[str, PyTree]:
-    """A mask for each layer, the leaves that differ in the last part of their names."""
-    paths = [_names(path) for path, _ in jax.tree.leaves_with_path(params)]
+    """A mask for each layer: leaves that differ in the last part of their names.
+
+    Layers without entries are left out.
+    """
+    leaves = jax.tree.leaves_with_path(params)
+    paths = [_names(path) for path, _ in leaves]
     names = ["/".join(path[:-1] or path) for path in paths]
+    filled = [name for name, (_, x) in zip(names, leaves, strict=True) if np.size(x)]
     treedef = jax.tree.structure(params)
     if jax.tree_util.all_leaves([params]):
         return {"": None}
     return {
         chosen: jax.tree.unflatten(treedef, [name == chosen for name in names])
-        for chosen in dict.fromkeys(names)
+        for chosen in dict.fromkeys(filled)
     }
 
 

@@ -131,6 +131,12 @@ def block(
     arguments.require(callable(value_fn), "value_fn", value_fn, what, remedy)
     space = masking.subspace(mask, params)
     arguments.check_params(params, space.selected)
+    like = tree_math.zeros_like(space.select(params))
+    if not any(x.size for x in like):
+        raise ValueError(
+            "params must have an entry that mask selects, got none: the Hessian has no "
+            "rows."
+        )
     arguments.check_choice("hvp_mode", hvp_mode, hessian.HVP_MODES)
     gradient = jax.grad(functions.differentiable("value_fn", value_fn))
 
@@ -140,7 +146,6 @@ def block(
         along: list[jax.Array] = matvec(vector)
         return along
 
-    like = tree_math.zeros_like(space.select(params))
     by_host, run = programs.host_loop_of(host_loop, value_fn, product, params, like)
     weights = programs.on_device(params) if by_host else params
     return Block(space, by_host, partial(run, weights), like)
@@ -159,7 +164,7 @@ def sharpness_by_layer(
 
     A layer is what `params` holds together: leaves whose names differ in the last part
     alone, such as "encoder/attention/kernel" and "encoder/attention/bias". A leaf at
-    the top level is a layer of its own.
+    the top level is a layer of its own, and one without entries is left out.
 
     Args:
       value_fn, params, tol, max_matvecs, hvp_mode, host_loop: as in `sharpness`, for

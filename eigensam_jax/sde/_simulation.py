@@ -24,12 +24,10 @@ class State(NamedTuple):
     Attributes:
       params: X, a tree of real arrays.
       time: t, a scalar; a step of SAM lasts a time of η.
-      eigenvector: v of the last step, where the next search starts; None for SAM.
     """
 
     params: PyTree
     time: jax.Array
-    eigenvector: PyTree | None
 
 
 class Info(NamedTuple):
@@ -53,12 +51,11 @@ class Info(NamedTuple):
 Step = Callable[[jax.Array, State, ArrayLike], tuple[State, Info]]
 
 
-def start(params: PyTree, alpha: ArrayLike = 0.0) -> State:
+def start(params: PyTree) -> State:
     """The state at t = 0.
 
     Args:
       params: X at t = 0, a tree of real floating-point arrays.
-      alpha: α of the steps to come. Unless it is the number 0, the state carries v.
 
     Example:
       >>> import eigensam_jax, jax.numpy as jnp
@@ -66,9 +63,7 @@ def start(params: PyTree, alpha: ArrayLike = 0.0) -> State:
       Array(0., dtype=float32)
     """
     arguments.check_params(params)
-    eigenvector = None if _equation.is_sam(alpha) else tree_math.zeros_like(params)
-    time = jnp.zeros((), tree_math.accumulation_dtype(params))
-    return State(params, time, eigenvector)
+    return State(params, jnp.zeros((), tree_math.accumulation_dtype(params)))
 
 
 def make_step(
@@ -87,8 +82,8 @@ def make_step(
 
     With dt = η it is a step of SAM with the drift expanded and the noise Gaussian;
     smaller dt approach the equation. It costs a `drift` and a gradient per batch for
-    the noise. `one_step` is not jitted. It takes a typed key, a `State` of `start` for
-    the same α, and a number dt.
+    the noise. `one_step` is not jitted. It takes a typed key, a `State` of `start`, and
+    a number dt.
 
     Args:
       value_fn, batches, rho: as in `drift`.
@@ -110,14 +105,8 @@ def make_step(
     def one_step(key: jax.Array, state: State, dt: ArrayLike) -> tuple[State, Info]:
         params = state.params
         arguments.check_params(params)
-        if (state.eigenvector is None) != _equation.is_sam(alpha):
-            raise ValueError(
-                f"state must be started for alpha={alpha!r}, got one "
-                f"with{'out' if state.eigenvector is None else ''} an eigenvector: "
-                "make it by sde.start(params, alpha)."
-            )
         eigenvector = eigenvalue = residual = None
-        if state.eigenvector is not None:
+        if not _equation.is_sam(alpha):
             eigenvector, eigenvalue, residual = _equation.top_eigenpair(
                 value_fn, params, batches, tol
             )
@@ -131,7 +120,7 @@ def make_step(
         scale = jnp.sqrt(jnp.asarray(eta, dtype) * dt)
         moved = tree_math.add_scaled(moved, scale, noise)
         norms = tree_math.norm(drift), tree_math.norm(noise)
-        after = State(tree_math.cast_like(moved, params), state.time + dt, eigenvector)
+        after = State(tree_math.cast_like(moved, params), state.time + dt)
         return after, Info(value, *norms, eigenvalue, residual)
 
     return one_step
@@ -159,7 +148,7 @@ def simulate(
     Args:
       key: a typed key, which determines the path.
       value_fn: as in `drift`.
-      state: where to start, `start(params, alpha)`.
+      state: where to start, `start(params)`.
       batches, rho: as in `drift`.
       eta: η, the duration of each of the `num_steps`.
       num_steps: the number of steps, at least 1.

@@ -54,7 +54,7 @@ def test_many_steps_are_off_by_the_power_of_rho_that_the_order_says(alpha):
 
         def distance(order):
             state, info = sde.simulate(
-                *(jax.random.key(0), loss, sde.start(params, alpha), batches),
+                *(jax.random.key(0), loss, sde.start(params), batches),
                 rho=rho,
                 eta=eta,
                 num_steps=num_steps,
@@ -235,9 +235,8 @@ def test_parameters_keep_their_dtype(order):
         ({"num_steps": 0}, "num_steps must be an integer of at least 1"),
         ({"substeps": 1.5}, "substeps must be an integer of at least 1"),
         ({"eta": -1.0}, "eta must be a finite number of at least 0"),
-        ({"alpha": 0.5}, "make it by sde.start(params, alpha)"),
+        ({"alpha": -0.5}, "alpha must be a finite number of at least 0"),
         ({"order": 4}, "order must be 1, 2 or 3"),
-        ({"state": sde.start(jnp.ones(2), 0.5)}, "alpha=0.0"),
     ],
 )
 def test_what_can_not_be_meant_is_refused(change, message):

@@ -5,10 +5,11 @@ Each replaces ∇L(w) by ∇L(w + ε) and must be the first link of an `optax.ch
     tx.update(grads, opt_state, params, value_fn=lambda p: loss(p, batch))
 
 `grads` must be the gradient of `value_fn` at `params`, with the same batch, dropout
-mask and loss scale. Links before it, such as clipping, have no lasting effect: the
-output is a new gradient at w + ε. `optax.MultiSteps` around the chain takes that
-gradient on the last micro-batch alone. Pass the gradient of the whole batch instead,
-and a `grad_fn` that loops over micro-batches.
+mask and loss scale. What links before it do to the update, such as clipping, is lost:
+the output is a new gradient at w + ε. But they change ε, and the v of the secant and of
+`ritz`. `optax.MultiSteps` around the chain takes that gradient on the last micro-batch
+alone. Pass the gradient of the whole batch instead, and a `grad_fn` that loops over
+micro-batches.
 
 Under `jax.jit` with sharded arrays nothing is needed, nor under `jax.shard_map` if the
 loss is the mean over the devices, `jax.lax.pmean(loss, axis)`. Under `jax.pmap`, under
@@ -170,8 +171,8 @@ def eigen_sam(
 
     Here v⊥ = v − ⟨u,v⟩u is not renormalised, so ‖ε‖ = ρ·√(1 + α²(1 − ⟨u,v⟩²)) is a
     little more than ρ. Compare with `sam` at that radius. The step is that of `sam`
-    until there is a v, and while λ is certainly negative. `alpha=0` is `sam` bit for
-    bit, with v tracked.
+    until there is a v, and while the tracker holds the curvature along v to be
+    negative. `alpha=0` is `sam` bit for bit, with v tracked.
 
     The paper's method is `eigen_sam(0.1, 0.2, trackers.power_iteration())`. The default
     α is larger because at 0.2, under SGD with momentum, neither that tracker nor the
@@ -209,8 +210,8 @@ def eigen_sam(
       that make products; the secant follows the gradients. `refresh`: a Python bool
       that fixes at trace time whether the tracker does what it does every
       `update_interval` steps, so that the program has no branch. Give it
-      `step % update_interval == 0`; False on every step never refreshes.
-      `info(opt_state)` reports the last step, and
+      `step % update_interval == 0`, where `step` counts the perturbed steps; False on
+      every step never refreshes. `info(opt_state)` reports the last step, and
       `optax.tree.get(opt_state, "eigenvector")` is v.
 
     Example:

@@ -41,12 +41,12 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
 
         v ← (decay·v + (1 − decay)·sign⟨v,ε⟩·d/‖d‖) / ‖…‖.
 
-    This is a power iteration on a fresh batch at each step, shifted by about
-    decay/(1 − decay) times the largest eigenvalue. So it finds the algebraically
-    largest one; the sign of ⟨v,d⟩ would admit strong negative ones. The first step,
-    with v = 0, is plain SAM. v converges to the top eigenvector if perturbations
-    scatter equally along all eigenvectors, or α is large. At small α, v leans towards
-    directions along which gradients scatter more.
+    This is a power iteration on a fresh batch at each step, shifted by about decay/(1 −
+    decay) times the largest eigenvalue. So it finds the algebraically largest one. With
+    the sign of ⟨v,d⟩ in place of ⟨v,ε⟩'s, v could converge to a strongly negative
+    eigenvalue's. The first step, with v = 0, is plain SAM. v converges to the top
+    eigenvector if perturbations scatter equally along all eigenvectors, or α is large.
+    At small α, v leans towards directions along which gradients scatter more.
 
     λ is the least-squares slope of ⟨v,d⟩ over ⟨v,ε⟩, each step divided by its ‖ε‖. It
     is unbiased, but one batch of a thousand times the curvature shows in it for over a
@@ -63,7 +63,7 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
     Args:
       decay: the memory, in [0, 1): about 1/(1 − decay) observations.
       update_interval: steps from one observation to the next, at least 1. 5 with
-        `decay` 0.9 costs a fifth and follows less closely. Above 1, `refresh` in
+        `decay` 0.9 costs less than half and follows less closely. Above 1, `refresh` in
         `update` fixes the observation: give `step % update_interval == 0` or nothing.
         Keep 1 under `jax.vmap`, where a branch runs on every step anyway.
 

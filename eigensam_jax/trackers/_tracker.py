@@ -16,8 +16,8 @@ class Tracker(NamedTuple):
 
     Its state is a NamedTuple of arrays with at least `eigenvector` (of norm 1, or 0
     until there is an estimate), `eigenvalue` and `residual`, and a property or field
-    `usable`: a bool scalar, False where the eigenvalue is certainly negative. While v
-    is 0 or not usable, `eigen_sam` takes the steps of `sam`.
+    `usable`: a bool scalar, False where the tracker holds the curvature along v to be
+    negative. While v is 0 or not usable, `eigen_sam` takes the steps of `sam`.
 
     Attributes:
       init: `init(params) -> state`, from the list of the perturbed leaves. Vectors like

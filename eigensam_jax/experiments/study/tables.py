@@ -154,13 +154,12 @@ def gains(studies: Sequence[Record], what: str) -> list[list[str]]:
         )
     rows = []
     for study in studies:
-        config, runs = study["config"], study["runs"]
+        runs = study["runs"]
         table = "main" if by_row(runs, "main") else FRONTIER[0]
         at = 1 + figures.index(figure)
         found = {x[0].split(" − ")[0]: x[at] for x in against(runs, table)}
         found |= {x[0]: x[at] for x in paired(runs, table)}
-        heading = f"{registry.title(config)}, {config['epochs']} epochs"
-        row = [f"[{heading}]({Path(config['out']).name}/README.md)"]
+        row = [_heading(study)]
         for cell in (found.get(column, "–") for column in columns):
             mean, _, half = cell.partition(" ± ")  # as shown, for a reader to check
             row.append(
@@ -168,6 +167,40 @@ def gains(studies: Sequence[Record], what: str) -> list[list[str]]:
             )
         rows.append(row)
     return rows
+
+
+def chosen(studies: Sequence[Record], what: str) -> list[list[str]]:
+    """A row per study: what validation chose for each method of `what`, or –.
+
+    ρ, and α if there is one; ≤ and ≥ mark the smallest and the largest that was tried.
+    """
+    names = what.split(", ")
+    if unknown := {*names} - {*METHODS}:
+        raise UserError(f"chosen {what}: {unknown} are none of {', '.join(METHODS)}")
+    rows = []
+    for study in studies:
+        trials = by_row(study["runs"], "tuning")
+        cells = [_choice(trials[name]) if name in trials else "–" for name in names]
+        rows.append([_heading(study), *cells])
+    return rows
+
+
+def _choice(trials: Sequence[Record]) -> str:
+    best, cells = max(trials, key=score), []
+    for key, name in {"rho": "", "alpha": "α "}.items():
+        values = {run.get(key, 0.0) for run in trials}
+        ends = {min(values): "≤ ", max(values): "≥ "} if len(values) > 1 else {}
+        value = best.get(key, 0.0)
+        if value:
+            cells.append(f"{name}{ends.get(value, '')}{value:g}")
+    return ", ".join(cells)
+
+
+def _heading(study: Record) -> str:
+    """A link to the study's page, from a page beside its folder."""
+    config = study["config"]
+    heading = f"{registry.title(config)}, {config['epochs']} epochs"
+    return f"[{heading}]({Path(config['out']).name}/README.md)"
 
 
 def difference(one: Sequence[Record], other: Sequence[Record]) -> list[str]:

@@ -103,6 +103,7 @@ def tables(results: list[Document]) -> dict[str, Any]:
         "against": lambda what: made.against(runs, what),
         "frontier": lambda table: made.frontier(runs, table),
         "gains": lambda what: made.gains(results, what),
+        "chosen": lambda what: made.chosen(results, what),
         "over_training": lambda figure: made.over_training(runs, figure),
     }
 

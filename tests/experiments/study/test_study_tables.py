@@ -227,6 +227,28 @@ def test_gains_are_bold_where_their_interval_does_not_hold_zero():
             study_tables.gains([main], wrong)
 
 
+def test_what_validation_chose_is_marked_at_the_ends_of_a_grid():
+    trial = lambda row, accuracy, rho, alpha=0.0: run(
+        "tuning", row, 1_000, accuracy, rho=rho, alpha=alpha, tuning=True
+    )
+    tried = [
+        *(trial("sam", x, rho) for x, rho in ((0.8, 0.4), (0.9, 0.2), (0.7, 0.1))),
+        *(trial("asam", x, rho) for x, rho in ((0.6, 2.0), (0.5, 4.0))),
+        trial("sam_every", 0.0, 0.2) | {"diverged": "at step 1"},
+        trial("sam_every", 0.1, 0.1),
+        *(trial("eigen_sam", x, 0.2, alpha) for x, alpha in ((0.6, 1.0), (0.7, 3.0))),
+        *(trial("eigen_sam_paper", 1 - rho, rho, 1.0) for rho in (0.1, 0.3, 0.2)),
+    ]
+    config = {"dataset": "digits", "model": "mlp", "epochs": 3, "out": "a/of_digits"}
+    study = {"config": {**config, "augment": False}, "runs": tried}
+    names = "sam, asam, sam_every, eigen_sam, eigen_sam_paper, sam_periodic"
+    ((heading, *cells),) = study_tables.chosen([study], names)
+    assert heading == "[digits, MLP, 3 epochs](of_digits/README.md)"
+    assert cells == ["0.2", "≤ 2", "≤ 0.1", "0.2, α ≥ 3", "≤ 0.1, α 1", "–"]
+    with pytest.raises(UserError, match="samm"):
+        study_tables.chosen([study], "samm")
+
+
 def test_of_forecasts_the_error_is_shown():
     runs = [
         run("steps", "sgd", seed, None, test_loss=error, training_time_s=1.0)

@@ -107,3 +107,30 @@ def jitted(tx, **kwargs):
 
 def flatten(tree):
     return np.asarray(ravel_pytree(tree)[0])
+
+
+@jax.custom_vjp
+def slope_of_sine(x):
+    return jnp.cos(x)
+
+
+slope_of_sine.defvjp(lambda x: (jnp.cos(x), x), lambda x, g: (-jnp.sin(x) * g,))
+
+
+@jax.custom_vjp
+def sine_with_a_custom_slope(x):
+    return jnp.sin(x)
+
+
+sine_with_a_custom_slope.defvjp(
+    lambda x: (jnp.sin(x), x), lambda x, g: (slope_of_sine(x) * g,)
+)
+
+
+def sines(w):
+    """Σ wᵢ sin wᵢ, whose gradient has no forward derivative in JAX."""
+    return jnp.sum(w * sine_with_a_custom_slope(w))
+
+
+def dense_hessian_of_sines(w):
+    return np.diag(2 * np.cos(w) - w * np.sin(w))

@@ -43,6 +43,25 @@ def test_sam_sharpness_is_the_rise_at_the_perturbation_of_the_link(mask, eta):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale_biases", [False, True])
+def test_each_measure_is_told_whether_to_scale_biases(scale_biases):
+    """Of a linear loss with slope c, in closed form: its largest rise is ρ‖Tc‖."""
+    w = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
+    slope = {"kernel": jnp.array([[0.5, 1.0]]), "bias": jnp.array([2.0])}
+    loss, rho, eta = (lambda p: tree_math.vdot(slope, p)), 0.3, 0.1
+    options = {"eta": eta, "scale_biases": scale_biases}
+    scale = np.array([3.1 if scale_biases else 1.0, 1.1, 2.1])
+    largest = rho * np.linalg.norm(scale * flatten(slope))
+    found = diagnostics.sam_sharpness(loss, w, rho, **options)
+    np.testing.assert_allclose(found, largest, rtol=1e-5)
+    worst = diagnostics.worst_case_sharpness(loss, w, rho, **options)
+    np.testing.assert_allclose(worst.value, largest, rtol=1e-5)
+    square = lambda p: tree_math.vdot(p, p) / 2
+    mean = diagnostics.average_sharpness(square, w, rho, num_samples=400, **options)
+    expected = rho**2 / 2 * np.mean(scale**2)
+    assert abs(mean.value - expected) < 4 * mean.standard_error < expected / 2
+
+
 def landscape(seed):
     """A function of the plane with several maxima in a ball of radius 1."""
     rng = np.random.default_rng(seed)
@@ -210,6 +229,46 @@ def test_a_loss_that_is_jitted_over_its_batch_is_compiled_once():
         np.testing.assert_allclose(function(jnp.full(2, x)), 2 * x * data)
     (program,) = programs._PROGRAMS[value_fn].values()
     assert program._cache_size() == 1
+
+
+def counted(loss):
+    """`loss`, and its values and gradients so far; a gradient's value is none."""
+    counts = {"value": 0, "gradient": 0}
+    add = lambda key, by: counts.update({key: counts[key] + by})
+
+    @jax.custom_vjp
+    def probe(x):
+        jax.debug.callback(lambda: add("value", 1))
+        return x
+
+    def backward(_, g):
+        jax.debug.callback(lambda: (add("gradient", 1), add("value", -1)))
+        return (g,)
+
+    probe.defvjp(lambda x: (probe(x), None), backward)
+    return (lambda p: probe(loss(p))), counts
+
+
+@pytest.mark.parametrize(
+    ("measure", "options", "gradients", "values"),
+    [
+        (diagnostics.sam_sharpness, {}, 1, 1),
+        (
+            diagnostics.worst_case_sharpness,
+            {"num_starts": 2, "num_steps": 3},
+            2 * (3 + 1) + 2,
+            0,
+        ),
+        (diagnostics.average_sharpness, {"num_samples": 4}, 0, 2 * 4 + 2),
+    ],
+    ids=["sam", "worst", "average"],
+)
+def test_a_measure_costs_what_it_says(measure, options, gradients, values):
+    params, loss = network()
+    loss, counts = counted(loss)
+    measure(loss, params, 0.1, **options)
+    jax.effects_barrier()
+    assert counts == {"value": values, "gradient": gradients}
 
 
 @pytest.mark.parametrize("rho", [0.003, 0.05])

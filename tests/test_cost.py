@@ -10,7 +10,7 @@ import pytest
 from links import LINKS
 from problems import network
 
-from eigensam_jax import eigen_sam, hessian, sam, trackers
+from eigensam_jax import eigen, eigen_sam, hessian, sam, trackers
 
 
 def shapes(sizes):
@@ -102,6 +102,40 @@ def test_secant_costs_hardly_more_than_sam():
     # The gradient is read once more at the end, when one activation is there still.
     activation = 4 * 256 * 1024
     assert memory(by_default) <= memory(plain) + one_copy + activation
+
+
+@pytest.mark.skipif(not FUSES, reason="the compiler before takes more passes")
+def test_ritz_takes_eleven_more_passes_than_the_secant():
+    one_copy = sum(4 * x.size for x in jax.tree.leaves(WIDE[0]))
+    ritz, secant = (
+        traffic(compiled(WIDE, eigen_sam(0.1, 0.2, tracker), refresh=False))
+        for tracker in (trackers.ritz(), trackers.secant())
+    )
+    assert 10.9 * one_copy <= ritz - secant <= 11.1 * one_copy
+
+
+M = 12
+
+
+@pytest.mark.parametrize(
+    ("solve", "vectors"),
+    [
+        (lambda f, d: eigen.lanczos(f, d, num_matvecs=M), M + 3),
+        (lambda f, d: eigen.top_eigenpairs(f, d, k=2), 2 * M + 2 + 2),
+        (lambda f, d: eigen.spectral_density(f, d, num_matvecs=M), M + 5),
+        (lambda f, d: eigen.trace(f, d, rank=0), 8),
+        (lambda f, d: eigen.trace(f, d, rank=M), M + 8),
+        (lambda f, d: eigen.diagonal(f, d, rank=M), M + 8 + 3),
+    ],
+    ids=["lanczos", "top_eigenpairs", "density", "hutchinson", "trace", "diagonal"],
+)
+def test_solvers_hold_as_many_vectors_as_they_say(solve, vectors):
+    size = 100_000
+    program = jax.jit(lambda d: solve(lambda v: d * v, d))
+    found = program.lower(jax.ShapeDtypeStruct((size,), "float32")).compile()
+    found = found.memory_analysis()
+    held = found.temp_size_in_bytes + found.output_size_in_bytes
+    assert vectors - 2 <= held / (4 * size) <= vectors + 0.1
 
 
 def test_power_iteration_costs_its_products():

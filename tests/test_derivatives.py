@@ -112,6 +112,20 @@ def test_derivatives_at_a_zero_gradient_are_finite(name):
         assert_derivatives_are_finite(name, w, [2.0, 4.0, 6.0])
 
 
+@pytest.mark.parametrize("name", ["sam", "asam", "secant"])
+def test_at_a_zero_gradient_the_derivative_is_that_of_the_plain_one(name):
+    """ε and its derivatives are 0 there, so that of the update is the Hessian."""
+    curvatures, tx = jnp.array([2.0, -1.0, 3.0]), LINKS[name]()
+    value_fn = lambda w: jnp.sum(curvatures * (w - 1) ** 2) / 2
+    update = lambda w: tx.update(
+        jax.grad(value_fn)(w), tx.init(w), w, value_fn=value_fn
+    )[0]
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_array_equal(
+            jacobian(update)(jnp.ones(3)), jnp.diag(curvatures)
+        )
+
+
 @each_link
 def test_derivatives_where_all_eigenvalues_are_the_same_are_finite(name):
     w = jnp.array([0.5, 2.0, -1.0])

@@ -11,7 +11,16 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 from jax.flatten_util import ravel_pytree
-from problems import SPECTRA, dense_hessian, flatten, network, quadratic, symmetric
+from problems import (
+    SPECTRA,
+    dense_hessian,
+    dense_hessian_of_sines,
+    flatten,
+    network,
+    quadratic,
+    sines,
+    symmetric,
+)
 
 from eigensam_jax import diagnostics, eigen, hessian, sam, sharpness, tree_math
 from eigensam_jax._update import programs
@@ -165,6 +174,21 @@ def test_sharpness_in_each_mode_of_the_product(mode):
     assert top.residual < 1e-3 * top.eigenvalue
 
 
+@pytest.mark.parametrize("host_loop", [False, True])
+def test_the_mode_reaches_every_product(host_loop):
+    w, mode = jnp.array([0.3, 1.2, -2.0]), "reverse_over_reverse"
+    highest = dense_hessian_of_sines(w).max()
+    top = sharpness(sines, w, hvp_mode=mode, host_loop=host_loop)
+    np.testing.assert_allclose(top.eigenvalue, highest, rtol=1e-4)
+    layers = diagnostics.sharpness_by_layer(
+        sines, w, hvp_mode=mode, host_loop=host_loop
+    )
+    np.testing.assert_allclose(layers[""].eigenvalue, highest, rtol=1e-4)
+    if host_loop:
+        found = diagnostics.report(sines, w, hvp_mode=mode)
+        np.testing.assert_allclose(found.top.eigenvalue, highest, rtol=1e-4)
+
+
 def test_the_residual_says_so_when_the_products_run_out():
     params, loss = network()
     top = jax.jit(lambda p: sharpness(loss, p, tol=1e-6, max_matvecs=3))(params)
@@ -259,6 +283,37 @@ def test_layers_are_named_by_what_holds_them(params, names):
     found = diagnostics.sharpness_by_layer(f, params)
     assert [*found] == names
     np.testing.assert_allclose([x.eigenvalue for x in found.values()], 2, rtol=1e-6)
+
+
+# --- seeds ----------------------------------------------------------------------------
+
+
+def of_few_products(solve, **options):
+    spectrum = jnp.linspace(1.0, 2.0, 30)
+    return lambda seed: solve(lambda v: spectrum * v, spectrum, seed=seed, **options)
+
+
+def worst_case(seed):
+    """From a point without a slope the first step goes along a random vector."""
+    bowl = lambda w: jnp.sum(jnp.linspace(1.0, 2.0, 30) * w**2)
+    w, options = jnp.zeros(30), {"num_steps": 1, "seed": seed}
+    return diagnostics.worst_case_sharpness(bowl, w, 0.1, **options).value
+
+
+@pytest.mark.parametrize(
+    "find",
+    [
+        of_few_products(eigen.top_eigenpairs, k=1, max_matvecs=3),
+        of_few_products(eigen.top_eigenpairs, k=1, max_matvecs=3, host_loop=True),
+        of_few_products(eigen.spectral_density, num_matvecs=3),
+        worst_case,
+    ],
+    ids=["top_eigenpairs", "host loop", "spectral_density", "worst case"],
+)
+def test_a_seed_repeats_itself_and_another_is_another(find):
+    first, again, other = map(find, (0, 0, 1))
+    chex.assert_trees_all_equal(first, again)
+    assert not np.allclose(jax.tree.leaves(first)[-1], jax.tree.leaves(other)[-1])
 
 
 # --- alignment ------------------------------------------------------------------------

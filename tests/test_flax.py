@@ -12,7 +12,7 @@ from flax import nnx, serialization
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from eigensam_jax import eigen_sam, sam, trackers
+from eigensam_jax import eigen_sam, perturbation, sam, trackers, tree_math
 from eigensam_jax.linen import TrainState
 from eigensam_jax.nnx import value_fn
 
@@ -360,9 +360,17 @@ def test_nnx_parameters_of_another_kind():
     of_batch = value_fn(model, loss, wrt=only_last)
     grads = nnx.grad(loss, argnums=nnx.DiffState(0, only_last))(model)
     last = jnp.copy(model.last.kernel[...])
+    at_first = nnx.state(model, only_last)
+    clean = jax.grad(of_batch)(at_first)
+    perturbed = tree_math.add_scaled(at_first, 1, perturbation.sam(clean, 0.1).epsilon)
+    sharp = raw(jax.grad(of_batch)(perturbed))
     optimizer.update(model, grads, value_fn=of_batch)
     assert_equal(model.first.kernel[...], first)
-    assert jnp.any(model.last.kernel[...] != last)
+    moved = last - 0.1 * sharp["last"]["kernel"]  # there is no v yet: a step of SAM
+    assert_close(model.last.kernel[...], moved)
+    assert (
+        jnp.linalg.norm(sharp["last"]["kernel"] - raw(clean)["last"]["kernel"]) > 0.01
+    )
 
 
 class GivenRngs(nnx.Module):

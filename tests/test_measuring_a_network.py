@@ -33,6 +33,19 @@ def test_a_report_is_that_of_the_dense_hessian():
     assert found.worst_case.value <= 0.1 * found.grad_norm + 0.006 * values[-1]
 
 
+def test_the_balls_of_a_report_are_those_of_its_radius_and_seed():
+    params, loss = network()
+    first, second = (
+        diagnostics.report(loss, params, rho=0.1, num_matvecs=8, seed=seed)
+        for seed in (0, 1)
+    )
+    for seed, found in enumerate((first, second)):
+        own = diagnostics.average_sharpness(loss, params, 0.1, seed=seed)
+        np.testing.assert_allclose(found.average, own, rtol=1e-5)
+    assert first.average.value != second.average.value
+    assert first.trace.value != second.trace.value
+
+
 @pytest.mark.parametrize(("budget", "names"), [(8, []), (60, ["hidden", "out"])])
 def test_a_report_keeps_to_its_budget(budget, names, monkeypatch):
     """Products are counted where they are made: outside of any program."""

@@ -506,7 +506,6 @@ def test_calls_that_can_not_be_are_refused():
 
 
 def test_a_link_alone_can_pass_a_step():
-    """Of each device's own gradient, the mean: what a step without it would take."""
     w, value_fn = jnp.array([1.0, 2.0]), lambda p: jnp.sum(p**2)
     for tx in (sam(), eigen_sam()):
         state = tx.init(w)
@@ -514,3 +513,12 @@ def test_a_link_alone_can_pass_a_step():
             jax.grad(value_fn)(w), state, w, value_fn=value_fn, perturb=False
         )
         chex.assert_trees_all_equal((grads, after), (jax.grad(value_fn)(w), state))
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.025, 0.0), (0.04, 1.0)])
+def test_in_bfloat16_less_than_three_percent_is_rounding(share, kept):
+    w = jnp.array([1.0, 0.0], jnp.bfloat16)
+    sharp = lambda p: jnp.array([1.0, share], p.dtype)
+    tx = periodic(sam(0.1), reuse=0.3)
+    _, state = tx.update(w, tx.init(w), w, grad_fn=sharp)
+    np.testing.assert_array_equal(state.orthogonal, [0.0, kept])

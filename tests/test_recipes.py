@@ -570,22 +570,3 @@ def test_two_groups_with_a_radius_each():
     units = [radii[name] * g[name] / jnp.linalg.norm(g[name]) for name in g]
     by_hand = jax.grad(lambda x: value_fn(unravel(x)))(flat + jnp.concatenate(units))
     np.testing.assert_allclose(ravel_pytree(sharp)[0], by_hand, atol=1e-6)
-
-
-def test_the_average_of_the_weights():
-    params, loss = network()
-    tx = optax.chain(eigen_sam(0.1, 0.5), optax.sgd(0.1))
-    state, average, seen = tx.init(params), params, [params]
-    for i in range(4):
-        value_fn = lambda p, i=i: loss(p, i)
-        updates, state = tx.update(
-            jax.grad(value_fn)(params), state, params, value_fn=value_fn
-        )
-        params = optax.apply_updates(params, updates)
-        average = optax.incremental_update(params, average, 0.1)
-        seen.append(params)
-    weights = [0.9**4, *(0.1 * 0.9 ** (4 - i) for i in range(1, 5))]
-    expected = jax.tree.map(
-        lambda *xs: sum(w * x for w, x in zip(weights, xs, strict=True)), *seen
-    )
-    chex.assert_trees_all_close(average, expected, atol=1e-6)

@@ -13,10 +13,12 @@ from jax.flatten_util import ravel_pytree
 from problems import (
     SPECTRA,
     dense_hessian,
+    dense_hessian_of_sines,
     flatten,
     jitted,
     network,
     quadratic,
+    sines,
     symmetric,
 )
 
@@ -226,8 +228,11 @@ def test_alpha_zero_is_sam_bit_for_bit(tracker, alpha, of_sam):
     params, loss = network()
     sgd = optax.sgd(0.1, momentum=0.9)
     tx = optax.chain(eigen_sam(0.2, alpha, tracker), sgd)
-    actual, _ = train(tx, params, loss, 120)
+    actual, (state, _) = train(tx, params, loss, 120)
     chex.assert_trees_all_equal(actual, of_sam)
+    # v is tracked all the same.
+    np.testing.assert_allclose(tree_math.norm(state.tracker.eigenvector), 1, rtol=1e-5)
+    assert state.tracker.eigenvalue != 0
 
 
 def test_the_sign_of_the_eigenvector_changes_nothing():
@@ -476,6 +481,14 @@ def test_each_hvp_mode_finds_the_top_eigenvector_and_trains_alike(
     assert distance < tolerance * moved
 
 
+def test_the_mode_reaches_the_products_of_a_tracker():
+    w, tracker = jnp.array([0.3, 1.2, -2.0]), trackers.power_iteration(30)
+    tx = eigen_sam(tracker=tracker, hvp_mode="reverse_over_reverse")
+    _, state = tx.update(jax.grad(sines)(w), tx.init(w), w, value_fn=sines)
+    largest = abs(dense_hessian_of_sines(w)).max()
+    np.testing.assert_allclose(abs(state.tracker.eigenvalue), largest, rtol=1e-3)
+
+
 def test_another_hvp_mode_is_refused_with_the_choices():
     with pytest.raises(
         ValueError, match=r"hvp_mode .*'finite_difference'\), got 'reverse'"
@@ -509,10 +522,17 @@ def test_traced_rho_and_alpha_by_inject_hyperparams():
     state = injected.init(params)
     state.hyperparams["rho"] = jnp.float32(0.4)
     update = jax.jit(lambda s: injected.update(grads, s, params, value_fn=loss))
-    actual, _ = update(state)
-    tx = eigen_sam(rho=0.4, alpha=0.2)
-    expected, _ = tx.update(grads, tx.init(params), params, value_fn=loss)
+    actual, state = update(state)
+    first, second = eigen_sam(rho=0.4, alpha=0.2), eigen_sam(rho=0.4, alpha=2.0)
+    expected, after = first.update(grads, first.init(params), params, value_fn=loss)
     chex.assert_trees_all_close(actual, expected, rtol=1e-5)
+    state.hyperparams["alpha"] = jnp.float32(2.0)  # from here on there is a v
+    actual, state = update(state)
+    expected, after = second.update(grads, after, params, value_fn=loss)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5)
+    radius = optax.tree.get(state, "perturbation_norm")
+    np.testing.assert_allclose(radius, after.info.perturbation_norm, rtol=1e-5)
+    assert radius > 0.41
 
 
 @each_factory

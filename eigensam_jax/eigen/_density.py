@@ -43,8 +43,8 @@ def spectral_density(
     and weights of Gauss quadrature, exact for polynomials f of degree up to 2m − 1. The
     outermost nodes are close to the outermost eigenvalues. The standard deviation is
     about √(2 · variance of f(λ) / (n · num_samples)) in n dimensions: small for large
-    networks. Cost: m · `num_samples` products, m + 1 vectors, 4m² vector operations per
-    sample.
+    networks. Cost: m · `num_samples` products, the memory of m + 5 vectors, 4m² vector
+    operations per sample.
 
     Args:
       matvec, like: as in `top_eigenpairs`.

@@ -154,7 +154,7 @@ def top_eigenpairs(
 
     Cost: at least k + 2 products; from a `v0`, which may be near an unwanted
     eigenvector, at least max(20, m), m = 2k + 8; with `thorough` at least m + k, about
-    twice that for k > 1. The basis holds m vectors, briefly twice.
+    twice that for k > 1. Memory: that of 2m + k + 2 vectors.
 
     Args:
       matvec: the product with a symmetric matrix, from a tree to a tree like it.

@@ -47,7 +47,7 @@ def trace(
     up the large eigenvalues exactly, so that only the rest is sampled: with few of them
     the error falls much faster than that of Hutchinson's estimator, which is `rank=0`.
 
-    Cost: `num_matvecs` products, and `rank` + 3 vectors.
+    Cost: `num_matvecs` products, and the memory of `rank` + 8 vectors.
 
     Args:
       matvec, like: as in `top_eigenpairs`.
@@ -97,7 +97,7 @@ def diagonal(
     with the q, z and P of `trace`. The error of an entry is that of the other entries
     in its row of H P: one probe of a dense matrix says little.
 
-    Cost: that of `trace`, and two vectors more.
+    Cost: that of `trace`, and three vectors more, two of them the result.
 
     Args:
       matvec, like, num_matvecs, rank, seed, host_loop: as in `trace`.

@@ -181,6 +181,24 @@ def test_substeps_come_nearer_to_the_equation(substeps):
         )
 
 
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_step_reports_the_norms_of_its_drift_and_of_its_noise(order):
+    value_fn = lambda w, x: jnp.sum(jnp.cosh(w * x))
+    w, batches, rho = jnp.array([0.5, -1.0]), jnp.array([0.5, 1.0, 2.0]), 0.3
+    rows = []
+    for x in batches:
+        gradient = jax.grad(lambda w, x=x: value_fn(w, x))
+        rows.append(gradient(w + perturbation.sam(gradient(w), rho).epsilon))
+    variance = np.trace(np.cov(np.transpose(rows), bias=True))
+    step = sde.make_step(value_fn, batches, rho=rho, eta=0.1, order=order)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    _, info = jax.vmap(lambda key: step(key, sde.start(w), 0.1))(keys)
+    # The standard error of the mean is at most √(2/4000) of it, 2%.
+    np.testing.assert_allclose(np.mean(info.noise_norm**2), variance, rtol=0.1)
+    drift = sde.drift(value_fn, w, batches, rho, order)
+    np.testing.assert_allclose(info.drift_norm[0], np.linalg.norm(drift), rtol=1e-5)
+
+
 def test_a_path_is_one_step_after_another():
     params, key = {"a": jnp.ones(2), "b": jnp.zeros(())}, jax.random.key(3)
     batches = jnp.linspace(-1, 2, 5)

@@ -273,3 +273,17 @@ def test_bad_numbers_are_refused_with_name_and_value():
             trackers.ritz(**{name: 1.5})
     with pytest.raises(ValueError, match=r"update_interval must be .* got 0"):
         trackers.ritz(update_interval=0)
+
+
+def test_negative_curvature_along_v_makes_it_unusable():
+    tracker, spectrum = trackers.ritz(1), jnp.array([-5.0, -4.0, 1.0, 0.5])
+
+    def step(state, key):
+        state = tracker.refresh(state, lambda v: spectrum * v)
+        difference = spectrum * jax.random.normal(key, (4,))
+        return tracker.observe(state, difference, None, None), None
+
+    keys = jax.random.split(jax.random.key(0), 60)
+    state, _ = jax.lax.scan(step, tracker.init(spectrum), keys)
+    assert state.eigenvalue < 0
+    assert not state.usable

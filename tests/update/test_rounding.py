@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import eigensam_jax
+from eigensam_jax import trackers
 from eigensam_jax._update import rounding
 
 NARROW = [jnp.bfloat16, jnp.float16]
@@ -33,6 +34,37 @@ def test_the_mean_over_steps_is_the_exact_sum(dtype, seed):
     assert (np.abs(rounded - exact) < spacing(exact, dtype)).all()  # a neighbour
     standard_error = spacing(exact, dtype) / 2 / np.sqrt(num)
     assert (np.abs(rounded.mean(0) - exact) < 5 * standard_error + 1e-7).all()
+
+
+def test_the_mean_over_the_steps_of_a_link_is_the_exact_sum():
+    """Of fixed weights in bfloat16: each step rounds w + ε, and v, in its own way."""
+    w, g = jnp.array([1.0, 1.5], jnp.bfloat16), jnp.array([0.6, -0.8])
+    v, rho, num = jnp.array([0.6005, 0.7996]), 0.005, 4000
+
+    def keep(state, *_):
+        return state._replace(eigenvector=[v])
+
+    tracker = trackers.Tracker(
+        lambda params: trackers.EigenpairState(
+            [jnp.zeros(2)], jnp.float32(0), jnp.float32(0)
+        ),
+        keep,
+        keep,
+        None,
+        1,
+    )
+    tx = eigensam_jax.eigen_sam(rho, 0.0, tracker, eigenvector_dtype=jnp.bfloat16)
+
+    def step(state, _):
+        perturbed, state = tx.update(g, state, w, grad_fn=lambda p: p)
+        return state, (perturbed, state.tracker.eigenvector)
+
+    _, seen = jax.lax.scan(step, tx.init(w), length=num)
+    for found, exact in zip(seen, (w + rho * g, v), strict=True):
+        found, exact = np.asarray(found, np.float64), np.asarray(exact, np.float64)
+        error = 5 * spacing(exact, jnp.bfloat16) / 2 / np.sqrt(num)
+        assert (abs(found.mean(0) - exact) < error).all()
+        assert (found.std(0) > 0).all()
 
 
 @pytest.mark.parametrize("share", [0.3, 1 / 300, 1 / 10_000])

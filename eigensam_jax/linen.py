@@ -24,11 +24,11 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
 
     With batch normalisation, `value_fn` must not update the statistics, as below: those
     of the clean pass are kept. With dropout, draw the key once a step, outside the
-    loss, so that both passes have the same mask. On a mesh, put the whole state there,
-    `jax.device_put(state, replicated)`, or the second step compiles again. Parameters
-    that their "gradient" overwrites, such as fp8 scales, are treated as by Flax: the
-    chain sees `params["params"]` alone, and the functions given here all of `params`,
-    with the same scales in both passes.
+    loss, so that both passes have the same mask. On an Auto mesh, put the whole state
+    there, `jax.device_put(state, replicated)`, or the second step compiles again.
+    Parameters that their "gradient" overwrites, such as fp8 scales, are treated as by
+    Flax: the chain sees `params["params"]` alone, and the functions given here all of
+    `params`, with the same scales in both passes.
 
     Attributes:
       batch_stats: statistics of batch normalisation or other state of the network, or

@@ -134,3 +134,23 @@ def sines(w):
 
 def dense_hessian_of_sines(w):
     return np.diag(2 * np.cos(w) - w * np.sin(w))
+
+
+class LossOnABatch:
+    """A loss on a batch that can be exchanged."""
+
+    def __init__(self):
+        self.batch = jnp.array([1.0, 2.0, 4.0])
+
+    def __call__(self, w):
+        return jnp.sum(self.batch * w**2)
+
+
+def mask_by_path(is_chosen):
+    """A mask by the names on the way to a leaf, as in notebooks/composing.md."""
+
+    def chosen(path, x):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return is_chosen(names, x)
+
+    return lambda params: jax.tree.map_with_path(chosen, params)

@@ -13,6 +13,7 @@ from flax.core import freeze
 from jax.flatten_util import ravel_pytree
 from problems import (
     SPECTRA,
+    LossOnABatch,
     dense_hessian,
     dense_hessian_of_sines,
     flatten,
@@ -104,16 +105,6 @@ def test_sharpness_of_a_layer_is_that_of_its_block(name, jitted):
     v = flatten(top.eigenvector)
     assert not v[~chosen].any()
     np.testing.assert_allclose(abs(v[chosen] @ vectors[:, -1]), 1, atol=1e-4)
-
-
-class LossOnABatch:
-    """A loss on a batch that can be exchanged."""
-
-    def __init__(self):
-        self.batch = jnp.array([1.0, 2.0, 4.0])
-
-    def __call__(self, w):
-        return jnp.sum(self.batch * w**2)
 
 
 def test_sharpness_compiles_its_product_once_and_sees_the_batch_of_now():

@@ -117,6 +117,21 @@ def test_linen_is_the_loop_by_hand(make):
     assert state.step == 4
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_linen_on_a_mesh_compiles_once_if_the_whole_state_is_there(whole):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated = jax.NamedSharding(mesh, jax.P())
+    state = linen_state(CHAINS["secant"]())
+    if whole:
+        state = jax.device_put(state, replicated)
+    else:
+        state = state.replace(params=jax.device_put(state.params, replicated))
+    step = jax.jit(lambda state, i: linen_step(state, i))  # a cache of its own
+    for i in range(3):
+        state = step(state, i)
+    assert step._cache_size() == (1 if whole else 2)
+
+
 def test_linen_hands_extra_arguments_to_the_transformation_and_fields_to_replace():
     seen = {}
 

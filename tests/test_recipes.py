@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from links import LINKS
 from meshes import AXIS, DEVICES
 from optax.microbatching import AccumulationType, microbatch
-from problems import network
+from problems import mask_by_path, network
 
 from eigensam_jax import eigen_sam, info, perturbation, sam, trackers, tree_math
 
@@ -278,31 +278,17 @@ def test_an_eigenvector_may_be_narrower_than_float64_parameters():
         assert optax.tree.get(state, "eigenvalue").dtype == jnp.float64
 
 
-@pytest.mark.parametrize("bad", ["int32", jnp.complex64, "narrow"])
-def test_an_eigenvector_dtype_that_is_none_is_refused(bad):
-    with pytest.raises(ValueError, match=r"eigenvector_dtype must be a floating-point"):
-        eigen_sam(eigenvector_dtype=bad)
-
-
 # --- masks ----------------------------------------------------------------------------
-
-
-def path_mask(is_chosen):
-    """A mask by the names on the way to a leaf."""
-
-    def mask(path, x):
-        names = jax.tree_util.keystr(path, simple=True, separator="/")
-        return is_chosen(names.split("/"), x)
-
-    return lambda params: jax.tree.map_with_path(mask, params)
 
 
 is_norm = lambda path: any(key.startswith("norm") for key in path)
 MASKS = {
-    "norms only": path_mask(lambda path, _: is_norm(path)),
-    "no biases, no norms": path_mask(lambda path, x: x.ndim > 1 and not is_norm(path)),
-    "adapter only": path_mask(lambda path, _: "lora" in path),
-    "head only": path_mask(lambda path, _: path[0] == "norm"),
+    "norms only": mask_by_path(lambda path, _: is_norm(path)),
+    "no biases, no norms": mask_by_path(
+        lambda path, x: x.ndim > 1 and not is_norm(path)
+    ),
+    "adapter only": mask_by_path(lambda path, _: "lora" in path),
+    "head only": mask_by_path(lambda path, _: path[0] == "norm"),
 }
 
 
@@ -357,7 +343,7 @@ def test_a_masked_perturbation_and_its_eigenvector(masked):
 )
 def test_outside_the_mask_every_tracker_keeps_to_zero(name):
     params, loss = network()
-    mask = path_mask(lambda path, _: "b" in path)(params)
+    mask = mask_by_path(lambda path, _: "b" in path)(params)
     tx = optax.chain(LINKS[name](mask=mask), optax.sgd(0.1))
     _, state = train(tx, params, lambda i: lambda p: loss(p, i))
     v = optax.tree.get(state, "eigenvector")

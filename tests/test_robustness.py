@@ -183,12 +183,6 @@ def test_every_vector_of_a_tracker_is_kept_in_its_dtype():
         np.testing.assert_allclose(tree_math.norm(vector), 1, rtol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int32, "no"])
-def test_v_in_a_dtype_that_cannot_hold_it_is_refused(dtype):
-    with pytest.raises(ValueError, match="eigenvector_dtype must be a floating-point"):
-        eigen_sam(eigenvector_dtype=dtype)
-
-
 # --- shapes alone ---------------------------------------------------------------------
 
 

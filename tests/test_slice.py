@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import SPECTRA, flatten, network, quadratic, symmetric
+from problems import SPECTRA, LossOnABatch, flatten, network, quadratic, symmetric
 
 from eigensam_jax import tree_math
 from eigensam_jax._update import programs
@@ -105,13 +105,6 @@ def test_a_bfloat16_network_is_evaluated_at_parameters_of_its_dtypes():
     expected = [loss(params), loss(tree_math.cast_like(moved, params))]
     np.testing.assert_allclose(found, jnp.stack(expected), rtol=0.02)
     assert found.dtype == loss(params).dtype
-
-
-class LossOnABatch:
-    batch = jnp.array([1.0, 2.0, 4.0])
-
-    def __call__(self, w):
-        return jnp.sum(self.batch * w**2)
 
 
 def test_it_compiles_once_and_sees_the_batch_of_now():

@@ -898,18 +898,6 @@ def test_a_state_of_another_tracker_or_other_parameters_is_refused(ours, theirs)
             tx.update(params, state, params, value_fn=loss)
 
 
-@each_factory
-def test_a_wrapper_that_hides_parameters_is_refused(factory):
-    params, _ = network()
-    mask = {"hidden": True, "out": False}
-    with pytest.raises(ValueError, match=r"optax.masked.* mask=\.\.\. instead"):
-        optax.masked(factory(), mask).init(params)
-    labels = {"hidden": "sam", "out": "frozen"}
-    wrapped = optax.partition({"sam": factory(), "frozen": optax.set_to_zero()}, labels)
-    with pytest.raises(ValueError, match=r"optax.partition is around"):
-        wrapped.init(params)
-
-
 def test_a_traced_refresh_is_refused():
     params, loss = network()
     tx = eigen_sam()

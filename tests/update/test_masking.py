@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
+from problems import mask_by_path
 
 import eigensam_jax
 from eigensam_jax import eigen_sam, info, sam
@@ -87,16 +88,6 @@ def test_a_mask_that_does_not_fit_is_refused_by_init(factory, mask, message):
 
 
 # --- by name, for trees of every kind -------------------------------------------------
-
-
-def mask_by_path(is_chosen):
-    """The recipe of notebooks/composing.md."""
-
-    def chosen(path, x):
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        return is_chosen(names, x)
-
-    return lambda params: jax.tree.map_with_path(chosen, params)
 
 
 class Pair(NamedTuple):

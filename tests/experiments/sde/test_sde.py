@@ -365,12 +365,3 @@ def test_tables_of_checks_are_computed_from_their_records():
     ]
     # The error of a difference is 0.05.
     assert sde_tables.moments(runs) == [["E((loss)²)", "4 ± 0.03", "+10.0", "-2.0"]]
-
-
-def test_help_fits_a_screen(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        cli.main(["sde", "--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 40
-    assert max(map(len, lines)) <= 80

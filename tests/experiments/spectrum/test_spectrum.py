@@ -266,12 +266,3 @@ def test_an_interruption_keeps_the_earlier_results(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(spectrum, "train", interrupted)
     assert cli.main(["spectrum", "--out", str(tmp_path)]) == 130
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == earlier
-
-
-def test_help_fits_a_screen(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        cli.main(["spectrum", "--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 40
-    assert max(map(len, lines)) <= 80

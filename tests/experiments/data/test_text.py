@@ -7,6 +7,7 @@ import pytest
 
 from eigensam_jax.experiments import cli, registry
 from eigensam_jax.experiments.errors import UserError
+from eigensam_jax.experiments.records import results
 from eigensam_jax.experiments.training import losses
 
 LENGTH = 64
@@ -88,5 +89,12 @@ def test_what_is_no_text_is_refused(tmp_path):
 def test_a_frontier_is_trained_on_it(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     command = f"frontier --smoke --dataset text --data-dir {folder} --model gpt"
-    command += f" --batch-size 8 --curvature-examples 8 --out {out}"
+    command += f" --optimizers sam --batch-size 8 --curvature-examples 8 --out {out}"
     assert cli.main(command.split()) == 0
+    document = results.read(out / "results.json")
+    tests = [run for run in document["runs"] if not run.get("tuning")]
+    assert {run["row"] for run in tests} == {"sgd", "sam"}
+    for run in tests:
+        assert "test_accuracy" not in run  # a text has a loss alone
+        assert 0 < run["test_loss"] < 6
+        assert run["lambda_max"] > 0

@@ -36,6 +36,9 @@ def value_fn(
         are copied for each call.
       wrt: which variables are parameters, as in `nnx.Optimizer`.
 
+    Raises:
+      ValueError: if `loss_fn` is not a function, or is a module.
+
     Example:
       >>> import eigensam_jax, jax.numpy as jnp, optax
       >>> from flax import nnx

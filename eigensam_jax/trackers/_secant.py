@@ -41,12 +41,13 @@ def secant(decay: float = 0.95, update_interval: int = 1) -> Tracker:
 
         v ← (decay·v + (1 − decay)·sign⟨v,ε⟩·d/‖d‖) / ‖…‖.
 
-    This is a power iteration on a fresh batch at each step, shifted by about decay/(1 −
-    decay) times the largest eigenvalue. So it finds the algebraically largest one. With
-    the sign of ⟨v,d⟩ in place of ⟨v,ε⟩'s, v could converge to a strongly negative
-    eigenvalue's. The first step, with v = 0, is plain SAM. v converges to the top
-    eigenvector if perturbations scatter equally along all eigenvectors, or α is large.
-    At small α, v leans towards directions along which gradients scatter more.
+    This is a power iteration on a fresh batch at each step, shifted by about
+    decay/(1 − decay) times the largest eigenvalue. So it finds the algebraically
+    largest one. With the sign of ⟨v,d⟩ in place of ⟨v,ε⟩'s, v could converge to the
+    eigenvector of a strongly negative one. The first step, with v = 0, is plain SAM. v
+    converges to the top eigenvector if perturbations scatter equally along all
+    eigenvectors, or α is large. At small α, v leans towards directions along which
+    gradients scatter more.
 
     λ is the least-squares slope of ⟨v,d⟩ over ⟨v,ε⟩, each step divided by its ‖ε‖. It
     is unbiased, but one batch of a thousand times the curvature shows in it for over a

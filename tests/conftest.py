@@ -26,6 +26,8 @@ def pytest_configure(config):
     """
     compile_fast()
     matplotlib.use("Agg")  # draws without a screen
+    # Threads of both workers' BLAS would wait for each other, for tens of seconds.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     cache = {"jax_compilation_cache_dir": str(config.cache.mkdir("jax"))}
     for name, value in (SETTINGS | cache).items():
         if name.upper() not in os.environ:

@@ -17,6 +17,7 @@ LAYERS = [  # the modules of `_update` have floors of their own
     {"functions"},
     {"eigen", "masking", "perturbation", "rounding"},
     {"trackers"},
+    {"tracking"},
     {"update"},
     {"_periodic", "transform"},
     {"_info", "diagnostics", "linen", "nnx"},

@@ -16,12 +16,14 @@ from eigensam_jax._update import (
     masking,
     rounding,
     scalars,
+    tracking,
 )
 from eigensam_jax._update.devices import Axes, AxisName
 from eigensam_jax._update.masking import Mask, Subspace
+from eigensam_jax._update.tracking import Observation
 from eigensam_jax.hessian import GradFn, HvpMode, Matvec, ValueFn
 from eigensam_jax.perturbation import Perturbation
-from eigensam_jax.trackers import Tracker, TrackerState
+from eigensam_jax.trackers import Tracker
 from eigensam_jax.tree_math import PyTree
 
 
@@ -58,9 +60,6 @@ class SharpnessAwareState(NamedTuple):
     info: Info
 
 
-_Step = Callable[[TrackerState], TrackerState]
-
-
 def sharpness_aware(
     rule: Callable[..., Perturbation],
     tracker: Tracker | None,
@@ -75,57 +74,16 @@ def sharpness_aware(
     arguments.check_axis_name(axis_name, per_device)
     axes = devices.as_tuple(axis_name)
 
-    def vectors(space: Subspace, params: PyTree) -> dict[str, PyTree]:
-        """The fields of the tracker's state that are as large as the parameters."""
-        assert tracker is not None
-        weights = space.select(params)
-        like = jax.eval_shape(tracker.init, weights)
-        return {
-            name: field
-            for name, field in zip(like._fields, like, strict=True)
-            if _shapes(field) == _shapes(weights)
-        }
-
-    def narrow(
-        tracked: TrackerState, wide: dict[str, PyTree], number: jax.Array
-    ) -> TrackerState:
-        """The state with its vectors in the dtype in which they are kept."""
-        kept = {name: getattr(tracked, name) for name in wide}
-        if eigenvector_dtype is None:
-            return tracked._replace(**tree_math.cast_like(kept, wide))
-        return tracked._replace(**rounding.cast(kept, eigenvector_dtype, number))
-
-    def in_full(step: _Step, wide: dict[str, PyTree], number: jax.Array) -> _Step:
-        """`step`, which sees the vectors in their full dtype, between conversions."""
-
-        def taken(tracked: TrackerState) -> TrackerState:
-            kept = {name: getattr(tracked, name) for name in wide}
-            full = tree_math.cast_like(kept, wide)
-            return narrow(step(tracked._replace(**full)), wide, number)
-
-        return taken
-
-    def start(params: PyTree, space: Subspace) -> TrackerState:
-        assert tracker is not None
-        started, number = tracker.init(space.select(params)), jnp.zeros((), jnp.int32)
-        _check_tracker(started)
-        wide = vectors(space, params)
-        whole = {name: space.embed(getattr(started, name), params) for name in wide}
-        if eigenvector_dtype is not None:
-            whole = rounding.cast(whole, eigenvector_dtype, number)
-        return started._replace(**whole)
-
     def init_fn(params: PyTree) -> SharpnessAwareState:
         space = masking.subspace(mask, params)
         arguments.check_params(params, space.selected)
         # One buffer per scalar: a shared one could not be donated.
         zeros = [jnp.zeros((), tree_math.accumulation_dtype(params)) for _ in range(4)]
-        info, tracked = Info(*zeros), None
+        info, number = Info(*zeros), jnp.zeros((), jnp.int32)
         if tracker is None:
-            info = info._replace(alignment=None)
-        else:
-            tracked = start(params, space)
-        return SharpnessAwareState(jnp.zeros((), jnp.int32), tracked, info)
+            return SharpnessAwareState(number, None, info._replace(alignment=None))
+        follow = tracking.of(tracker, params, space, eigenvector_dtype, number)
+        return SharpnessAwareState(number, follow.start(params), info)
 
     def update_fn(
         updates: PyTree,
@@ -156,18 +114,10 @@ def sharpness_aware(
         number = state.num_updates
         grads, weights = space.select(updates), space.select(params)
 
-        tracked = state.tracker
+        follow, tracked = None, None
         if tracker is not None:
-            tracked = arguments.like_params(
-                "the tracker's part of opt_state",
-                tracked,
-                jax.eval_shape(lambda p: start(p, space), params),
-                "It belongs to another tracker or to other parameters: make it by "
-                "tx.init(params), and keep the state of the rest of the chain.",
-            )
-            wide, whole = vectors(space, params), tracked
-            own = {name: space.select(getattr(whole, name)) for name in wide}
-            tracked = narrow(tracked._replace(**own), wide, number)
+            follow = tracking.of(tracker, params, space, eigenvector_dtype, number)
+            whole = follow.checked(state.tracker, params)
             curvature_grad = lambda p: own_value_and_grad(p)[1]
             if curvature_fn is not None:
                 curvature_grad = jax.grad(
@@ -176,14 +126,7 @@ def sharpness_aware(
             matvec = _mean_matvec(curvature_grad, params, space, axes, hvp_mode)
             # No use inside a `cond`, where convolutions are slow anyway.
             matvec.unroll = bool(refresh)  # type: ignore[attr-defined]
-            if tracker.refresh_interval is not None and weights:
-                due = _is_due(number, tracker.refresh_interval)
-                tracked = scalars.branch(
-                    due if refresh is None else bool(refresh),
-                    in_full(lambda t: tracker.refresh(t, matvec), wide, number),
-                    lambda t: t,
-                    tracked,
-                )
+            tracked = follow.refresh(follow.select(whole), matvec, refresh)
 
         step = rule(number, grads, weights, tracked)
         perturbed = rounding.add(weights, step.epsilon, number)
@@ -195,51 +138,41 @@ def sharpness_aware(
         if per_device:
             info = devices.mean(info, axes)
 
-        if tracker is not None:
-
-            def observed(tracked: TrackerState) -> TrackerState:
-                after = space.select(own_updates if per_device else new_updates)
-                unit = _unit(info)
-                change = tree_math.scale(unit, tree_math.add_scaled(after, -1, grads))
-                # Sums accumulate in the dtypes of v, not of the gradients.
-                change = tree_math.cast_like(change, tracked.eigenvector)
-                assert step.projection is not None  # as there is a tracker
-                projection, radius = unit * step.projection, unit * step.norm
-                if per_device:
-                    # Without the signs, different devices would cancel.
-                    sign = jnp.where(projection < 0, -1, 1).astype(unit.dtype)
-                    change, projection, radius = devices.mean(
-                        (tree_math.scale(sign, change), sign * projection, radius), axes
-                    )
-                dtype = tracked.eigenvalue.dtype
-                return tracker.observe(
-                    tracked, change, projection.astype(dtype), radius.astype(dtype)
-                )
-
-            interval = tracker.observe_interval
-            due = _is_due(number, interval)
-            is_shared = tracker.refresh_interval in (None, interval)
-            if refresh is not None and interval not in (None, 1) and is_shared:
-                due = bool(refresh)
-            observe = in_full(observed, wide, number)
-            tracked = scalars.branch(due, observe, lambda t: t, tracked)
-            # What is not in the subspace stays as it is, and is not written.
-            for name in wide:
-                merged = space.merge(getattr(tracked, name), getattr(whole, name))
-                tracked = tracked._replace(**{name: merged})
+        if follow is not None:
+            after = space.select(own_updates if per_device else new_updates)
+            each = axes if per_device else ()
+            seen = lambda like: _observation(like, step, info, grads, after, each)
+            tracked = follow.merge(follow.observe(tracked, seen, refresh), whole)
         dtype = tree_math.accumulation_dtype(params)
         info = jax.tree.map(lambda x: jnp.asarray(x, dtype), info)
-        after = SharpnessAwareState(optax.safe_increment(number), tracked, info)
-        return tree_math.cast_like(new_updates, updates), after
+        new_state = SharpnessAwareState(optax.safe_increment(number), tracked, info)
+        return tree_math.cast_like(new_updates, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _is_due(number: jax.Array, interval: int | None) -> jax.Array | bool:
-    if interval is None or interval == 1:
-        return interval == 1
-    due: jax.Array = number % interval == 0
-    return due
+def _observation(
+    like: list[jax.Array],
+    step: Perturbation,
+    info: Info,
+    grads: list[jax.Array],
+    after: list[jax.Array],
+    axes: Axes,
+) -> Observation:
+    """The change of the gradient, ⟨ε, v⟩ and ‖ε‖, averaged over the axes."""
+    unit = _unit(info)
+    change = tree_math.scale(unit, tree_math.add_scaled(after, -1, grads))
+    # Sums accumulate in the dtypes of v, not of the gradients.
+    change = tree_math.cast_like(change, like)
+    assert step.projection is not None  # as there is a tracker
+    projection, radius = unit * step.projection, unit * step.norm
+    if axes:
+        # Without the signs, different devices would cancel.
+        sign = jnp.where(projection < 0, -1, 1).astype(unit.dtype)
+        change, projection, radius = devices.mean(
+            (tree_math.scale(sign, change), sign * projection, radius), axes
+        )
+    return change, projection, radius
 
 
 def _unit(info: Info) -> jax.Array:
@@ -248,11 +181,6 @@ def _unit(info: Info) -> jax.Array:
     is_far = (size < 1e-9) | (size > 1e9)
     unit = jnp.where(is_far, tree_math.safe_inverse(size), 1)
     return scalars.once(jnp.where(info.perturbation_norm > 0, unit, 0))[0]
-
-
-def _shapes(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [getattr(x, "shape", ()) for x in leaves]
 
 
 def _check_state(state: Any, has_tracker: bool) -> None:
@@ -267,16 +195,6 @@ def _check_state(state: Any, has_tracker: bool) -> None:
         "tx.init(params) of the same chain. With a checkpoint of another link, keep "
         "the rest: (tx.init(params)[0], *old_state[1:])."
     )
-
-
-def _check_tracker(state: Any) -> None:
-    names = ("_fields", "eigenvector", "eigenvalue", "residual", "usable")
-    if missing := [name for name in names if not hasattr(type(state), name)]:
-        raise ValueError(
-            "tracker.init(params) must return a NamedTuple with eigenvector, eigenvalue"
-            f", residual and usable, got a {type(state).__name__} without {missing}: "
-            "trackers.EigenpairState is the smallest."
-        )
 
 
 def _mean_matvec(

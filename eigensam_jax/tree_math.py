@@ -38,7 +38,7 @@ _LONGEST_ROW = 2**16
 
 def accumulation_dtype(tree: PyTree) -> jnp.dtype:
     """The dtype of sums over `tree`: the widest of its leaves', at least float32."""
-    dtypes = {jnp.result_type(x) for x in jax.tree.leaves(tree)}
+    dtypes = {_dtype(x) for x in jax.tree.leaves(tree)}
     if any(jnp.issubdtype(x, jnp.complexfloating) for x in dtypes):
         raise ValueError("trees must hold real arrays, got complex ones: split them.")
     wide = [x for x in dtypes if jnp.issubdtype(x, jnp.floating)]
@@ -52,7 +52,12 @@ def widen(tree: PyTree) -> PyTree:
 
 def cast_like(tree: PyTree, other: PyTree) -> PyTree:
     """`tree` with the dtypes of `other`, as `optax.tree.cast_like`, also of numbers."""
-    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, other)
+    return jax.tree.map(lambda x, y: jnp.asarray(x, _dtype(y)), tree, other)
+
+
+def _dtype(x: ArrayLike | jax.ShapeDtypeStruct) -> jnp.dtype:
+    # Of a shape `jnp.result_type` would not keep a float64 without `jax_enable_x64`.
+    return x.dtype if isinstance(x, jax.ShapeDtypeStruct) else jnp.result_type(x)
 
 
 def zeros_like(tree: PyTree) -> PyTree:

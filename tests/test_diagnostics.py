@@ -133,6 +133,27 @@ def test_sharpness_sees_the_batch_of_now_where_programs_hold_it():
         jax.config.update(name, False)
 
 
+def test_a_batch_behind_a_reference_is_that_of_now():
+    """Of every measure that loops in Python around a compiled function."""
+    batch, w = jax.new_ref(jnp.array([1.0, 2.0, 4.0])), jnp.ones(3)
+    loss = lambda w: jnp.sum(batch[...] * w**2)
+    mean = hessian.mean_matvec(lambda w, b: b * loss(w), w, lambda: [1.0, 3.0])
+    for factor in (1, 10):
+        batch[...] = factor * jnp.array([1.0, 2.0, 4.0])
+        found = {
+            "sharpness": sharpness(loss, w).eigenvalue,
+            "of a layer": diagnostics.sharpness_by_layer(loss, w)[""].eigenvalue,
+            "in the worst case": diagnostics.worst_case_sharpness(loss, 0 * w, 2).value,
+            "in the mean": diagnostics.average_sharpness(loss, 0 * w, 3).value,
+            "of a slice": diagnostics.loss_slice(loss, w, [w], [[1.0]]).values,
+            "of the data set": mean(w)[2],
+        }
+        expected = dict(zip(found, (8, 8, 16, 21, 28, 16), strict=True))
+        for name, value in found.items():
+            rtol = 0.5 if name == "in the mean" else 0.01  # of 32 pairs at random
+            np.testing.assert_allclose(value, factor * expected[name], rtol, 0, name)
+
+
 def programs_of(loss):
     return dict(programs._PROGRAMS[loss])
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from problems import SPECTRA, LossOnABatch, flatten, network, quadratic, symmetric
 
 from eigensam_jax import tree_math
@@ -53,6 +55,27 @@ def test_filters_are_gaussian_directions():
     others = filters(params["conv"])
     cosines = (units * others).sum(0) / np.linalg.norm(others, axis=0)
     assert np.sqrt((cosines**2).mean() * size) < 1.5  # 1, of directions at random
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_filters_may_be_of_any_length(scale):
+    params = layers(0)
+    expected = scale * flatten(filter_normalized(1, params))
+    found = filter_normalized(1, jax.tree.map(lambda x: scale * x, params))
+    np.testing.assert_allclose(flatten(found), expected, rtol=1e-5)
+    assert filter_normalized(0, jnp.zeros((0, 3))).shape == (0, 3)
+
+
+@pytest.mark.parametrize("spec", [P(None, "d"), P("d", None)])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_direction_is_sharded_as_the_parameters(kind, spec):
+    params = jax.random.normal(jax.random.key(0), (6, 8))
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    sharded = jax.device_put(params, NamedSharding(mesh, spec))
+    direction = filter_normalized(1, sharded)
+    assert direction.sharding.is_equivalent_to(sharded.sharding, 2)
+    expected = filter_normalized(1, params)
+    np.testing.assert_allclose(direction, expected, rtol=1e-5)
 
 
 def test_a_seed_stands_for_its_key():

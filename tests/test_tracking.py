@@ -222,6 +222,25 @@ def test_the_state_keeps_its_dtypes_whatever_the_gradients_have(name):
 
 
 @each_tracker
+def test_the_state_keeps_float64_where_jax_allows_it_without_x64(tracker):
+    name = "jax_explicit_x64_dtypes"
+    before = getattr(jax.config, name)
+    jax.config.update(name, "allow")
+    try:
+        params = {"w": jnp.ones(3, jnp.float64)}
+        value_fn = lambda p: jnp.sum(jnp.arange(1, 4) * p["w"] ** 4)
+        tx = eigen_sam(0.1, 0.5, tracker)
+        state, grads = tx.init(params), jax.grad(value_fn)(params)
+        _, after = jax.jit(lambda s: tx.update(grads, s, params, value_fn=value_fn))(
+            state
+        )
+    finally:
+        jax.config.update(name, before)
+    assert after.tracker.eigenvector["w"].dtype == jnp.float64
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
+@each_tracker
 def test_the_state_keeps_its_types_in_one_compilation_and_can_be_donated(tracker):
     params, loss = network(dtype=jnp.bfloat16)
     tx = eigen_sam(0.1, 0.5, tracker)

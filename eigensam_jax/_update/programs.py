@@ -23,7 +23,7 @@ def on_device(tree: Any) -> Any:
     """`tree` with NumPy's arrays on the device, where each call would move them."""
 
     def moved(x: Any) -> Any:
-        is_elsewhere = hasattr(x, "dtype") and not isinstance(x, jax.Array)
+        is_elsewhere = isinstance(x, np.ndarray | np.generic)
         return jax.device_put(np.asarray(x)) if is_elsewhere else x
 
     return jax.tree.map(moved, tree)

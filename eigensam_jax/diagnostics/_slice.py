@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from eigensam_jax import tree_math
-from eigensam_jax._update import arguments, functions, programs, rounding
+from eigensam_jax._update import arguments, functions, programs, rounding, scalars
 from eigensam_jax.eigen import _krylov
 from eigensam_jax.hessian import ValueFn
 from eigensam_jax.tree_math import PyTree
@@ -73,15 +73,22 @@ def filter_normalized(key_or_seed: jax.Array | int, params: PyTree) -> PyTree:
     zeros = tree_math.zeros_like(params)
     random = _krylov.random_vector(key, zeros)
 
-    def rescaled(x: jax.Array, w: jax.Array) -> PyTree:
-        factor = tree_math.safe_divide(tree_math.norm(w), tree_math.norm(x))
-        return tree_math.scale(factor, x)
+    def rescaled(zero: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
+        if zero.ndim < 2:
+            return zero
+        return x * tree_math.safe_divide(_filter_norms(w), _filter_norms(x))
 
-    by_filter = jax.vmap(rescaled, in_axes=-1, out_axes=-1)
-    return jax.tree.map(
-        lambda zero, x, w: by_filter(x, w) if zero.ndim > 1 else zero,
-        *(zeros, random, params),
-    )
+    return jax.tree.map(rescaled, zeros, random, tree_math.widen(params))
+
+
+def _filter_norms(x: jax.Array) -> jax.Array:
+    """The norm over all axes but the last, which keeps its sharding."""
+    axes = tuple(range(x.ndim - 1))
+    largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+    # Squares of the entries themselves could over- or underflow.
+    parts = x / jnp.where(largest > 0, largest, 1)
+    squares = jnp.sum(parts * parts, axes, keepdims=True)
+    return largest * scalars.safe_sqrt(squares)
 
 
 def loss_slice(

@@ -260,17 +260,22 @@ def extras() -> Iterator[None]:
         ) from error
 
 
+_LARGE = 3e38  # beyond it float32 ends
+
+
 def number(kind: type[Any], above: float | None = None) -> Callable[[str], Any]:
-    """Builds a parser of finite numbers of at least 0, or above `above`."""
+    """Builds a parser of numbers of at least 0, or above `above`, and below 3e38."""
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (0 <= value < math.inf if above is None else above < value < math.inf):
+        if not (0 <= value < _LARGE if above is None else above < value < _LARGE):
             noun = "whole number" if kind is int else "number"
             bound = "of at least 0" if above is None else f"above {above:g}"
+            if value >= _LARGE:
+                bound = f"below {_LARGE:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {bound}")
         return value
 

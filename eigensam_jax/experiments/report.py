@@ -47,8 +47,11 @@ def run(root: Path, only: str | None = None) -> list[Path]:
                 f"{FOLDER}/{name} is not complete; finish it: "
                 f"{document['commands'][-1]}"
             )
-    pages = {path: path.read_text("utf-8") for path in pages_of(root)}
-    new = {path: rendered(text, found, path.name, only) for path, text in pages.items()}
+    pages = {path: _text(path) for path in pages_of(root)}
+    new = {
+        path: rendered(text, found, str(path.relative_to(root)), only)
+        for path, text in pages.items()
+    }
     written = []
     for name, document in found.items():
         wing, folder = wing_of(document), root / FOLDER / name
@@ -67,9 +70,20 @@ def results_of(root: Path) -> dict[str, Document]:
     found = {}
     for path in sorted(root.glob(f"{FOLDER}/*/{results.FILE}")):
         found[path.parent.name] = document = results.read(path)
-        if not {"commands", "complete", "runs"} <= document.keys():
-            raise UserError(f"{path} holds no results")
+        try:
+            wing_of(document), document["complete"], document["runs"][0]
+        except (KeyError, IndexError) as error:
+            raise UserError(
+                f"{path} holds no results of a command ({error})"
+            ) from error
     return found
+
+
+def _text(page: Path) -> str:
+    try:
+        return page.read_text("utf-8")
+    except ValueError as error:
+        raise UserError(f"{page} is not text in UTF-8 ({error})") from error
 
 
 def pages_of(root: Path) -> Iterator[Path]:
@@ -103,7 +117,11 @@ def rendered(
         if only in (None, wing) and name == "run":
             lines = provenance(found[folders[0]])
         elif only in (None, wing):
-            rows = (f"| {' | '.join(row)} |" for row in tables[name](what))
+            try:
+                rows = [f"| {' | '.join(row)} |" for row in tables[name](what)]
+            except (UserError, ValueError) as error:
+                asked = f"{page} asks for the table {name} {what} of {where}"
+                raise UserError(f"{asked}: {error}") from error
             lines = [*lines[:2], *rows]
         mark = " ".join(part for part in (where, name, what) if part)
         block = "\n".join([f"<!-- report: {mark} -->", *lines])

@@ -84,6 +84,7 @@ def test_what_takes_the_steps_is_recorded(options, base, rate, tmp_path, capsys)
         ("--alpha x", "'x'", "number of at least 0"),
         ("--learning-rate 0", "'0'", "number above 0"),
         ("--epochs 0", "'0'", "whole number above 0"),
+        ("--rho 1e300", "'1e300'", "number below 3e+38"),
         ("--seeds 1.5", "'1.5'", "whole number above 0"),
         ("--batch-size 9999", "9999", "at most 1437"),
         ("--train-examples 9999", "9999", "at most 1437"),

@@ -64,6 +64,31 @@ def test_what_there_is_not_is_named(mark):
     assert "compare_digits" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("mark", "reason"),
+    [
+        ("compare_digits summary mein", "no table mein; name a table of main"),
+        ("track_mlp track x", "could not convert string to float"),
+        ("spectrum_digits spectrum", "invalid literal"),
+    ],
+)
+def test_what_a_table_is_not_of_is_named(mark, reason):
+    page = f"<!-- report: {mark} -->\n| a |\n| --- |\n"
+    with pytest.raises(report.UserError, match=reason) as raised:
+        report.rendered(page, FOUND, "page.md")
+    assert "page.md asks for the table" in str(raised.value)
+
+
+def test_a_page_that_is_no_text_is_named(tmp_path, capsys):
+    folder = tmp_path / report.FOLDER / "compare_digits"
+    shutil.copytree(ROOT / report.FOLDER / "compare_digits", folder)
+    page = tmp_path / "README.md"
+    page.write_bytes(b"\xff\xfe")
+    assert f"{page} is not text" in error_of(
+        ["report", "--root", str(tmp_path)], capsys
+    )
+
+
 @pytest.mark.usefixtures("drawn")
 def test_the_command_writes_pages_and_plots(tmp_path, capsys):
     folder = tmp_path / report.FOLDER / "spectrum_digits"
@@ -88,7 +113,13 @@ def test_the_command_writes_pages_and_plots(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[1]", "\x00", '{"schema": 0}', '{"schema": 1}']
+    "content",
+    [
+        *("{", "[1]", "\x00", '{"schema": 0}', '{"schema": 1}'),
+        '{"schema": 1, "commands": [], "complete": true, "runs": [{}]}',
+        '{"schema": 1, "commands": ["python x"], "complete": true, "runs": [{}]}',
+        '{"schema": 1, "commands": ["eigensam sde"], "complete": true, "runs": []}',
+    ],
 )
 def test_a_damaged_file_is_named(content, tmp_path, capsys):
     folder = tmp_path / report.FOLDER / "compare_digits"

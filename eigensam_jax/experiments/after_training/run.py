@@ -61,6 +61,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         "data_dir": chosen.data_dir and str(chosen.data_dir),
         "label_noise": chosen.label_noise,
         "next_dataset": chosen.next_dataset,
+        **({"next_crc32": load.checksum(following)} if following else {}),
         "model": chosen.model,
         "epochs": chosen.epochs,
         "batch_size": BATCH_SIZE,
@@ -70,7 +71,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         "curvature_examples": min(chosen.curvature_examples, len(dataset.train_labels)),
         "sizes": {kind: list(sizes) for kind, (_, sizes) in SIZES.items()},
     }
-    document = resumption.of_runs(path, command, config)
+    document = resumption.of_runs(path, command, config, seeds=chosen.seeds)
     missing = _records(chosen, dataset, following, document, console)
     in_order = lambda runs: sorted(runs, key=lambda x: x["seed"])
     resumption.add_runs(path, document, missing, console, in_order)

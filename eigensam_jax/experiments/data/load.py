@@ -1,5 +1,6 @@
 """Data sets as arrays on the device, from local files: nothing is downloaded."""
 
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,14 @@ def load(read: Reader, data_dir: Path | None = None) -> Dataset:
       UserError: if the folder or a file is missing, cut off or invalid.
     """
     images, labels, test_images, test_labels = read(data_dir)
+    for what, values in (("pixels", images), ("labels", labels)):
+        if values.min() == values.max():
+            raise UserError(f"{data_dir}: all {what} of the training set are the same")
+    if test_labels.max() > labels.max():
+        raise UserError(
+            f"{data_dir}: the largest label is {labels.max()} in training and "
+            f"{test_labels.max()} in the test set; they must be of the same classes"
+        )
     standardise: Callable[[np.ndarray], jax.Array]
     if images.dtype == np.uint8:
         look_up = jax.jit(jax.vmap(lambda values, x: values[x], (1, -1), -1))
@@ -66,6 +75,15 @@ def load(read: Reader, data_dir: Path | None = None) -> Dataset:
     train, test = standardise(images), standardise(test_images)
     labels, test_labels = (x.astype(np.int32) for x in (labels, test_labels))
     return Dataset(train, jnp.asarray(labels), test, jnp.asarray(test_labels))
+
+
+def checksum(dataset: Dataset) -> int:
+    """CRC-32 of all images and labels."""
+    value = 0
+    for array in dataset:
+        if array is not None:
+            value = zlib.crc32(np.ascontiguousarray(array).data, value)
+    return value
 
 
 def only_file(folder: Path | None, suffix: str) -> Path:

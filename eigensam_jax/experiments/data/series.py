@@ -86,22 +86,28 @@ def linear(folder: Path | None, horizon: int) -> Dataset:
 
 def _read(folder: Path | None) -> np.ndarray:
     path = load.only_file(folder, ".csv")
+    needed = _MONTHS[-1] * _MONTH
     try:
         _, *lines = integrity.read(path).decode("utf-8").splitlines() or [""]
         lines = [line for line in lines if line.strip()]
-        values = np.loadtxt(lines or [","], delimiter=",", dtype=str, ndmin=2)
-        numbers = values[:, 1:].astype(np.float64)
-    except ValueError as error:
+        if len(lines) < needed:
+            raise UserError(
+                f"{path} has {len(lines)} hours after its first line; at least "
+                f"{needed} are needed"
+            )
+        numbers = np.genfromtxt(lines[:needed], delimiter=",", ndmin=2)[:, 1:]
+    except ValueError as error:  # of rows that differ in length, a line each
+        what = " ".join(str(error).split("\n")[:2])
+        raise UserError(f"{path} is not a table of text: {what}") from error
+    if not numbers.shape[1]:
+        raise UserError(f"{path} has no series after the date; put commas between them")
+    wrong = np.argwhere(~np.isfinite(numbers))
+    if len(wrong):
+        hour, series = wrong[0] + 1
         raise UserError(
-            f"{path} is not a table of numbers after a date: {error}"
-        ) from error
-    needed = _MONTHS[-1] * _MONTH
-    if len(numbers) < needed or not numbers.shape[1] or not np.isfinite(numbers).all():
-        raise UserError(
-            f"{path} has {len(numbers)} hours of {numbers.shape[1]} series; at "
-            f"least {needed} hours of finite numbers are needed"
+            f"{path}: series {series} has no finite number in hour {hour}; fill it in"
         )
-    return numbers[:needed]
+    return numbers
 
 
 def _windows(values: np.ndarray, horizon: int) -> tuple[jnp.ndarray, jnp.ndarray]:

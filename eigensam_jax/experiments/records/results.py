@@ -70,6 +70,18 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
+def check_command(path: Path, command: str) -> None:
+    """UserError if a file at `path` has the results of another command."""
+    try:
+        made_by = read(path)["commands"][0]
+    except (FileNotFoundError, UserError):
+        return
+    if made_by.split()[:2] != command.split()[:2]:
+        raise UserError(
+            f"--out {path.parent} holds the results of {made_by}; name another folder"
+        )
+
+
 def write(path: Path, document: dict[str, Any]) -> None:
     """Writes a results file by `replace`, each list of plain values on one line."""
     replace(path, (_text({"schema": SCHEMA, **document}) + "\n").encode())

@@ -13,7 +13,7 @@ from eigensam_jax.experiments.records import checkpoints, results
 
 # Values in older files, which do not record them.
 _ONCE = {"base_optimizer": "sgd", "weight_decay": 0.0}
-_NOT_ONCE = ("train_crc32",)  # whose values then are not known
+_NOT_ONCE = ("data_crc32", "next_crc32")  # whose values then are not known
 
 
 def of_runs(
@@ -21,15 +21,18 @@ def of_runs(
     command: str,
     config: dict[str, Any],
     trackers: dict[str, str] | None = None,
+    *,
+    seeds: int | None = None,
 ) -> dict[str, Any]:
     """The results file at `path` to continue, or a new one without runs.
 
     `config` is everything that all runs depend on, in types of JSON. `trackers` says
-    how each tracker is made, if the file should; others in the file are kept.
+    how each tracker is made, if the file should; others in the file are kept. The runs
+    to do are of the first `seeds` seeds, if they have any.
 
     Raises:
-      UserError: if the file is invalid, or has another configuration, device or
-        versions; names the first difference.
+      UserError: if the file is invalid, is unfinished and has more seeds, or has
+        another configuration, device or versions; names the first difference.
     """
     new: dict[str, Any] = {
         "commands": [command],
@@ -54,6 +57,13 @@ def of_runs(
         ) from error
     for key in ("config", "versions", "device"):
         check_same(path.parent, old[key], new[key])
+    of_seeds = [x for x in old["runs"] if "seed" in x and not x.get("tuning")]
+    begun = 1 + max((x["seed"] for x in of_seeds), default=-1)
+    if seeds is not None and begun > seeds and not old["complete"]:
+        raise UserError(
+            f"--out {path.parent} holds a part of the runs of {begun} seeds; finish "
+            f"them by --seeds {begun}, or name another folder"
+        )
     kept: dict[str, Any] = {key: old[key] for key in ("wall_time_s", "runs")}
     kept["commands"] = list(dict.fromkeys([*old["commands"], *new["commands"]]))
     if "trackers" in new:

@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from eigensam_jax.experiments import registry
+from eigensam_jax.experiments.data import load
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.records import progress, results, resumption, tables
 from eigensam_jax.experiments.sde import checks as sde_checks
@@ -38,6 +39,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     config = {  # everything that paths and checks depend on, beside the job
         "dataset": chosen.dataset,
         "data_dir": chosen.data_dir and str(chosen.data_dir),
+        "data_crc32": load.checksum(dataset),
         "rhos": list(chosen.rhos),
         "alpha": chosen.alpha,
         "learning_rate": chosen.learning_rate,
@@ -52,7 +54,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         "curvature_tolerance": sde_paths.CURVATURE_TOLERANCE,
         "eigen_sam_tracker": sde_paths.EIGENVECTOR,
     }
-    document = resumption.of_runs(path, command, config)
+    document = resumption.of_runs(path, command, config, seeds=chosen.seeds)
     missing = _records(chosen, problem, document["runs"], console)
     in_order = partial(sorted, key=_place)
     resumption.add_runs(path, document, missing, console, in_order)

@@ -52,6 +52,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     dimension = _check(chosen, dataset, model)
     chosen.examples = chosen.examples or min(EXAMPLES, available)
     results.make_folder(chosen.out)
+    path = chosen.out / results.FILE
+    results.check_command(path, command)
     method = methods.named(chosen.optimizer, chosen.rho, chosen.alpha)
     chosen.rho, chosen.alpha = method.rho, method.alpha  # 0 where it uses none
     training = {
@@ -147,7 +149,6 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         "wall_time_s": time.perf_counter() - start,
         "runs": [results.rounded(record)],
     }
-    path = chosen.out / results.FILE
     results.write(path, document)
     wing.plots(document, chosen.out)
     checkpoint.unlink(missing_ok=True)

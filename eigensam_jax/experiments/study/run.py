@@ -33,12 +33,12 @@ _USUAL = Job(Setup(""), 0.0, 0).fields  # omitted in records
 _MEASURED = "at the look with the lowest validation loss"
 
 
-def run(config: Config, plan: Plan, kind: str, command: str) -> None:
+def run(config: Config, plan: Plan, seeds: int, kind: str, command: str) -> None:
     """Does the missing runs; leaves a results file and a plot in `config.out`.
 
     The file is updated after each run, and a run has a checkpoint after each look, so
-    the same command continues an interrupted one. `kind` is the command's name,
-    `command` the command line.
+    the same command continues an interrupted one. `plan` has so many `seeds`; `kind` is
+    the command's name, `command` the command line.
 
     Raises:
       UserError: for impossible options, before any training; or when a run diverges.
@@ -62,7 +62,8 @@ def run(config: Config, plan: Plan, kind: str, command: str) -> None:
     loop.check_batch_size(config.batch_size, config.dataset, examples)
     results.make_folder(config.out)
     path = config.out / results.FILE
-    document = resumption.of_runs(path, command, _protocol(config, used, weights))
+    protocol = _protocol(config, used, weights)
+    document = resumption.of_runs(path, command, protocol, seeds=seeds)
     noisy = load.with_label_noise(dataset, config.label_noise)
     described = {key: document[key] for key in ("config", "versions", "device")}
     do = make_runs(config, noisy, weights, described)

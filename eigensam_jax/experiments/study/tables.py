@@ -65,7 +65,7 @@ def quality(runs: Sequence[Record]) -> tuple[str, str]:
 def summary(runs: Sequence[Record], table: str) -> list[list[str]]:
     """A row per method: gradients a step, ‖ε‖, and the means of the figures."""
     rows = []
-    for row, of_row in by_row(runs, table).items():
+    for row, of_row in _by_row(runs, table).items():
         radii = [run["radius"] for run in of_row]
         figures = [
             tables.mean_and_interval(values, digits, factor, sign=False)
@@ -78,7 +78,7 @@ def summary(runs: Sequence[Record], table: str) -> list[list[str]]:
 
 def paired(runs: Sequence[Record], table: str) -> list[list[str]]:
     """A row per pair of methods by `PAIRED_HEADERS`: differences paired by seed."""
-    rows, found = [], by_row(runs, table)
+    rows, found = [], _by_row(runs, table)
     names = dict.fromkeys(row.partition(",")[0] for row in found)
     plain = [x for x in names if x in METHODS and METHODS[x].link is None]
     for row in found:
@@ -99,7 +99,7 @@ def frontier(runs: Sequence[Record], table: str) -> list[list[str]]:
     first = next(iter(by_row(runs, FRONTIER[0]).values()))
     plain = min(run["training_time_s"] for run in first)
     rows = []
-    for row, of_row in by_row(runs, table).items():
+    for row, of_row in _by_row(runs, table).items():
         time = min(run["training_time_s"] for run in of_row) / plain
         cost = f"{spent(of_row[0]):.2f}", f"{time:.2f}"
         rho = sum(run["rho"] for run in of_row) / len(of_row)
@@ -123,10 +123,7 @@ def against(runs: Sequence[Record], what: str) -> list[list[str]]:
     where there are none.
     """
     table, _, name = what.partition(", ")
-    found = by_row(runs, table)
-    if not found:
-        there = dict.fromkeys(run["table"] for run in runs)
-        raise UserError(f"against {what}: name a table of {', '.join(there)}")
+    found = _by_row(runs, table)
     if name not in ("", *found):
         raise UserError(f"against {what}: name a row of {', '.join(found)}")
     base = name or next(iter(found))
@@ -251,6 +248,14 @@ def over_training(runs: Sequence[Record], key: str) -> list[list[str]]:
         ]
         for row, of_row in by_row(runs, "main").items()
     ]
+
+
+def _by_row(runs: Sequence[Record], table: str) -> dict[str, list[Record]]:
+    """As `by_row`; UserError if the table has no runs."""
+    if found := by_row(runs, table):
+        return found
+    there = dict.fromkeys(run["table"] for run in runs)
+    raise UserError(f"there is no table {table}; name a table of {', '.join(there)}")
 
 
 def by_row(runs: Sequence[Record], table: str) -> dict[str, list[Record]]:

@@ -87,8 +87,8 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     from eigensam_jax.experiments.study.jobs import Config
 
     augment = options.is_augmented(chosen)
-    more = {"plan": described, "augment": augment}
-    study.run(options.config(Config, chosen, **more), plan, kind, command)
+    config = options.config(Config, chosen, plan=described, augment=augment)
+    study.run(config, plan, chosen.seeds, kind, command)
 
 
 def tables(results: list[Document]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         "curvature_examples": min(available, measures.CURVATURE_EXAMPLES),
         "curvature_tolerance": measures.CURVATURE_TOLERANCE,
     }
-    document = resumption.of_runs(path, command, config, calls)
+    document = resumption.of_runs(path, command, config, calls, seeds=chosen.seeds)
     missing = _records(chosen, dataset, document, console)
     in_order = lambda runs: sorted(runs, key=lambda x: (x["seed"], x["alpha"] or 0.0))
     resumption.add_runs(path, document, missing, console, in_order)

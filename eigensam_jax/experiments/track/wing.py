@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eigensam_jax.experiments import options, registry
+from eigensam_jax.experiments.records import results as records
 from eigensam_jax.experiments.registry import MODELS, TRACKERS, learning_rate
 
 Document = dict[str, Any]
@@ -66,8 +67,9 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     if chosen.base_optimizer == "sgd":
         rate = rate or MODELS[chosen.model].track_rate
     chosen.learning_rate = learning_rate("eigen_sam", chosen.base_optimizer, rate)
-    for name in ("alpha", "trackers"):
-        setattr(chosen, name, tuple(dict.fromkeys(getattr(chosen, name))))
+    for name in ("alpha", "trackers"):  # each once, as they are recorded
+        once = dict.fromkeys(records.rounded(getattr(chosen, name)))
+        setattr(chosen, name, tuple(once))
     track.run(chosen, command)
 
 

@@ -1,7 +1,6 @@
 """Training runs: steps on the device, with measurements between them."""
 
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -9,12 +8,11 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import serialization
 
 from eigensam_jax.experiments.data.augmentation import Augment
-from eigensam_jax.experiments.data.load import Dataset
+from eigensam_jax.experiments.data.load import Dataset, checksum
 from eigensam_jax.experiments.errors import UserError
 from eigensam_jax.experiments.registry import BASE_OPTIMIZERS, METHODS
 from eigensam_jax.experiments.training import methods
@@ -130,7 +128,7 @@ def protocol(dataset: Dataset, base: str, weight_decay: float) -> dict[str, Any]
         "schedule": "cosine to 0",
         "train_examples": len(dataset.train_images),
         "test_examples": len(dataset.test_images),
-        "train_crc32": zlib.crc32(np.asarray(dataset.train_images).data),
+        "data_crc32": checksum(dataset),
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 from command_line import assert_refused, error_of
 
 from eigensam_jax import tree_math
-from eigensam_jax.experiments import cli
+from eigensam_jax.experiments import cli, registry
 from eigensam_jax.experiments.after_training import changes, sharpness, tables
 from eigensam_jax.experiments.after_training import run as after_training
 from eigensam_jax.experiments.registry import BASE_OPTIMIZERS, METHODS
@@ -210,6 +210,15 @@ def test_rates_are_those_of_the_base_optimizer(base, monkeypatch):
     assert sorted(asked[0].learning_rates) == sorted(
         BASE_OPTIMIZERS[base].learning_rates
     )
+
+
+def test_other_data_afterwards_are_not_mixed_in(finished, monkeypatch, capsys):
+    out, asked, _ = finished
+    digits = registry.dataset("digits")
+    others = digits._replace(train_labels=digits.train_labels[::-1])
+    found = iter([digits, others])
+    monkeypatch.setattr(registry, "dataset", lambda *_: next(found))
+    assert "(next_crc32 " in error_of([*SMALL, *asked, "--out", str(out)], capsys)
 
 
 def test_networks_at_another_rate_are_not_mixed_in(finished, capsys):

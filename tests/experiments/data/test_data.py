@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from eigensam_jax.experiments import registry
-from eigensam_jax.experiments.data import idx
+from eigensam_jax.experiments.data import idx, load
 from eigensam_jax.experiments.errors import UserError
 
 
@@ -129,6 +129,25 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage, message):
     write_folder(tmp_path)
     damage(tmp_path / TRAIN_IMAGES)
     with pytest.raises(UserError, match=message):
+        registry.dataset("mnist", tmp_path)
+
+
+def test_test_labels_of_other_classes_are_refused(tmp_path):
+    digits = registry.dataset("digits")
+    labels = np.asarray(digits.train_labels), np.asarray(digits.test_labels)
+    images = np.asarray(digits.train_images), np.asarray(digits.test_images)
+    read = lambda _: (images[0], labels[0], images[1], labels[1] + 1)
+    with pytest.raises(UserError, match="is 9 in training and 10 in the test set"):
+        load.load(read, tmp_path)
+
+
+@pytest.mark.parametrize("same", ["pixels", "labels"])
+def test_data_that_are_all_the_same_are_refused(same, tmp_path):
+    images, labels, *_ = write_folder(tmp_path)
+    name = "images-idx3" if same == "pixels" else "labels-idx1"
+    alike = np.zeros_like(images if same == "pixels" else labels)
+    (tmp_path / f"train-{name}-ubyte").write_bytes(idx_bytes(alike))
+    with pytest.raises(UserError, match=f"all {same} of the training set are"):
         registry.dataset("mnist", tmp_path)
 
 

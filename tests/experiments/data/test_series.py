@@ -75,9 +75,9 @@ def test_trials_are_judged_on_what_the_data_hold_out(made):
     ("values", "message"),
     [
         (np.ones((HOURS, 2)), "constant over the first 12 months"),
-        (np.ones((100, 2)), "has 100 hours of 2 series; at least 14400"),
-        (np.full((HOURS, 2), np.nan), "finite numbers"),
-        (np.full((HOURS, 2), "x"), "not a table of numbers after a date"),
+        (np.ones((100, 2)), "has 100 hours after its first line; at least 14400"),
+        (np.full((HOURS, 2), np.nan), "series 1 has no finite number in hour 1;"),
+        (np.full((HOURS, 2), "x"), "series 1 has no finite number in hour 1;"),
     ],
 )
 def test_what_is_no_series_is_refused(values, message, tmp_path):
@@ -89,7 +89,26 @@ def test_what_is_no_series_is_refused(values, message, tmp_path):
 @pytest.mark.parametrize("content", ["", "date,a\n", "\n\n"])
 def test_a_file_without_rows_is_refused(content, tmp_path):
     (tmp_path / "series.csv").write_text(content)
-    with pytest.raises(UserError, match="not a table of numbers after a date"):
+    with pytest.raises(UserError, match="has 0 hours after its first line"):
+        registry.dataset("series_96", tmp_path)
+
+
+def test_a_gap_is_shown_and_hours_that_are_not_used_may_have_some(tmp_path):
+    values = np.random.default_rng(0).normal(size=(HOURS + 10, 3)).astype(object)
+    values[HOURS + 5, 0] = "nan"
+    written(tmp_path, values)
+    assert registry.dataset("series_96", tmp_path).test_labels.shape[-1] == 3
+    values[7_000, 1] = ""
+    written(tmp_path, values)
+    with pytest.raises(UserError, match="series 2 has no finite number in hour 7001;"):
+        registry.dataset("series_96", tmp_path)
+    path = tmp_path / "series.csv"
+    text = path.read_text()
+    path.write_text(text.replace("\n", ",1\n", 2))
+    with pytest.raises(UserError, match=r"not a table of text: .*Line #2"):
+        registry.dataset("series_96", tmp_path)
+    path.write_text(text.replace(",", ";"))
+    with pytest.raises(UserError, match="no series after the date; put commas"):
         registry.dataset("series_96", tmp_path)
 
 

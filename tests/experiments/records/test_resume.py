@@ -195,18 +195,36 @@ def test_another_configuration_is_refused_by_name(
     assert "name another folder" in error
 
 
-def test_other_data_of_the_same_size_are_refused(unfinished, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "part", ["train_images", "train_labels", "test_images", "test_labels"]
+)
+def test_other_data_of_the_same_size_are_refused(part, unfinished, capsys, monkeypatch):
     digits = registry.dataset("digits")
-    others = digits._replace(train_images=digits.train_images[::-1])
+    others = digits._replace(**{part: getattr(digits, part)[::-1]})
     monkeypatch.setattr(registry, "dataset", lambda *_: others)
     error = untouched(unfinished, SMALL, capsys, monkeypatch)
-    assert "(train_crc32 " in error
+    assert "(data_crc32 " in error
+
+
+def test_fewer_seeds_than_were_begun_are_refused(unbroken, tmp_path, capsys):
+    document = results.read(unbroken / "results.json")
+    del document["schema"]
+    runs = document["runs"]
+    begun = [*runs, {**runs[0], "seed": 1}]  # ends after the first of two seeds
+    path = tmp_path / "results.json"
+    results.write(path, {**document, "runs": begun, "complete": False})
+    before = path.read_bytes()
+    error = error_of([*SMALL, "--out", str(tmp_path)], capsys)
+    assert "a part of the runs of 2 seeds; finish them by --seeds 2" in error
+    assert path.read_bytes() == before
+    results.write(path, {**document, "runs": begun, "complete": True})
+    assert cli.main([*SMALL, "--out", str(tmp_path)]) == 0
 
 
 def test_a_file_from_before_data_had_a_checksum_goes_on(tmp_path):
-    now, other = ({"config": {"epochs": 1, "train_crc32": x}} for x in (5, 6))
+    now, other = ({"config": {"epochs": 1, "data_crc32": x}} for x in (5, 6))
     resumption.check_same(tmp_path, {"config": {"epochs": 1}}, now)
-    with pytest.raises(UserError, match="train_crc32 6, now 5"):
+    with pytest.raises(UserError, match="data_crc32 6, now 5"):
         resumption.check_same(tmp_path, other, now)
 
 

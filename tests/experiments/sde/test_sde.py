@@ -184,6 +184,11 @@ def test_what_is_there_is_kept_and_the_rest_is_run(
     other = [*SMALL.split(), "--alpha", "2", "--out", str(part)]
     assert cli.main(other) == 2  # another configuration is refused
     assert "another configuration" in capsys.readouterr().err
+    digits = registry.dataset("digits")
+    others = digits._replace(train_labels=digits.train_labels[::-1])
+    monkeypatch.setattr(registry, "dataset", lambda *_: others)
+    assert cli.main([*SMALL.split(), "--seeds", "2", "--out", str(part)]) == 2
+    assert "(data_crc32 " in capsys.readouterr().err
     assert (part / "results.json").read_bytes() == before
 
 

@@ -255,6 +255,15 @@ def test_training_that_diverges_ends_with_what_to_do(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_results_of_another_command_are_kept(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    records.write(path, {"commands": ["eigensam compare --smoke"]})
+    before = path.read_bytes()
+    assert cli.main(["spectrum", "--smoke", "--out", str(tmp_path)]) == 2
+    assert "the results of eigensam compare --smoke;" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 def test_an_interruption_keeps_the_earlier_results(tmp_path, capsys, monkeypatch):
     earlier = {"results.json": b"{}", "spectrum.png": b"png"}
     for name, content in earlier.items():

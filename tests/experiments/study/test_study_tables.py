@@ -87,8 +87,9 @@ def test_where_nothing_is_matched_all_are_held_against_the_first():
     assert secant[0] == "secant − ritz"
     with pytest.raises(UserError, match="name a row of sam, secant, ritz"):
         study_tables.against(runs, "tracker, lanczos")
-    with pytest.raises(UserError, match="name a table of tracker"):
-        study_tables.against(runs, "rho")
+    for make in (study_tables.against, study_tables.summary, study_tables.paired):
+        with pytest.raises(UserError, match="no table rho; name a table of tracker"):
+            make(runs, "rho")
 
 
 def test_the_best_of_each_method_is_marked():

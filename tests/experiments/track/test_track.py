@@ -12,6 +12,7 @@ from eigensam_jax.experiments import cli
 from eigensam_jax.experiments.records import images
 from eigensam_jax.experiments.registry import TRACKERS
 from eigensam_jax.experiments.track import plots, tables
+from eigensam_jax.experiments.track import run as track
 from eigensam_jax.experiments.training import loop
 
 SMALL = ["track", "--smoke", "--steps", "6"]
@@ -153,6 +154,13 @@ def test_results_of_something_else_are_refused(
     assert wrong in captured.err
     assert "name another folder" in captured.err
     assert path.read_bytes() == before
+
+
+def test_values_that_are_recorded_alike_are_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(track, "run", lambda chosen, command: asked.append(chosen))
+    assert cli.main([*SMALL, "--alpha", "1.0000001", "1.0000002", "2"]) == 0
+    assert asked[0].alpha == (1, 2)
 
 
 @pytest.mark.parametrize(

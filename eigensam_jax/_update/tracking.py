@@ -21,7 +21,7 @@ class Tracking(NamedTuple):
     """A tracker in one update, made by `of`.
 
     In the state of the optimizer its vectors are like all parameters, and zero where
-    these are not perturbed. Itself it sees the other leaves alone, in full precision.
+    these are not perturbed. The tracker sees the perturbed leaves, in full precision.
 
     Attributes:
       tracker: the tracker.

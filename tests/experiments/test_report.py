@@ -68,6 +68,8 @@ def test_what_there_is_not_is_named(mark):
     ("mark", "reason"),
     [
         ("compare_digits summary mein", "no table mein; name a table of main"),
+        ("compare_digits frontier steps", "no table steps; name a table of main"),
+        ("frontier_vit over_training lambda_max", "no table main; name a table of"),
         ("track_mlp track x", "could not convert string to float"),
         ("spectrum_digits spectrum", "invalid literal"),
     ],

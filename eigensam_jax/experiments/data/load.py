@@ -57,12 +57,13 @@ def load(read: Reader, data_dir: Path | None = None) -> Dataset:
       UserError: if the folder or a file is missing, cut off or invalid.
     """
     images, labels, test_images, test_labels = read(data_dir)
+    where = f"--data-dir {data_dir}: " if data_dir else ""
     for what, values in (("pixels", images), ("labels", labels)):
         if values.min() == values.max():
-            raise UserError(f"{data_dir}: all {what} of the training set are the same")
+            raise UserError(f"{where}all {what} of the training set are the same")
     if test_labels.max() > labels.max():
         raise UserError(
-            f"{data_dir}: the largest label is {labels.max()} in training and "
+            f"{where}the largest label is {labels.max()} in training and "
             f"{test_labels.max()} in the test set; they must be of the same classes"
         )
     standardise: Callable[[np.ndarray], jax.Array]

@@ -73,8 +73,8 @@ def read(path: Path) -> dict[str, Any]:
 def check_command(path: Path, command: str) -> None:
     """UserError if a file at `path` has the results of another command."""
     try:
-        made_by = read(path)["commands"][0]
-    except (FileNotFoundError, UserError):
+        made_by = str(read(path)["commands"][0])
+    except (FileNotFoundError, UserError, KeyError, IndexError):
         return
     if made_by.split()[:2] != command.split()[:2]:
         raise UserError(

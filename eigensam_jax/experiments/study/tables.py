@@ -96,7 +96,7 @@ def frontier(runs: Sequence[Record], table: str) -> list[list[str]]:
 
     The time is that of the fastest seed, over the first method's at equal steps.
     """
-    first = next(iter(by_row(runs, FRONTIER[0]).values()))
+    first = next(iter(_by_row(runs, FRONTIER[0]).values()))
     plain = min(run["training_time_s"] for run in first)
     rows = []
     for row, of_row in _by_row(runs, table).items():
@@ -215,7 +215,7 @@ def difference(one: Sequence[Record], other: Sequence[Record]) -> list[str]:
 def tuning(runs: Sequence[Record]) -> list[list[str]]:
     """A row per candidate by `TUNING_HEADERS`; the best of each method is marked."""
     rows = []
-    for row, of_row in by_row(runs, "tuning").items():
+    for row, of_row in _by_row(runs, "tuning").items():
         best = max(of_row, key=score)
         key, _ = quality(of_row)
         factor, digits = _figures(of_row)[key]
@@ -246,7 +246,7 @@ def over_training(runs: Sequence[Record], key: str) -> list[list[str]]:
                 for values in zip(*(run["curves"][key] for run in of_row), strict=True)
             ),
         ]
-        for row, of_row in by_row(runs, "main").items()
+        for row, of_row in _by_row(runs, "main").items()
     ]
 
 

@@ -221,15 +221,16 @@ def test_the_state_keeps_its_dtypes_whatever_the_gradients_have(name):
             state = after
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @each_tracker
-def test_the_state_keeps_float64_where_jax_allows_it_without_x64(tracker):
+def test_the_state_keeps_float64_where_jax_allows_it_without_x64(tracker, dtype):
     name = "jax_explicit_x64_dtypes"
     before = getattr(jax.config, name)
     jax.config.update(name, "allow")
     try:
-        params = {"w": jnp.ones(3, jnp.float64)}
+        params = {"w": jnp.ones(3, dtype)}
         value_fn = lambda p: jnp.sum(jnp.arange(1, 4) * p["w"] ** 4)
-        tx = eigen_sam(0.1, 0.5, tracker)
+        tx = eigen_sam(0.1, 0.5, tracker, eigenvector_dtype=jnp.float64)
         state, grads = tx.init(params), jax.grad(value_fn)(params)
         _, after = jax.jit(lambda s: tx.update(grads, s, params, value_fn=value_fn))(
             state

@@ -69,7 +69,9 @@ def check_floating(name: str, dtype: DTypeLike | None) -> None:
         valid = False
     remedy = ": give jnp.bfloat16 for the least memory, or None"
     require(valid, name, dtype, "a floating-point dtype of 16 bits or more", remedy)
-    valid = jax.dtypes.canonicalize_dtype(known) == known
+    config: Any = jax.config
+    is_allowed = config.jax_explicit_x64_dtypes.name == "ALLOW"
+    valid = is_allowed or jax.dtypes.canonicalize_dtype(known) == known
     remedy = ": set jax_enable_x64, or give None"
     require(valid, name, dtype, "a dtype that JAX is set to use", remedy)
 

@@ -91,7 +91,7 @@ def _add_report(commands: Any) -> None:
     report.add_argument(
         "--root",
         metavar="DIR",
-        type=Path,
+        type=options.folder,
         default=Path(),
         help="folder of the clone [this one]",
     )

@@ -48,7 +48,8 @@ def add_data(parser: argparse.ArgumentParser, others: bool = False) -> None:
     add_choice(parser, "dataset", tuple(files), "digits")
     first = {what: name for name, what in reversed(files.items()) if what}
     held = "; ".join(f"{name}: {what}" for what, name in reversed(first.items()))
-    parser.add_argument("--data-dir", metavar="DIR", type=Path, help=f"files of {held}")
+    text = f"files of {held}"
+    parser.add_argument("--data-dir", metavar="DIR", type=folder, help=text)
 
 
 def add_method(
@@ -156,7 +157,7 @@ def add_out(parser: argparse.ArgumentParser, smoke: str) -> None:
     parser.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=folder,
         default=Path(parser.prog.replace(" ", "-")),
         help="folder of the results [%(default)s]",
     )
@@ -258,6 +259,13 @@ def extras() -> Iterator[None]:
         raise UserError(
             f"{name} is not installed; in a clone, pip install '.[experiments]'"
         ) from error
+
+
+def folder(text: str) -> Path:
+    """A parser of paths; an empty one, which would be this folder, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no folder")
+    return Path(text)
 
 
 _LARGE = 3e38  # beyond it float32 ends

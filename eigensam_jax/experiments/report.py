@@ -119,7 +119,7 @@ def rendered(
         elif only in (None, wing):
             try:
                 rows = [f"| {' | '.join(row)} |" for row in tables[name](what)]
-            except (UserError, ValueError) as error:
+            except (UserError, ValueError, KeyError) as error:
                 asked = f"{page} asks for the table {name} {what} of {where}"
                 raise UserError(f"{asked}: {error}") from error
             lines = [*lines[:2], *rows]

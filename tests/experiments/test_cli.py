@@ -97,6 +97,8 @@ def test_what_takes_the_steps_is_recorded(options, base, rate, tmp_path, capsys)
         ("--dataset mnist --data-dir nowhere", "nowhere", "four idx files"),
         ("--data-dir .", "digits", "leave --data-dir out"),
         ("--out pyproject.toml", "pyproject.toml", "name another folder"),
+        ("--out=", "--out", "'' names no folder"),
+        ("--data-dir=", "--data-dir", "'' names no folder"),
         ("--speed 3", "--speed", "--help"),
     ],
 )

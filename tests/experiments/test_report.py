@@ -72,6 +72,7 @@ def test_what_there_is_not_is_named(mark):
         ("frontier_vit over_training lambda_max", "no table main; name a table of"),
         ("track_mlp track x", "could not convert string to float"),
         ("spectrum_digits spectrum", "invalid literal"),
+        ("bench_cpu bench mlp", "'mlp'"),
     ],
 )
 def test_what_a_table_is_not_of_is_named(mark, reason):

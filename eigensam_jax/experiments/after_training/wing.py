@@ -57,7 +57,7 @@ def add_command(subparsers: Any) -> None:
         help="new data, from the same list [none]",
     )
     parser.add_argument(
-        "--next-dir", metavar="DIR", type=Path, help="files of the new data"
+        "--next-dir", metavar="DIR", type=options.folder, help="files of the new data"
     )
     options.add_choices(
         parser, "optimizers", _PERTURBING, f" [{' '.join(_USUAL['optimizers'])}]"

@@ -6,7 +6,10 @@ first 12 are for training and standardisation, the next 4 for validation, the la
 the test.
 """
 
+from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
+from statistics import median_low
 
 import jax.numpy as jnp
 import numpy as np
@@ -88,14 +91,16 @@ def _read(folder: Path | None) -> np.ndarray:
     path = load.only_file(folder, ".csv")
     needed = _MONTHS[-1] * _MONTH
     try:
-        _, *lines = integrity.read(path).decode("utf-8").splitlines() or [""]
+        first, *lines = integrity.read(path).decode("utf-8").splitlines() or [""]
         lines = [line for line in lines if line.strip()]
         if len(lines) < needed:
             raise UserError(
                 f"{path} has {len(lines)} hours after its first line; at least "
                 f"{needed} are needed"
             )
-        numbers = np.genfromtxt(lines[:needed], delimiter=",", ndmin=2)[:, 1:]
+        lines = lines[:needed]
+        _check_dates(path, first, lines)
+        numbers = np.genfromtxt(lines, delimiter=",", ndmin=2)[:, 1:]
     except ValueError as error:  # of rows that differ in length, a line each
         what = " ".join(str(error).split("\n")[:2])
         raise UserError(f"{path} is not a table of text: {what}") from error
@@ -108,6 +113,33 @@ def _read(folder: Path | None) -> np.ndarray:
             f"{path}: series {series} has no finite number in hour {hour}; fill it in"
         )
     return numbers
+
+
+def _check_dates(path: Path, first: str, lines: list[str]) -> None:
+    """UserError for a first line with a date, or dates that are not hourly.
+
+    Dates in another format than ISO 8601 are not checked.
+    """
+    if _date(first) is not None:
+        raise UserError(
+            f"{path}: its first line has a date; put a line of the columns' names above"
+        )
+    dates = [_date(line) for line in lines]
+    steps = [after - before for before, after in pairwise(dates) if before and after]
+    step = median_low(steps or [timedelta(hours=1)])
+    if step != timedelta(hours=1):
+        hours = step / timedelta(hours=1)
+        raise UserError(
+            f"{path}: from line to line its dates are {hours:g} hours later; give a "
+            "line for each hour, the earliest first"
+        )
+
+
+def _date(line: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(line.split(",")[0].strip())
+    except ValueError:
+        return None
 
 
 def _windows(values: np.ndarray, horizon: int) -> tuple[jnp.ndarray, jnp.ndarray]:

@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
 
 
 def make_folder(out: Path) -> None:
-    """Makes the folder of `--out`; raises UserError if it is not writable."""
+    """Makes the folder of `--out`; raises UserError if files can't be written there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / "results.json.part"
@@ -48,6 +48,8 @@ def make_folder(out: Path) -> None:
         raise UserError(
             f"--out {out} cannot be written to ({error.strerror}); name another folder"
         ) from error
+    for taken in filter(Path.is_dir, out.glob("*.png")):
+        raise UserError(f"{taken} is a folder, where a plot goes; name another --out")
 
 
 def read(path: Path) -> dict[str, Any]:

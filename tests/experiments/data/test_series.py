@@ -13,9 +13,9 @@ HOURS = 20 * 30 * 24
 LENGTH, HORIZON = 512, 96
 
 
-def written(folder, values, name="series.csv"):
+def written(folder, values, name="series.csv", hours=1):
     start = datetime.datetime(2016, 7, 1)
-    times = (start + datetime.timedelta(hours=i) for i in range(len(values)))
+    times = (start + datetime.timedelta(hours=hours * i) for i in range(len(values)))
     rows = zip(times, values, strict=True)
     lines = [f"{time},{','.join(map(str, row))}" for time, row in rows]
     (folder / name).write_text("\n".join(["date,a,b", *lines]) + "\n")
@@ -83,6 +83,30 @@ def test_trials_are_judged_on_what_the_data_hold_out(made):
 def test_what_is_no_series_is_refused(values, message, tmp_path):
     written(tmp_path, values)
     with pytest.raises(UserError, match=message):
+        registry.dataset("series_96", tmp_path)
+
+
+@pytest.mark.parametrize(("hours", "shown"), [(-1, "-1"), (0.25, "0.25"), (0, "0")])
+def test_dates_are_an_hour_apart(hours, shown, tmp_path):
+    values = np.random.default_rng(0).normal(size=(HOURS, 2))
+    written(tmp_path, values, hours=hours)
+    with pytest.raises(UserError, match=f"its dates are {shown} hours later"):
+        registry.dataset("series_96", tmp_path)
+
+
+@pytest.mark.parametrize("date", ["17/7/2016", "x", ""])
+def test_dates_in_another_format_are_not_checked(date, tmp_path):
+    rows = np.random.default_rng(0).normal(size=(HOURS, 2))
+    lines = ["date,0,1", *(f"{date},{a},{b}" for a, b in rows)]
+    (tmp_path / "series.csv").write_text("\n".join(lines))
+    assert registry.dataset("series_96", tmp_path).test_labels.shape[-1] == 2
+
+
+def test_the_first_line_is_no_hour(tmp_path):
+    written(tmp_path, np.random.default_rng(0).normal(size=(HOURS + 1, 2)))
+    path = tmp_path / "series.csv"
+    path.write_text(path.read_text().split("\n", 1)[1])
+    with pytest.raises(UserError, match="its first line has a date; put a line of"):
         registry.dataset("series_96", tmp_path)
 
 

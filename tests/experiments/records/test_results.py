@@ -52,6 +52,14 @@ def test_what_is_written_is_read(tmp_path):
     assert path.read_text().splitlines() == lines
 
 
+def test_a_folder_in_the_place_of_a_plot_is_found_at_once(tmp_path):
+    (tmp_path / "any.png").touch()
+    results.make_folder(tmp_path)
+    (tmp_path / "compare.png").mkdir()
+    with pytest.raises(UserError, match=r"compare\.png is a folder, where a plot goes"):
+        results.make_folder(tmp_path)
+
+
 def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         results.write(tmp_path / "results.json", {"runs": [{"loss": float("nan")}]})

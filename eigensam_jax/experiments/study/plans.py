@@ -138,19 +138,20 @@ def frontier(
     names: Sequence[str],
     learning_rates: Sequence[float],
     rhos: Sequence[float],
-    alpha: float,
+    alphas: Sequence[float],
     seeds: int,
     plain: str = "sgd",
     asam_rhos: Sequence[float] | None = None,
 ) -> Plan:
     """Tunes each method by as many trials, then trains at equal steps and gradients.
 
-    The best of `plain`'s learning rates is that of all; the others are tuned over ρ.
-    With as many gradients a step as SAM, equal steps are equal gradients.
+    The best of `plain`'s learning rates is that of all; the others are tuned over ρ,
+    and Eigen-SAM over α too, which takes more trials if there are several. With as many
+    gradients a step as SAM, equal steps are equal gradients.
     """
 
     def plan(done: Done) -> Iterator[Entry]:
-        chosen: dict[str, float] = {}
+        chosen: dict[str, Any] = {}
         tuned = partial(best, done, chosen)
         yield from tuned(plain, learning_rates, lambda x: (Setup(plain), x))
         rate, setups = chosen[plain], {plain: Setup(plain)}
@@ -160,9 +161,10 @@ def frontier(
             grid = [METHODS[name].rho_factor * rho for rho in rhos]
             if name == "asam":
                 grid = list(asam_rhos or grid)
-            make = lambda x, name=name: (named(name, x, alpha), rate)
-            yield from tuned(name, grid, make)
-            setups[name] = named(name, chosen[name], alpha)
+            tried = alphas if METHODS[name].tracker else alphas[:1]
+            make = lambda x, name=name: (named(name, *x), rate)
+            yield from tuned(name, [(rho, x) for x in tried for rho in grid], make)
+            setups[name] = named(name, *chosen[name])
         for seed in range(seeds):
             for name, setup in setups.items():
                 job = Job(setup, rate, seed)
@@ -180,12 +182,12 @@ def frontier(
 
 def best(
     done: Done,
-    chosen: dict[str, float],
+    chosen: dict[str, Any],
     row: str,
-    grid: Sequence[float],
-    make: Callable[[float], tuple[Setup, float]],
+    grid: Sequence[Any],
+    make: Callable[[Any], tuple[Setup, float]],
 ) -> Iterator[Entry]:
-    """The trials of a grid; puts the best into `chosen`.
+    """The trials of a grid of numbers, or (ρ, α); puts the best into `chosen`.
 
     UserError is raised if all diverge.
     """
@@ -196,9 +198,11 @@ def best(
             yield Entry("tuning", row, job)
         scores = {value: score(done[job]) for value, job in jobs.items()}
         if max(scores.values()) == -math.inf:
+            values = [x[0] if isinstance(x, tuple) else x for x in grid]
+            shown = ", ".join(f"{x:g}" for x in dict.fromkeys(values))
             raise UserError(
-                f"{row}: training diverged in each trial, of "
-                f"{', '.join(f'{x:g}' for x in grid)}; give smaller values"
+                f"{row}: training diverged in each trial, of {shown}; give smaller "
+                "values"
             )
         chosen[row] = max(grid, key=scores.__getitem__)
 

@@ -168,7 +168,7 @@ def _add_frontier(subparsers: Any) -> None:
     options.add_grid(frontier, "asam_rhos", "ρ of ASAM", "10 times --rhos")
     rates = usual["learning_rates"]
     options.add_grid(frontier, "learning_rates", "of the base optimizer", rates)
-    options.add_number(frontier, "alpha", 1.0, "α", 0)
+    options.add_grid(frontier, "alphas", "α, each tried with each ρ", (1,))
     options.add_out(frontier, "quick check: 1 seed, 1 epoch, one trial")
 
 
@@ -213,11 +213,17 @@ def _tuned(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
 def _frontier(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
     names = list(dict.fromkeys(chosen.optimizers or _ON_THE_FRONTIER))
     trials = {"learning_rates": chosen.learning_rates, "rhos": chosen.rhos}
-    if chosen.asam_rhos is not None:
-        if "asam" not in names:
+    users = {
+        "asam_rhos": ["asam"],
+        "alphas": [x for x in METHODS if METHODS[x].tracker],
+    }
+    for name, able in users.items():
+        if getattr(chosen, name) and not {*names} & {*able}:
             raise UserError(
-                "--asam-rhos: name asam among --optimizers, or leave it out"
+                f"--{name.replace('_', '-')}: name {' or '.join(able)} among "
+                "--optimizers, or leave it out"
             )
+    if chosen.asam_rhos:
         trials["asam_rhos"] = chosen.asam_rhos
     rates = len(chosen.learning_rates)
     for name, grid in trials.items():
@@ -227,7 +233,7 @@ def _frontier(chosen: argparse.Namespace) -> tuple[plans.Plan, dict[str, Any]]:
                 "--learning-rates; give as many of each"
             )
     options.check_radii(names)
-    named = {"alpha": chosen.alpha, **trials}
+    named = {"alphas": chosen.alphas or [1.0], **trials}
     plan = plans.frontier(
         names, **named, seeds=chosen.seeds, plain=chosen.base_optimizer
     )

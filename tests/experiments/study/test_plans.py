@@ -110,7 +110,7 @@ def test_a_comparison_is_at_the_same_rho_and_alpha_from_every_seed():
 def test_on_the_frontier_each_method_has_as_many_trials_and_sams_gradients():
     names = ("sam", "asam", "sam_periodic", "eigen_sam", "sam_matched")
     rates, rhos = (0.1, 0.3, 0.5), (0.1, 0.2, 0.4)
-    plan = plans.frontier(names, rates, rhos, 2.0, seeds=2)
+    plan = plans.frontier(names, rates, rhos, [2.0], seeds=2)
     entries = followed(plan, lambda job: job.learning_rate * (job.method.rho + 1))
     tuning = [e for e in entries if e.table == "tuning"]
     tried = ("sgd", "sam", "asam", "sam_periodic", "eigen_sam")
@@ -118,7 +118,7 @@ def test_on_the_frontier_each_method_has_as_many_trials_and_sams_gradients():
     assert {e.job.learning_rate for e in entries if e.row != "sgd"} == {0.5}
     asam = [e.job.method.rho for e in tuning if e.row == "asam"]
     assert asam == [1.0, 2.0, 4.0]  # ten times SAM's, as its usual ρ is
-    own = plans.frontier(names, rates, rhos, 2.0, seeds=2, asam_rhos=(0.3, 0.6, 0.9))
+    own = plans.frontier(names, rates, rhos, [2.0], seeds=2, asam_rhos=(0.3, 0.6, 0.9))
     entries_own = followed(own, lambda job: job.learning_rate * (job.method.rho + 1))
     chosen = [e.job.method.rho for e in entries_own if e.row == "asam"]
     assert chosen == [0.3, 0.6, 0.9, 0.9, 0.9]
@@ -144,6 +144,36 @@ def test_on_the_frontier_each_method_has_as_many_trials_and_sams_gradients():
     assert {row: x for row, x in spent.items() if row not in at_cost} == dict.fromkeys(
         ("sam", "asam", "eigen_sam", "sam_matched"), 2.0
     )
+
+
+def test_each_alpha_is_tried_with_each_rho_of_eigen_sam_alone():
+    names = ("sam", "eigen_sam_paper", "eigen_sam_periodic")
+    plan = plans.frontier(names, (0.1, 0.3), (0.1, 0.2), (0.5, 3.0, 1.0), seeds=1)
+    entries = followed(plan, lambda job: job.method.alpha - job.method.rho)
+    tried = [
+        (e.row, e.job.method.rho, e.job.method.alpha)
+        for e in entries
+        if e.table == "tuning" and e.row != "sgd"
+    ]
+    pairs = [(rho, alpha) for alpha in (0.5, 3.0, 1.0) for rho in (0.1, 0.2)]
+    assert tried == [
+        *(("sam", rho, 0.0) for rho in (0.1, 0.2)),
+        *((name, *pair) for name in names[1:] for pair in pairs),
+    ]
+    ended = {e.row: e.job.method for e in entries if e.table == "steps"}
+    assert ended.pop("sam") == Setup("sam", 0.1)
+    assert ended.pop("sgd") == Setup("sgd")
+    assert ended == {name: named(name, 0.1, 3.0) for name in names[1:]}
+
+
+def test_where_every_rho_and_alpha_diverges_each_rho_is_named_once():
+    done = {}
+    plan = plans.frontier(("eigen_sam",), (0.3,), (0.1, 0.2), (1.0, 2.0), seeds=1)
+    entries = plan(done)
+    for _ in range(4):
+        done[next(entries).job] = {"test_accuracy": 0.0, "diverged": "it"}
+    with pytest.raises(UserError, match=r"eigen_sam: .* each trial, of 0\.1, 0\.2; "):
+        next(entries)
 
 
 def test_a_trial_is_judged_by_accuracy_or_by_its_loss():

@@ -304,9 +304,15 @@ def test_each_method_has_as_many_trials(option, others, tmp_path, capsys):
     assert f"{option}: 1 trials and 2 of --learning-rates" in error
 
 
-def test_rates_of_a_method_that_is_not_trained_are_refused(tmp_path, capsys):
-    command = ["frontier", "--asam-rhos", "1", "--out", str(tmp_path)]
-    assert "--asam-rhos: name asam among --optimizers" in error_of(command, capsys)
+@pytest.mark.parametrize(
+    ("option", "able"),
+    [("--asam-rhos", "asam"), ("--alphas", "eigen_sam_paper or eigen_sam or eigen_")],
+)
+def test_a_grid_of_a_method_that_is_not_trained_is_refused(
+    option, able, tmp_path, capsys
+):
+    command = ["frontier", "--optimizers", "sam", option, "1", "--out", str(tmp_path)]
+    assert f"{option}: name {able}" in error_of(command, capsys)
 
 
 def test_where_no_perturbation_differs_each_row_has_its_curves(tmp_path):

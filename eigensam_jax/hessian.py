@@ -1,7 +1,8 @@
 """Matrix-free products with the Hessian and the Gauss–Newton matrix.
 
 A product is a tree like the parameters, in float32 or the leaf's dtype if wider. An
-unknown `hvp_mode` or unusable batches raise a ValueError.
+unknown `hvp_mode`, unusable batches, and a loss that is no scalar or ignores its
+argument raise a ValueError.
 """
 
 import contextlib
@@ -14,11 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from eigensam_jax import tree_math
-from eigensam_jax._update import programs
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax._update import arguments, functions, programs
+from eigensam_jax.tree_math import GradFn, PyTree, ValueFn
 
-ValueFn = Callable[[PyTree], jax.Array]
-GradFn = Callable[[PyTree], PyTree]
 Matvec = Callable[[PyTree], PyTree]
 HvpMode = Literal["forward_over_reverse", "reverse_over_reverse", "finite_difference"]
 HVP_MODES: tuple[HvpMode, ...] = get_args(HvpMode)
@@ -47,7 +46,8 @@ def hvp(
     References:
       Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994.
     """
-    return matvec(jax.grad(value_fn), params, hvp_mode=hvp_mode)(vector)
+    gradient = jax.grad(functions.differentiable("value_fn", value_fn))
+    return matvec(gradient, params, hvp_mode=hvp_mode)(vector)
 
 
 def matvec(
@@ -80,7 +80,7 @@ def matvec(
       >>> float(eigensam_jax.hessian.matvec(jax.grad(cube), w)(jnp.array(1.0)))
       12.0
     """
-    _check_mode(hvp_mode)
+    arguments.check_choice("hvp_mode", hvp_mode, HVP_MODES)
 
     def product(vector: PyTree) -> PyTree:
         if hvp_mode == "finite_difference":
@@ -142,13 +142,14 @@ def mean_matvec(
       >>> float(eigensam_jax.hessian.mean_matvec(f, w, batches)(jnp.array(1.0)))
       6.0
     """
-    _check_mode(hvp_mode)
+    arguments.check_choice("hvp_mode", hvp_mode, HVP_MODES)
     batches = _repeatable(batches)
 
     def add(
         total: PyTree, params: PyTree, vector: PyTree, batch: PyTree, weight: int
     ) -> PyTree:
-        gradient = jax.grad(lambda p: value_fn(p, batch))
+        of_batch = functions.differentiable("value_fn", value_fn, (), batch)
+        gradient = jax.grad(of_batch)
         product = matvec(gradient, params, hvp_mode=hvp_mode)(vector)
         return tree_math.add_scaled(total, weight, product)
 
@@ -255,7 +256,7 @@ def gauss_newton_matvec(
       Schraudolph, "Fast curvature matrix-vector products for second-order gradient
       descent", Neural Computation 2002.
     """
-    _check_mode(hvp_mode)
+    arguments.check_choice("hvp_mode", hvp_mode, HVP_MODES)
 
     def product(vector: PyTree) -> PyTree:
         direction = tree_math.cast_like(vector, params)
@@ -269,7 +270,8 @@ def gauss_newton_matvec(
                 tangent = transposed(direction)[0]
             else:
                 tangent = _central_difference(predict_fn, params, vector)
-        inner = matvec(jax.grad(loss_fn), outputs, hvp_mode=hvp_mode)(tangent)
+        gradient = jax.grad(functions.differentiable("loss_fn", loss_fn))
+        inner = matvec(gradient, outputs, hvp_mode=hvp_mode)(tangent)
         return tree_math.widen(pullback(tree_math.cast_like(inner, outputs))[0])
 
     return product
@@ -290,8 +292,3 @@ def _central_difference(
 
     difference = tree_math.add_scaled(at(step), -1, at(-step))
     return tree_math.scale(length / (2 * step), difference)
-
-
-def _check_mode(hvp_mode: HvpMode) -> None:
-    if hvp_mode not in HVP_MODES:
-        raise ValueError(f"hvp_mode must be one of {HVP_MODES}, got {hvp_mode!r}.")

@@ -12,8 +12,7 @@ from flax import struct
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from eigensam_jax.hessian import GradFn, ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import GradFn, PyTree, ValueFn
 
 
 class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]

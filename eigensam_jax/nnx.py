@@ -7,8 +7,7 @@ import jax
 from flax import nnx
 
 from eigensam_jax._update import arguments
-from eigensam_jax.hessian import ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import PyTree, ValueFn
 
 Model = TypeVar("Model", bound=nnx.Module)
 

@@ -19,7 +19,7 @@ Example:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -30,6 +30,8 @@ from jax.typing import ArrayLike
 from eigensam_jax._update import scalars
 
 PyTree = Any
+ValueFn = Callable[[PyTree], jax.Array]  # a loss
+GradFn = Callable[[PyTree], PyTree]  # its gradient
 Tree = TypeVar("Tree")
 
 # The longest row summed in one go: rounding errors of a float32 sum grow with length.

@@ -1,5 +1,6 @@
 import functools
 import itertools
+import re
 
 import chex
 import jax
@@ -99,6 +100,42 @@ def test_a_vector_of_another_structure_is_refused(mode):
 def test_another_mode_is_refused_by_name():
     with pytest.raises(ValueError, match=r"hvp_mode must be one of .*, got 'reverse'"):
         hessian.matvec(jax.grad(jnp.sum), jnp.ones(2), hvp_mode="reverse")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda y: y**2, r"{} must return a scalar, .* shape \(2,\): average"),
+        (lambda y: (jnp.sum(y**2), y), "{} must return a scalar, got a tuple with"),
+        (lambda y: None, "{} must return a scalar, got None: let it return the loss"),
+        (lambda y: jnp.sum(jnp.ones(2)), "{} ignores its argument, so its gradient is"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(wrong, message):
+    w, batches = jnp.ones(2), jnp.ones((3, 2))
+    with pytest.raises(ValueError, match=message.format("value_fn")):
+        hessian.hvp(wrong, w, w)
+    for given in (batches, [(x,) for x in batches]):
+        product = hessian.mean_matvec(lambda w, x: wrong(w), w, given)
+        with pytest.raises(ValueError, match=message.format("value_fn")):
+            product(w)
+    product = hessian.gauss_newton_matvec(lambda w: 2 * w, wrong, w)
+    with pytest.raises(ValueError, match=message.format("loss_fn")):
+        product(w)
+
+
+def test_an_error_of_the_loss_says_what_it_was_called_with():
+    w, batches = jnp.ones(2), jnp.ones((3, 2))
+    with pytest.raises(TypeError) as raised:
+        hessian.hvp(lambda w, x: jnp.sum(w * x), w, w)
+    assert "value_fn was called with one argument" in raised.value.__notes__[0]
+    with pytest.raises(TypeError) as raised:
+        hessian.mean_matvec(lambda w: jnp.sum(w), w, batches)(w)
+    note = "value_fn was called with the parameters and a batch."
+    assert raised.value.__notes__[0] == note
+    remedy = "value_fn=lambda p, batch: loss(p, batch).mean()"
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        hessian.mean_matvec(lambda w, x: w * x, w, batches)(w)
 
 
 # --- data sets ------------------------------------------------------------------------
@@ -401,7 +438,7 @@ def test_gauss_newton_modes_agree(mode):
 def test_a_loss_that_is_no_scalar_gets_no_note():
     f, w = (lambda w, x: (jnp.sum(w * x), 0)), jnp.ones(3)
     matvec = hessian.mean_matvec(f, w, jnp.ones((1, 3)))
-    with pytest.raises(TypeError) as error:
+    with pytest.raises(ValueError, match="value_fn must return a scalar") as error:
         matvec(w)
     assert "trackers" not in " ".join(getattr(error.value, "__notes__", ()))
 

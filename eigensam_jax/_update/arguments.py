@@ -13,8 +13,7 @@ from jax.typing import DTypeLike
 
 from eigensam_jax._update import devices
 from eigensam_jax._update.devices import Axes, AxisName
-from eigensam_jax.hessian import GradFn, ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import GradFn, PyTree, ValueFn
 
 _CALL = "tx.update(grads, opt_state, params, value_fn=lambda p: loss(p, batch))"
 _LONGEST = 300  # of a value in an error

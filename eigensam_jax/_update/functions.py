@@ -11,17 +11,22 @@ from jax.custom_derivatives import SymbolicZero
 from eigensam_jax import tree_math
 from eigensam_jax._update import arguments, devices
 from eigensam_jax._update.devices import Axes
-from eigensam_jax.hessian import GradFn, ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import GradFn, PyTree, ValueFn
 
 _GRAD_REMEDY = "Return the gradient, or (value, gradient) as jax.value_and_grad does."
 
 
-def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
-    """`value_fn`, with an error unless it returns the scalar of this device's batch."""
+def scalar_valued(
+    name: str, value_fn: Callable[..., Any], axes: Axes = (), *batch: PyTree
+) -> ValueFn:
+    """`value_fn`, with an error unless it returns the scalar of this device's batch.
+
+    With `batch` it is called with that too.
+    """
+    given = "p, batch" if batch else "p"
 
     def checked(params: PyTree) -> jax.Array:
-        value: Any = _called(name, value_fn, params)
+        value: Any = _called(name, value_fn, params, *batch)
         shapes = [jnp.shape(x) for x in jax.tree.leaves(value)]
         is_array = jax.tree_util.all_leaves([value])
         if not is_array or shapes != [()]:
@@ -29,12 +34,13 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
                 got, remedy = "None", "let it return the loss"
             elif is_array:
                 got = f"an array of the shape {shapes[0]}"
-                remedy = f"average the losses, {name}=lambda p: loss(p, batch).mean()"
+                mean = f"{name}=lambda {given}: loss(p, batch).mean()"
+                remedy = f"average the losses, {mean}"
             else:
                 got = f"a {type(value).__name__} with the shapes {shapes}"
                 remedy = (
                     "return the loss alone. If the loss has auxiliary output, take the "
-                    f"first part, {name}=lambda p: loss(p, batch)[0]"
+                    f"first part, {name}=lambda {given}: loss(p, batch)[0]"
                 )
             raise ValueError(f"{name} must return a scalar, got {got}: {remedy}.")
         if where := devices.replicated(value, axes):
@@ -49,13 +55,16 @@ def scalar_valued(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
     return checked
 
 
-def differentiable(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
+def differentiable(
+    name: str, value_fn: Callable[..., Any], axes: Axes = (), *batch: PyTree
+) -> ValueFn:
     """As `scalar_valued`, with errors also for gradients wrong by their structure.
 
     They are zero, or sums over devices. Seen while tracing: it adds nothing to the
     program.
     """
-    value_at = scalar_valued(name, value_fn, axes)
+    value_at = scalar_valued(name, value_fn, axes, *batch)
+    given = "p, batch" if batch else "p"
 
     @jax.custom_jvp
     def same(value: jax.Array, leaves: list[jax.Array]) -> jax.Array:
@@ -69,7 +78,8 @@ def differentiable(name: str, value_fn: ValueFn, axes: Axes = ()) -> ValueFn:
             if not any(isinstance(x, SymbolicZero) for x in of_leaves):
                 raise ValueError(
                     f"{name} ignores its argument, so its gradient is zero: use it, "
-                    f"{name}=lambda p: loss(p, batch) and not loss(params, batch)."
+                    f"{name}=lambda {given}: loss(p, batch) and not "
+                    "loss(params, batch)."
                 )
             change = jnp.zeros_like(primals[0])
         return primals[0], change
@@ -91,15 +101,20 @@ def _check_mean(name: str, value: jax.Array, params: PyTree, axes: Axes) -> None
         )
 
 
-def _called(name: str, function: Callable[[PyTree], Any], params: PyTree) -> Any:
-    """`function(params)`; errors get a note on how it was called."""
+def _called(
+    name: str, function: Callable[..., Any], params: PyTree, *batch: PyTree
+) -> Any:
+    """`function(params, *batch)`; errors get a note on how it was called."""
     try:
-        return function(params)
+        return function(params, *batch)
     except Exception as error:
+        if batch:
+            error.add_note(f"{name} was called with the parameters and a batch.")
+            raise
         example = "jax.grad(loss)(p, batch)" if name == "grad_fn" else "loss(p, batch)"
         error.add_note(
-            f"{name} was called with the parameters alone. Put other arguments, such "
-            f"as the batch, into a closure, {name}=lambda p: {example}. If the "
+            f"{name} was called with one argument alone. Put others, such as the batch,"
+            f" into a closure, {name}=lambda p: {example}. If the "
             "parameters have another structure than yours, a wrapper such as "
             "optax.flatten is around this transformation: put it around the links "
             "after this one. With a Flax nnx model, make value_fn by "

@@ -21,10 +21,10 @@ from eigensam_jax._update import (
 from eigensam_jax._update.devices import Axes, AxisName
 from eigensam_jax._update.masking import Mask, Subspace
 from eigensam_jax._update.tracking import Observation
-from eigensam_jax.hessian import GradFn, HvpMode, Matvec, ValueFn
+from eigensam_jax.hessian import HvpMode, Matvec
 from eigensam_jax.perturbation import Perturbation
 from eigensam_jax.trackers import Tracker
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import GradFn, PyTree, ValueFn
 
 
 class Info(NamedTuple):

@@ -20,8 +20,7 @@ from eigensam_jax import perturbation, tree_math
 from eigensam_jax._update import arguments, functions, masking, programs, rounding
 from eigensam_jax._update.masking import Mask
 from eigensam_jax.eigen import Estimate, _krylov, _raveled
-from eigensam_jax.hessian import ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import PyTree, ValueFn
 
 
 class WorstCase(NamedTuple):

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 
 from eigensam_jax import tree_math
 from eigensam_jax._update import arguments, functions
-from eigensam_jax.hessian import GradFn, ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import GradFn, PyTree, ValueFn
 
 _READING = (
     "A cosine of 1 or -1 means the gradient times a factor (a scaled loss, a sum in "

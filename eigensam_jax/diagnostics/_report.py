@@ -14,8 +14,8 @@ from eigensam_jax.diagnostics._balls import (
 )
 from eigensam_jax.diagnostics._sharpness import block
 from eigensam_jax.eigen import Eigenpair, Estimate
-from eigensam_jax.hessian import HvpMode, ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.hessian import HvpMode
+from eigensam_jax.tree_math import PyTree, ValueFn
 
 _TOLERANCE = 1e-3
 _FEWEST = 5  # products for the λ_max of a layer

@@ -10,8 +10,8 @@ from eigensam_jax import eigen, hessian, tree_math
 from eigensam_jax._update import arguments, functions, masking, programs
 from eigensam_jax._update.masking import Mask, Subspace
 from eigensam_jax.eigen import Eigenpair, _krylov
-from eigensam_jax.hessian import HvpMode, Matvec, ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.hessian import HvpMode, Matvec
+from eigensam_jax.tree_math import PyTree, ValueFn
 
 
 def sharpness(

@@ -11,8 +11,7 @@ from jax.typing import ArrayLike
 from eigensam_jax import tree_math
 from eigensam_jax._update import arguments, functions, programs, rounding, scalars
 from eigensam_jax.eigen import _krylov
-from eigensam_jax.hessian import ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import PyTree, ValueFn
 
 
 class LossSlice(NamedTuple):

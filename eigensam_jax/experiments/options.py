@@ -47,8 +47,7 @@ def add_data(parser: argparse.ArgumentParser, others: bool = False) -> None:
     files = {name: DATASETS[name].files for name in names}
     add_choice(parser, "dataset", tuple(files), "digits")
     first = {what: name for name, what in reversed(files.items()) if what}
-    held = "; ".join(f"{name}: {what}" for what, name in reversed(first.items()))
-    text = f"files of {held}"
+    text = "files of " + "; ".join(f"{k}: {x}" for x, k in reversed(first.items()))
     parser.add_argument("--data-dir", metavar="DIR", type=folder, help=text)
 
 
@@ -195,8 +194,7 @@ def add_grid(
 ) -> None:
     """Adds an option for several numbers above 0; usual learning rates are SGD's."""
     whose = "sgd: " if name == "learning_rates" else ""
-    if not isinstance(usual, str):
-        usual = " ".join(f"{x:g}" for x in usual)
+    usual = usual if isinstance(usual, str) else " ".join(f"{x:g}" for x in usual)
     parser.add_argument(
         f"--{name.replace('_', '-')}",
         metavar="X",
@@ -282,8 +280,7 @@ def number(kind: type[Any], above: float | None = None) -> Callable[[str], Any]:
         if not (0 <= value < _LARGE if above is None else above < value < _LARGE):
             noun = "whole number" if kind is int else "number"
             bound = "of at least 0" if above is None else f"above {above:g}"
-            if value >= _LARGE:
-                bound = f"below {_LARGE:g}"
+            bound = f"below {_LARGE:g}" if value >= _LARGE else bound
             raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {bound}")
         return value
 

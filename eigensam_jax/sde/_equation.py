@@ -14,7 +14,7 @@ from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.perturbation import Perturbation
 from eigensam_jax.sde import _expansion
 from eigensam_jax.sde._expansion import BatchValueFn, Order
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import PyTree, ValueFn
 
 TOLERANCE = 1e-5
 
@@ -156,9 +156,9 @@ def at_batch(
     rho: ArrayLike,
     alpha: ArrayLike,
     eigenvector: PyTree | None,
-) -> tuple[hessian.ValueFn, jax.Array, PyTree, Perturbation]:
+) -> tuple[ValueFn, jax.Array, PyTree, Perturbation]:
     """f_γ of a batch, its value and gradient, and ε_γ; SAM's without an eigenvector."""
-    f = functions.differentiable("value_fn", lambda p: value_fn(p, batch))
+    f = functions.differentiable("value_fn", value_fn, (), batch)
     value, grads = jax.value_and_grad(f)(params)
     grads = tree_math.widen(grads)
     if eigenvector is None:
@@ -167,9 +167,7 @@ def at_batch(
     return f, value, grads, step
 
 
-def perturbed_gradient(
-    value_fn: hessian.ValueFn, params: PyTree, step: Perturbation
-) -> PyTree:
+def perturbed_gradient(value_fn: ValueFn, params: PyTree, step: Perturbation) -> PyTree:
     """∇f(w + ε), in float32 or wider."""
     perturbed = rounding.add(params, step.epsilon)
     return tree_math.widen(jax.grad(value_fn)(perturbed))

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from eigensam_jax import hessian, tree_math
 from eigensam_jax._update import arguments
-from eigensam_jax.hessian import ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import PyTree, ValueFn
 
 Order = Literal[1, 2, 3]
 BatchValueFn = Callable[[PyTree, PyTree], jax.Array]

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from eigensam_jax import diagnostics, tree_math
-from eigensam_jax.hessian import ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import PyTree, ValueFn
 
 NOISE_DRAWS = 4
 ASCENT_STEPS = 20

@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 
 from eigensam_jax import diagnostics, tree_math
-from eigensam_jax.hessian import ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import PyTree, ValueFn
 
 RHO, AVERAGE_RHO = 0.1, 4.0  # radii of the worst case and of Gaussian noise
 # In ASAM's norm; there the noise is a share of each weight that falls with √n.

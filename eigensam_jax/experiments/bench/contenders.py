@@ -9,8 +9,7 @@ import optax
 from eigensam_jax.experiments.bench.workloads import Batch, Loss
 from eigensam_jax.experiments.registry import BASE_OPTIMIZERS, TRACKERS
 from eigensam_jax.experiments.training.methods import Setup, make_optimizer, named
-from eigensam_jax.hessian import ValueFn
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import PyTree, ValueFn
 
 RHO = 0.05
 ALPHA = 0.2

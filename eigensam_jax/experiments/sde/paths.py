@@ -17,9 +17,8 @@ from jax.typing import ArrayLike
 from eigensam_jax import eigen_sam, perturbation, sam, sde, trackers, tree_math
 from eigensam_jax.eigen import Eigenpair
 from eigensam_jax.experiments.sde.problem import NUM_BATCHES, Problem
-from eigensam_jax.hessian import ValueFn
 from eigensam_jax.sde import _expansion
-from eigensam_jax.tree_math import PyTree
+from eigensam_jax.tree_math import PyTree, ValueFn
 
 ORDERS: dict[str, sde.Order] = {"order_1": 1, "order_2": 2, "order_3": 3}
 WITHOUT_NOISE = ("mean_sam", "mean_order_2", "mean_order_3")
